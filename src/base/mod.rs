@@ -1,0 +1,10 @@
+//! Leaves that two rooms need. Depends on no other room.
+
+pub mod clock;
+pub mod config;
+pub mod handshake;
+pub mod id;
+pub mod net;
+pub mod telemetry;
+pub mod trust;
+pub mod units;

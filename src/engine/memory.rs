@@ -1,0 +1,232 @@
+//! Memory that can be shared with other processes of this host: memfd mappings, huge pages where there are any.
+//!
+//! Owns mapping and unmapping; refuses to know what lies inside. The bytes are shared with other processes and threads
+//! without locks, so no Rust reference into a mapping is ever formed here: only raw pointers and atomics.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+/// What pages a mapping has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageKind {
+    /// Reserved 2 MiB pages.
+    Huge,
+    /// Ordinary pages, transparent huge pages advised.
+    Small,
+}
+
+impl PageKind {
+    /// As shown to people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Huge => "huge 2MiB",
+            Self::Small => "4KiB",
+        }
+    }
+}
+
+/// A shared mapping of a memfd, unmapped on drop.
+#[derive(Debug)]
+pub struct Memory {
+    base: NonNull<u8>,
+    length: usize,
+    fd: OwnedFd,
+    pages: PageKind,
+}
+
+// SAFETY: a mapping is not tied to a thread; all access goes through raw pointers and atomics (module header).
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+const HUGE_PAGE: usize = 2 << 20;
+
+impl Memory {
+    /// Creates `length` bytes of zeroed memory, untouched: pages come on first use or by [`Memory::populate`].
+    ///
+    /// Huge pages are taken when enough are reserved and `length` is a multiple of 2 MiB.
+    ///
+    /// # Errors
+    /// From the kernel (no memory, limits).
+    pub fn create(name: &str, length: usize) -> io::Result<Self> {
+        if length.is_multiple_of(HUGE_PAGE)
+            && let Ok(memory) = Self::create_with(name, length, PageKind::Huge)
+        {
+            return Ok(memory);
+        }
+        Self::create_with(name, length, PageKind::Small)
+    }
+
+    fn create_with(name: &str, length: usize, pages: PageKind) -> io::Result<Self> {
+        let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        if pages == PageKind::Huge {
+            flags |= MemfdFlags::HUGETLB;
+        }
+        let fd = rustix::fs::memfd_create(name, flags)?;
+        rustix::fs::ftruncate(&fd, length as u64)?;
+        // A peer that maps this must not be able to shrink it under us (SIGBUS).
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        let _ = rustix::fs::fcntl_add_seals(&fd, seals);
+        Self::map(fd, length, pages)
+    }
+
+    /// Maps a descriptor received from a peer.
+    ///
+    /// # Errors
+    /// When it is smaller than `length` or cannot be mapped.
+    pub fn from_fd(fd: OwnedFd, length: usize) -> io::Result<Self> {
+        let stat = rustix::fs::fstat(&fd)?;
+        if (stat.st_size as u64) < length as u64 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the shared memory is smaller than announced",
+            ));
+        }
+        let seals = rustix::fs::fcntl_get_seals(&fd)?;
+        if !seals.contains(SealFlags::SHRINK) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the shared memory is not sealed against shrinking",
+            ));
+        }
+        Self::map(fd, length, PageKind::Small)
+    }
+
+    fn map(fd: OwnedFd, length: usize, pages: PageKind) -> io::Result<Self> {
+        // Huge pages are reserved now or the mapping fails: a touch without a page would be a SIGBUS.
+        let reserve = match pages {
+            PageKind::Huge => MapFlags::empty(),
+            PageKind::Small => MapFlags::NORESERVE,
+        };
+        // SAFETY: a fresh shared mapping at an address of the kernel's choice overlaps nothing.
+        let base = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                length,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | reserve,
+                &fd,
+                0,
+            )?
+        };
+        let base = NonNull::new(base.cast::<u8>())
+            .ok_or_else(|| io::Error::other("mmap returned the null page"))?;
+        let memory = Self {
+            base,
+            length,
+            fd,
+            pages,
+        };
+        if pages == PageKind::Small {
+            // SAFETY: advice on our own mapping changes no contents.
+            let _ = unsafe {
+                rustix::mm::madvise(base.as_ptr().cast(), length, Advice::LinuxHugepage)
+            };
+        }
+        Ok(memory)
+    }
+
+    /// Touches every page of a range so that later access does not fault. Blocking; changes no byte.
+    ///
+    /// # Errors
+    /// From the kernel (no memory left).
+    pub fn populate(&self, offset: usize, length: usize) -> io::Result<()> {
+        let end = offset.saturating_add(length).min(self.length);
+        let start = offset.min(end) & !4095;
+        // SAFETY: populating writes nothing and stays inside this mapping.
+        unsafe {
+            rustix::mm::madvise(
+                self.base.as_ptr().add(start).cast(),
+                end - start,
+                Advice::LinuxPopulateWrite,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// First byte.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+    /// Bytes mapped.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+    /// Whether nothing is mapped.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+    /// What pages it has.
+    pub fn pages(&self) -> PageKind {
+        self.pages
+    }
+    /// The memfd, to be handed to a same-host peer.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Pointer to `length` bytes at `offset`; `None` when they do not lie inside.
+    pub fn range(&self, offset: u64, length: u64) -> Option<*mut u8> {
+        let end = offset.checked_add(length)?;
+        // SAFETY: offset <= end <= length of the mapping.
+        (end <= self.length as u64).then(|| unsafe { self.as_ptr().add(offset as usize) })
+    }
+
+    /// The aligned word at `offset`, shared with every process that maps this.
+    pub fn word(&self, offset: u64) -> Option<&AtomicU64> {
+        if !offset.is_multiple_of(8) {
+            return None;
+        }
+        let pointer = self.range(offset, 8)?.cast::<AtomicU64>();
+        // SAFETY: in bounds, 8-aligned (mappings are page-aligned), valid while `self` lives; concurrent access to it
+        // from anywhere is atomic or tolerated as a torn data copy that the word check detects.
+        Some(unsafe { &*pointer })
+    }
+
+    /// Whether the word at `offset` holds `value` now, ordered after every earlier read of this thread.
+    pub fn word_is(&self, offset: u64, value: u64) -> bool {
+        std::sync::atomic::fence(Ordering::Acquire);
+        self.word(offset)
+            .is_some_and(|w| w.load(Ordering::Acquire) == value)
+    }
+
+    /// Publishes `value` at `offset` after every earlier write of this thread.
+    pub fn publish(&self, offset: u64, value: u64) {
+        if let Some(word) = self.word(offset) {
+            word.store(value, Ordering::Release);
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: mapped by us with this length; nobody holds a pointer longer than the Arc that owns this.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.length) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_shares_and_bounds() {
+        let memory = Memory::create("test", 1 << 20).unwrap();
+        memory.populate(0, 1 << 20).unwrap();
+        assert!(memory.range(1 << 20, 1).is_none());
+        assert!(memory.range(u64::MAX, 2).is_none());
+        assert!(memory.word(4).is_none());
+        memory.publish(8, 42);
+        let fd = memory.fd().try_clone_to_owned().unwrap();
+        let other = Memory::from_fd(fd, 1 << 20).unwrap();
+        assert!(other.word_is(8, 42));
+        let fd = memory.fd().try_clone_to_owned().unwrap();
+        assert!(Memory::from_fd(fd, 2 << 20).is_err());
+        assert!(rustix::fs::ftruncate(memory.fd(), 0).is_err(), "sealed");
+    }
+}

@@ -1,0 +1,379 @@
+//! The transfer engine: moves bytes between registered memory of processes. Knows no keys, replicas or leases.
+//!
+//! ```text
+//! TransferEngine ── batch of TransferRequest ──► Transport (loopback │ shm │ tcp) ──► SegmentHost gate ──► Memory
+//! ```
+//! A request names a peer, a granted range of one of its segments, local memory, and optionally a word that decides
+//! whether the transfer counts. The caller sees one result per request; a path that fails is replaced by the next one.
+
+pub mod batch;
+pub mod error;
+pub mod grant;
+pub mod host;
+pub mod memory;
+pub mod pending;
+pub mod transport;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use batch::{LocalSlice, Opcode, Peer, TransferRequest, TransferResult};
+use error::TransferError;
+use host::SegmentHost;
+use memory::Memory;
+use transport::lane::Identity;
+use transport::loopback::LoopbackTransport;
+use transport::shm::ShmTransport;
+use transport::tcp::TcpTransport;
+use transport::{InFlight, Transport, TransportKind};
+
+use crate::base::id::Id128;
+use crate::base::net::host_id;
+use crate::base::trust::ClusterKeys;
+
+/// How an engine behaves.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Our identity towards nodes.
+    pub client: Id128,
+    /// The cluster's keys.
+    pub keys: ClusterKeys,
+    /// Transports that may be used.
+    pub transports: Vec<TransportKind>,
+    /// Bound of one connection attempt with its handshake.
+    pub connect_timeout: Duration,
+    /// Lanes a large transfer is spread over, 1..=16. More than one pays where one TCP stream cannot fill the network.
+    pub lanes_per_transfer: usize,
+    /// Transfers of at least this many bytes to one peer are cut in slices for several lanes.
+    pub slice_threshold: u64,
+}
+
+impl EngineConfig {
+    /// Defaults: all transports, lanes by the number of cores.
+    pub fn new(client: Id128, keys: ClusterKeys) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            client,
+            keys,
+            transports: vec![TransportKind::Loopback, TransportKind::Shm, TransportKind::Tcp],
+            connect_timeout: Duration::from_secs(1),
+            lanes_per_transfer: (cores / 4).clamp(1, 4),
+            slice_threshold: 16 << 20,
+        }
+    }
+}
+
+/// Moves bytes. Cheap to share; every method may be called from any number of threads.
+pub struct TransferEngine {
+    config: EngineConfig,
+    transports: Vec<Arc<dyn Transport>>,
+    loopback: Arc<LoopbackTransport>,
+}
+
+impl TransferEngine {
+    /// Opens an engine.
+    pub fn open(config: EngineConfig) -> Arc<Self> {
+        let identity = Identity {
+            client: config.client,
+            keys: config.keys.clone(),
+            connect_timeout: config.connect_timeout,
+        };
+        let loopback = Arc::new(LoopbackTransport::new(config.client));
+        let mut kinds = config.transports.clone();
+        kinds.sort_unstable();
+        kinds.dedup();
+        let transports = kinds
+            .into_iter()
+            .map(|kind| -> Arc<dyn Transport> {
+                match kind {
+                    TransportKind::Loopback => loopback.clone(),
+                    TransportKind::Shm => Arc::new(ShmTransport::new(identity.clone(), host_id())),
+                    TransportKind::Tcp => Arc::new(TcpTransport::new(identity.clone())),
+                }
+            })
+            .collect();
+        Arc::new(Self {
+            config,
+            transports,
+            loopback,
+        })
+    }
+
+    /// An engine over given transports, in order of preference.
+    pub fn with_transports(config: EngineConfig, transports: Vec<Arc<dyn Transport>>) -> Arc<Self> {
+        let loopback = Arc::new(LoopbackTransport::new(config.client));
+        Arc::new(Self {
+            config,
+            transports,
+            loopback,
+        })
+    }
+
+    /// Makes segments of this process reachable without leaving it.
+    pub fn add_local(&self, host: &Arc<SegmentHost>) {
+        self.loopback.add(host);
+    }
+
+    /// Carries out a batch in the caller's thread: one result per request, in order. Returns by `deadline` plus one tick
+    /// (250 ms).
+    pub fn transfer(&self, requests: &[TransferRequest], deadline: Instant) -> Vec<TransferResult> {
+        self.begin(requests, deadline).finish()
+    }
+
+    /// Sends what can be sent without waiting; the caller does something else and then calls [`Begun::finish`].
+    pub fn begin<'a>(&'a self, requests: &'a [TransferRequest], deadline: Instant) -> Begun<'a> {
+        let mut begun = Begun {
+            engine: self,
+            requests,
+            deadline,
+            groups: smallvec::SmallVec::new(),
+        };
+        let mut start = 0;
+        while start < requests.len() {
+            let first = &requests[start];
+            let same = |r: &TransferRequest| {
+                r.opcode == first.opcode
+                    && (Arc::ptr_eq(&r.peer, &first.peer) || r.peer.node == first.peer.node)
+            };
+            let most = transport::frame::ITEMS_MAX;
+            let count = requests[start..].iter().take(most).take_while(|r| same(r)).count();
+            begun.groups.push(self.start_group(&requests[start..start + count], deadline));
+            start += count;
+        }
+        begun
+    }
+
+    fn start_group<'a>(&'a self, requests: &'a [TransferRequest], deadline: Instant) -> Group<'a> {
+        if requests.iter().any(|r| r.check().is_err()) {
+            // Rare and the caller's mistake: one by one, so that the good ones go through.
+            return Group::OneByOne(requests);
+        }
+        let total: u64 = requests.iter().map(|r| r.length).sum();
+        if self.config.lanes_per_transfer > 1 && total >= self.config.slice_threshold {
+            return Group::Sliced(requests);
+        }
+        let mut failure = TransferError::NoPath {
+            peer: requests[0].peer.name.clone(),
+        };
+        for (at, transport) in self.transports.iter().enumerate() {
+            if !transport.reaches(&requests[0].peer) {
+                continue;
+            }
+            match transport.start(requests, deadline) {
+                Ok(in_flight) => return Group::InFlight(requests, at, in_flight),
+                Err(error) if error.is_path_failure() => failure = error,
+                Err(error) => return Group::Failed(requests, error),
+            }
+        }
+        Group::Failed(requests, failure)
+    }
+
+    /// Runs requests over the transports from number `from` on; those that meet path failures move on to the next.
+    fn run(
+        &self,
+        requests: &[TransferRequest],
+        from: usize,
+        deadline: Instant,
+        last: TransferError,
+    ) -> Vec<TransferResult> {
+        let mut results: Vec<TransferResult> = requests.iter().map(|_| Err(last.clone())).collect();
+        let mut open: Vec<usize> = (0..requests.len()).collect();
+        for transport in self.transports.iter().skip(from) {
+            if open.is_empty() || Instant::now() >= deadline {
+                break;
+            }
+            if !transport.reaches(&requests[0].peer) {
+                continue;
+            }
+            let subset: Vec<TransferRequest> = open.iter().map(|i| requests[*i].clone()).collect();
+            let mut outcomes = Vec::with_capacity(subset.len());
+            match transport.start(&subset, deadline) {
+                Ok(in_flight) => in_flight.finish(&mut outcomes),
+                Err(error) => outcomes.extend(subset.iter().map(|_| Err(error.clone()))),
+            }
+            let mut still = Vec::new();
+            for (index, outcome) in open.iter().zip(outcomes) {
+                if outcome.as_ref().is_err_and(TransferError::is_path_failure) {
+                    still.push(*index);
+                }
+                results[*index] = outcome;
+            }
+            open = still;
+        }
+        results
+    }
+
+    /// Cuts the requests into slices over several lanes; each request's word and notify go in a last step, after all of
+    /// its slices are in place.
+    fn sliced(&self, requests: &[TransferRequest], deadline: Instant) -> Vec<TransferResult> {
+        let lanes = self.config.lanes_per_transfer;
+        let total: u64 = requests.iter().map(|r| r.length).sum();
+        let slice = total.div_ceil(lanes as u64).next_multiple_of(4096);
+        let mut pieces: Vec<(usize, TransferRequest)> = Vec::new();
+        for (index, r) in requests.iter().enumerate() {
+            pieces.extend(cut(r, slice).into_iter().map(|piece| (index, piece)));
+        }
+        let mut loads: Vec<(u64, Vec<(usize, TransferRequest)>)> = vec![(0, Vec::new()); lanes];
+        for piece in pieces {
+            if let Some(lightest) = loads.iter_mut().min_by_key(|l| l.0) {
+                lightest.0 += piece.1.length;
+                lightest.1.push(piece);
+            }
+        }
+        let mut results: Vec<TransferResult> = requests.iter().map(|_| Ok(())).collect();
+        let no_path = || TransferError::NoPath {
+            peer: requests[0].peer.name.clone(),
+        };
+        let run = |load: Vec<(usize, TransferRequest)>| -> Vec<(usize, TransferResult)> {
+            let (owners, pieces): (Vec<usize>, Vec<TransferRequest>) = load.into_iter().unzip();
+            let outcomes = if pieces.is_empty() {
+                Vec::new()
+            } else {
+                self.run(&pieces, 0, deadline, no_path())
+            };
+            owners.into_iter().zip(outcomes).collect()
+        };
+        std::thread::scope(|scope| {
+            let mut loads = loads.into_iter().map(|(_, load)| load);
+            let mine = loads.next().unwrap_or_default();
+            let others: Vec<_> = loads.map(|load| scope.spawn(|| run(load))).collect();
+            let mut outcomes = run(mine);
+            for other in others {
+                outcomes.extend(other.join().unwrap_or_default());
+            }
+            for (index, outcome) in outcomes {
+                if results[index].is_ok() {
+                    results[index] = outcome;
+                }
+            }
+        });
+        let finishing: Vec<(usize, TransferRequest)> = requests
+            .iter()
+            .enumerate()
+            .filter(|(i, r)| {
+                results[*i].is_ok()
+                    && r.opcode == Opcode::Write
+                    && (r.word.is_some() || !r.notify.is_empty())
+            })
+            .map(|(i, r)| {
+                let local = smallvec::SmallVec::new();
+                (i, TransferRequest { local, ..r.clone() })
+            })
+            .collect();
+        for (index, outcome) in run(finishing) {
+            results[index] = outcome;
+        }
+        results
+    }
+
+    /// The peer's segment as mapped memory, where it is in this process or on this host: for reading without a copy.
+    pub fn map(&self, peer: &Peer, segment: u32, incarnation: u64) -> Option<Arc<Memory>> {
+        self.transports
+            .iter()
+            .filter(|t| t.reaches(peer))
+            .find_map(|t| t.map(peer, segment, incarnation))
+    }
+
+    /// The transport that would be tried first for a peer.
+    pub fn path(&self, peer: &Peer) -> Option<TransportKind> {
+        self.transports.iter().find(|t| t.reaches(peer)).map(|t| t.kind())
+    }
+}
+
+/// Slices of at most `most` bytes. A write's word and notify are left for the end.
+fn cut(r: &TransferRequest, most: u64) -> Vec<TransferRequest> {
+    if !r.has_data() {
+        return Vec::new();
+    }
+    let is_write = r.opcode == Opcode::Write;
+    let mut pieces = Vec::new();
+    let mut done = 0;
+    let mut local = r.local.iter().copied();
+    let mut current = local.next();
+    while done < r.length {
+        let length = most.min(r.length - done);
+        let mut slices: smallvec::SmallVec<[LocalSlice; 2]> = smallvec::SmallVec::new();
+        let mut wanted = length as usize;
+        while wanted > 0 {
+            let Some(slice) = current.as_mut() else { break };
+            let n = wanted.min(slice.length);
+            // SAFETY: a part of a slice the caller vouched for.
+            slices.push(unsafe { LocalSlice::new(slice.pointer, n) });
+            // SAFETY: n <= its length.
+            slice.pointer = unsafe { slice.pointer.add(n) };
+            slice.length -= n;
+            wanted -= n;
+            if slice.length == 0 {
+                current = local.next();
+            }
+        }
+        pieces.push(TransferRequest {
+            offset: r.offset + done,
+            length,
+            local: slices,
+            word: r.word.filter(|_| !is_write),
+            notify: Vec::new(),
+            ..r.clone()
+        });
+        done += length;
+    }
+    pieces
+}
+
+enum Group<'a> {
+    InFlight(&'a [TransferRequest], usize, Box<dyn InFlight + 'a>),
+    Failed(&'a [TransferRequest], TransferError),
+    OneByOne(&'a [TransferRequest]),
+    Sliced(&'a [TransferRequest]),
+}
+
+/// A batch that has been sent. Dropping it abandons the batch.
+pub struct Begun<'a> {
+    engine: &'a TransferEngine,
+    requests: &'a [TransferRequest],
+    deadline: Instant,
+    groups: smallvec::SmallVec<[Group<'a>; 2]>,
+}
+
+impl Begun<'_> {
+    /// Waits for all results.
+    pub fn finish(self) -> Vec<TransferResult> {
+        let mut results = Vec::with_capacity(self.requests.len());
+        for group in self.groups {
+            match group {
+                Group::Failed(requests, error) => {
+                    results.extend(requests.iter().map(|_| Err(error.clone())));
+                }
+                Group::Sliced(requests) => {
+                    results.extend(self.engine.sliced(requests, self.deadline));
+                }
+                Group::OneByOne(requests) => {
+                    for r in requests {
+                        let result = r.check().and_then(|()| {
+                            let one = std::slice::from_ref(r);
+                            let mut one = self.engine.begin(one, self.deadline).finish();
+                            one.pop().unwrap_or(Err(TransferError::Stale))
+                        });
+                        results.push(result);
+                    }
+                }
+                Group::InFlight(requests, at, in_flight) => {
+                    let from = results.len();
+                    in_flight.finish(&mut results);
+                    for index in 0..requests.len() {
+                        let failed = match &results[from + index] {
+                            Err(error) if error.is_path_failure() => error.clone(),
+                            _ => continue,
+                        };
+                        let one = &requests[index..=index];
+                        let again = self.engine.run(one, at + 1, self.deadline, failed);
+                        if let Some(outcome) = again.into_iter().next() {
+                            results[from + index] = outcome;
+                        }
+                    }
+                }
+            }
+        }
+        results
+    }
+}

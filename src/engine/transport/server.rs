@@ -1,0 +1,512 @@
+//! The node's side of data lanes: accepts TCP and Unix connections, one thread each, and serves frames from a
+//! [`SegmentHost`]. A blocking thread per lane is what gives a small read the round trip of a bare echo; their number
+//! is bounded and lanes beyond it are turned away in the handshake.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+use super::frame::{self, HEADER_BYTES, Item, Operation, RequestHeader, Status};
+use super::socket::{Socket, Timed, Until};
+use crate::base::handshake::{self, HandshakeError, LaneKind};
+use crate::base::id::{Id128, random_u64};
+use crate::engine::batch::{LocalSlice, Opcode};
+use crate::engine::error::TransferError;
+use crate::engine::host::{NotifyOrigin, Segment, SegmentHost};
+
+/// How long a caller may take over its handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a frame may take from its first byte to its last, per 64 MiB of payload.
+const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Counters of a data server.
+#[derive(Debug, Default)]
+pub struct ServerCounters {
+    /// Bytes copied out.
+    pub read_bytes: AtomicU64,
+    /// Bytes copied in.
+    pub written_bytes: AtomicU64,
+    /// Requests (items) refused by the gate.
+    pub refused: AtomicU64,
+    /// Lanes turned away.
+    pub lanes_refused: AtomicU64,
+}
+
+/// A running data server; stops and closes its lanes on drop.
+pub struct DataServer {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    socket_name: String,
+}
+
+struct Shared {
+    host: Arc<SegmentHost>,
+    lanes_max: usize,
+    stopping: AtomicBool,
+    lanes: Mutex<HashMap<u64, OwnedFd>>,
+    next: AtomicU64,
+    counters: ServerCounters,
+}
+
+impl DataServer {
+    /// Serves `host` on a bound TCP listener, and on an abstract Unix socket for same-host peers.
+    ///
+    /// # Errors
+    /// When a listener cannot be set up.
+    pub fn start(
+        host: Arc<SegmentHost>,
+        listener: TcpListener,
+        lanes_max: usize,
+    ) -> io::Result<Self> {
+        use std::os::linux::net::SocketAddrExt;
+        let address = listener.local_addr()?;
+        let socket_name = format!("mooncake-{}-{:08x}", host.node, random_u64() as u32);
+        let name = std::os::unix::net::SocketAddr::from_abstract_name(&socket_name)?;
+        let unix = UnixListener::bind_addr(&name)?;
+        let shared = Arc::new(Shared {
+            host,
+            lanes_max,
+            stopping: AtomicBool::new(false),
+            lanes: Mutex::default(),
+            next: AtomicU64::new(0),
+            counters: ServerCounters::default(),
+        });
+        let (tcp_side, unix_side) = (shared.clone(), shared.clone());
+        std::thread::Builder::new()
+            .name("data-accept".into())
+            .spawn(move || {
+                tcp_side.accept_loop(|| {
+                    let (stream, _) = listener.accept()?;
+                    Ok((Socket::from_tcp(stream)?, false))
+                });
+            })?;
+        std::thread::Builder::new()
+            .name("shm-accept".into())
+            .spawn(move || {
+                unix_side.accept_loop(|| {
+                    let (stream, _) = unix.accept()?;
+                    // The whole segment becomes writable for this peer: it must be us or root.
+                    let peer = rustix::net::sockopt::socket_peercred(&stream)?;
+                    let me = rustix::process::geteuid();
+                    if peer.uid != me && !peer.uid.is_root() {
+                        return Err(io::ErrorKind::PermissionDenied.into());
+                    }
+                    Ok((Socket::from_unix(stream)?, true))
+                });
+            })?;
+        Ok(Self {
+            shared,
+            address,
+            socket_name,
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+    /// Name of the abstract Unix socket.
+    pub fn socket_name(&self) -> &str {
+        &self.socket_name
+    }
+    /// Lanes open now.
+    pub fn lanes(&self) -> usize {
+        self.shared.lanes.lock().len()
+    }
+    /// What it did so far.
+    pub fn counters(&self) -> &ServerCounters {
+        &self.shared.counters
+    }
+}
+
+impl Drop for DataServer {
+    fn drop(&mut self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        for fd in self.shared.lanes.lock().values() {
+            let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
+        }
+        // Wake the accept threads.
+        let mut address = self.address;
+        if address.ip().is_unspecified() {
+            let local: std::net::IpAddr = if address.is_ipv4() {
+                std::net::Ipv4Addr::LOCALHOST.into()
+            } else {
+                std::net::Ipv6Addr::LOCALHOST.into()
+            };
+            address.set_ip(local);
+        }
+        let _ = std::net::TcpStream::connect_timeout(&address, Duration::from_millis(200));
+        let _ = Socket::connect_unix(&self.socket_name);
+    }
+}
+
+impl Shared {
+    fn accept_loop(self: Arc<Self>, mut accept: impl FnMut() -> io::Result<(Socket, bool)>) {
+        loop {
+            let accepted = accept();
+            if self.stopping.load(Ordering::Acquire) {
+                return;
+            }
+            match accepted {
+                Ok((socket, same_host)) => {
+                    let shared = self.clone();
+                    let spawned = std::thread::Builder::new()
+                        .name("data-lane".into())
+                        .stack_size(256 << 10)
+                        .spawn(move || shared.lane(socket, same_host));
+                    if let Err(error) = spawned {
+                        tracing::warn!(%error, "no thread for a data lane");
+                    }
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "a connection was not accepted");
+                    // Out of descriptors: do not spin.
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
+        }
+    }
+
+    fn lane(self: Arc<Self>, mut socket: Socket, same_host: bool) {
+        let slot = self.next.fetch_add(1, Ordering::Relaxed);
+        let busy = {
+            let mut lanes = self.lanes.lock();
+            let busy = lanes.len() >= self.lanes_max;
+            if let Ok(fd) = socket.fd().try_clone_to_owned() {
+                lanes.insert(slot, fd);
+            }
+            busy
+        };
+        let greeting = handshake::accept(
+            &mut Timed {
+                socket: &mut socket,
+                deadline: Instant::now() + HANDSHAKE_TIMEOUT,
+            },
+            LaneKind::Data,
+            self.host.node,
+            &self.host.keys,
+            busy,
+        );
+        match greeting {
+            Ok(greeting) => {
+                let mut lane = ServedLane {
+                    shared: &self,
+                    socket,
+                    client: greeting.peer,
+                    same_host,
+                    items: Vec::new(),
+                    reply: Vec::new(),
+                };
+                if same_host {
+                    self.host.shared_writer(greeting.peer, 1);
+                }
+                if let Err(error) = lane.serve() {
+                    tracing::debug!(%error, client = %greeting.peer, "a data lane ended");
+                }
+                lane.socket.shutdown();
+                if same_host {
+                    self.host.shared_writer(greeting.peer, -1);
+                }
+            }
+            Err(error) => {
+                self.counters.lanes_refused.fetch_add(1, Ordering::Relaxed);
+                match &error {
+                    HandshakeError::Io(_) => tracing::debug!(%error, "data lane refused"),
+                    HandshakeError::NotMooncake { .. } => {
+                        answer_stranger(&mut socket, &error);
+                        tracing::info!(%error, "data lane refused");
+                    }
+                    _ => tracing::info!(%error, "data lane refused"),
+                }
+                socket.shutdown();
+            }
+        }
+        self.lanes.lock().remove(&slot);
+    }
+}
+
+/// Tells a stray HTTP client where it is.
+fn answer_stranger(socket: &mut Socket, error: &HandshakeError) {
+    let text = format!("this is the data port of a mooncake node: {error}\n");
+    let answer = format!(
+        "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{text}",
+        text.len()
+    );
+    let until = Until::Deadline(Instant::now() + Duration::from_secs(1));
+    let _ = socket.write_all_from(answer.as_bytes(), &[], until);
+}
+
+struct ServedLane<'a> {
+    shared: &'a Shared,
+    socket: Socket,
+    client: Id128,
+    same_host: bool,
+    items: Vec<Item>,
+    reply: Vec<u8>,
+}
+
+fn malformed(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+impl ServedLane<'_> {
+    /// Serves frames until the peer closes. A malformed frame is answered and ends the lane: the stream can no longer
+    /// be trusted to be in step.
+    fn serve(&mut self) -> io::Result<()> {
+        loop {
+            if !self.socket.need(1, Until::Idle)? {
+                return Ok(());
+            }
+            let start = Instant::now();
+            let until = Until::Deadline(start + FRAME_TIMEOUT);
+            self.socket.need(HEADER_BYTES, until)?;
+            let mut head = [0; HEADER_BYTES];
+            head.copy_from_slice(self.socket.take(HEADER_BYTES));
+            let header = match frame::decode_request(&head) {
+                Ok(header) => header,
+                Err(what) => return self.refuse(0, what),
+            };
+            self.socket.need(header.meta_bytes, until)?;
+            let meta = self.socket.take(header.meta_bytes);
+            if let Err(what) = frame::decode_items(&header, meta, &mut self.items) {
+                return self.refuse(header.id, what);
+            }
+            let scale = 1 + (header.payload_bytes >> 26) as u32;
+            let until = Until::Deadline(start + FRAME_TIMEOUT * scale);
+            match header.operation {
+                Operation::Read => self.read(&header, until)?,
+                Operation::Write => {
+                    let notifies = meta[header.items * frame::ITEM_BYTES..].to_vec();
+                    self.write(&header, &notifies, until)?;
+                }
+                Operation::Ping => self.answer(Status::Ok, 0, 0, header.id, until)?,
+                Operation::Attach => self.attach(&header, until)?,
+            }
+            self.socket.shrink();
+        }
+    }
+
+    fn refuse(&mut self, id: u64, what: &'static str) -> io::Result<()> {
+        self.shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+        let until = Until::Deadline(Instant::now() + Duration::from_secs(1));
+        self.answer(Status::Malformed, 0, 0, id, until)?;
+        Err(malformed(what))
+    }
+
+    fn answer(
+        &mut self,
+        status: Status,
+        items: usize,
+        payload: u64,
+        id: u64,
+        until: Until,
+    ) -> io::Result<()> {
+        self.reply.clear();
+        frame::encode_reply(&mut self.reply, status, items, payload, id);
+        self.socket.write_all_from(&self.reply, &[], until)
+    }
+
+    fn refused(&self, error: &TransferError) -> u8 {
+        self.shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+        Status::from_error(error) as u8
+    }
+
+    /// Header and statuses, the granted bytes straight from the segments, then whether they were still the same.
+    fn read(&mut self, header: &RequestHeader, until: Until) -> io::Result<()> {
+        let host = &self.shared.host;
+        let mut sources: smallvec::SmallVec<[LocalSlice; 8]> = smallvec::SmallVec::new();
+        let mut segments: smallvec::SmallVec<[Option<Arc<Segment>>; 4]> = smallvec::SmallVec::new();
+        let mut statuses: smallvec::SmallVec<[u8; 32]> = smallvec::SmallVec::new();
+        let mut payload = 0;
+        for item in &self.items {
+            let checked = host
+                .check(Opcode::Read, &item.grant, item.offset, item.length, item.word)
+                .and_then(|segment| {
+                    match item.word {
+                        Some(w) if !segment.memory.word_is(w.offset, w.value) => {
+                            return Err(TransferError::Changed);
+                        }
+                        _ => {}
+                    }
+                    let pointer = segment
+                        .memory
+                        .range(item.offset, item.length)
+                        .ok_or(TransferError::OutOfBounds)?;
+                    // SAFETY: in bounds of a mapping that `segment` keeps alive until the end of this function; the
+                    // slice is only handed to the kernel.
+                    let slice = unsafe { LocalSlice::new(pointer, item.length as usize) };
+                    Ok((segment, slice))
+                });
+            match checked {
+                Ok((segment, slice)) => {
+                    payload += item.length;
+                    sources.push(slice);
+                    segments.push(Some(segment));
+                    statuses.push(Status::Ok as u8);
+                }
+                Err(error) => {
+                    segments.push(None);
+                    let status = if error == TransferError::Changed {
+                        Status::Changed as u8
+                    } else {
+                        self.refused(&error)
+                    };
+                    statuses.push(status);
+                }
+            }
+        }
+        self.reply.clear();
+        frame::encode_reply(&mut self.reply, Status::Ok, header.items, payload, header.id);
+        self.reply.extend_from_slice(&statuses);
+        // Small replies leave in one piece: copied, re-checked, sent with the verdict.
+        if payload <= 32 << 10 {
+            for source in &sources {
+                let at = self.reply.len();
+                self.reply.reserve(source.length);
+                // SAFETY: `reserve` made room; the source is in bounds.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(
+                        source.pointer,
+                        self.reply.as_mut_ptr().add(at),
+                        source.length,
+                    );
+                    self.reply.set_len(at + source.length);
+                }
+            }
+            self.push_verdicts(&segments);
+            self.socket.write_all_from(&self.reply, &[], until)?;
+        } else {
+            self.socket.write_all_from(&self.reply, &sources, until)?;
+            self.reply.clear();
+            self.push_verdicts(&segments);
+            self.socket.write_all_from(&self.reply, &[], until)?;
+        }
+        self.shared.counters.read_bytes.fetch_add(payload, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn push_verdicts(&mut self, segments: &[Option<Arc<Segment>>]) {
+        for (item, segment) in self.items.iter().zip(segments) {
+            let same = match (segment, item.word) {
+                (Some(segment), Some(w)) => segment.memory.word_is(w.offset, w.value),
+                _ => true,
+            };
+            self.reply
+                .push(if same { Status::Ok } else { Status::Changed } as u8);
+        }
+    }
+
+    fn write(&mut self, header: &RequestHeader, notifies: &[u8], until: Until) -> io::Result<()> {
+        let mut statuses: smallvec::SmallVec<[u8; 32]> = smallvec::SmallVec::new();
+        let mut rest = notifies;
+        for at in 0..self.items.len() {
+            let item = self.items[at];
+            let (notify, after) = rest.split_at(item.notify_bytes);
+            rest = after;
+            let status = match self.write_one(&item, notify, until)? {
+                Ok(()) => Status::Ok as u8,
+                Err(error) => self.refused(&error),
+            };
+            statuses.push(status);
+        }
+        self.reply.clear();
+        frame::encode_reply(&mut self.reply, Status::Ok, header.items, 0, header.id);
+        self.reply.extend_from_slice(&statuses);
+        self.socket.write_all_from(&self.reply, &[], until)
+    }
+
+    /// Outer error: the lane is broken. Inner: the item was refused, its payload skipped.
+    fn write_one(
+        &mut self,
+        item: &Item,
+        notify: &[u8],
+        until: Until,
+    ) -> io::Result<Result<(), TransferError>> {
+        let host = &self.shared.host;
+        let length = if item.has_data { item.length } else { 0 };
+        let checked = host
+            .check(Opcode::Write, &item.grant, item.offset, item.length, item.word)
+            .and_then(|segment| host.enter_write(item.grant.term).map(|pass| (segment, pass)))
+            .and_then(|(segment, pass)| {
+                let pointer = segment
+                    .memory
+                    .range(item.offset, item.length)
+                    .ok_or(TransferError::OutOfBounds)?;
+                Ok((segment, pass, pointer))
+            });
+        let (segment, _pass, pointer) = match checked {
+            Ok(good) => good,
+            Err(error) => {
+                self.socket.skip(length, until)?;
+                return Ok(Err(error));
+            }
+        };
+        if length > 0 {
+            // SAFETY: in bounds, granted to this writer alone, kept mapped by `segment`.
+            let target = unsafe { LocalSlice::new(pointer, length as usize) };
+            self.socket.read_into(&[target], until)?;
+        }
+        let origin = NotifyOrigin {
+            client: self.client,
+            segment: item.grant.segment,
+            offset: item.offset,
+            length: item.length,
+            in_place: item.has_data || item.word.is_some(),
+        };
+        if let Err(error) = host.notify(origin, notify) {
+            return Ok(Err(error));
+        }
+        if let Some(word) = item.word {
+            segment.memory.publish(word.offset, word.value);
+        }
+        let counters = &self.shared.counters;
+        counters.written_bytes.fetch_add(length, Ordering::Relaxed);
+        Ok(Ok(()))
+    }
+
+    /// Sends a segment's descriptor along the Unix socket, in the reply's first byte.
+    fn attach(&mut self, header: &RequestHeader, until: Until) -> io::Result<()> {
+        let wanted = self.items.first().copied();
+        let segment = match wanted {
+            Some(item) if self.same_host => {
+                self.shared.host.segment(item.grant.segment, item.grant.incarnation)
+            }
+            _ => Err(TransferError::Invalid {
+                what: "attach needs a Unix socket and an item",
+            }),
+        };
+        let segment = match segment {
+            Ok(segment) => segment,
+            Err(error) => {
+                let status = Status::from_error(&error);
+                return self.answer(status, 0, 0, header.id, until);
+            }
+        };
+        self.reply.clear();
+        let size = segment.memory.len() as u64;
+        frame::encode_reply(&mut self.reply, Status::Ok, 0, size, header.id);
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let fds = [segment.memory.fd()];
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+        let vectors = [io::IoSlice::new(&self.reply)];
+        let sent = rustix::net::sendmsg(
+            self.socket.fd(),
+            &vectors,
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        )?;
+        if sent != self.reply.len() {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,368 @@
+//! A blocking stream socket (TCP or Unix) with buffered vectored I/O straight into and out of raw memory.
+//!
+//! Owns partial reads and writes and deadlines; knows no frames. The kernel timeout is a short tick, so that a deadline
+//! costs no system call per operation.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use crate::engine::batch::LocalSlice;
+
+/// How often a blocked call looks at its deadline.
+const TICK: Duration = Duration::from_millis(250);
+/// Bytes buffered ahead of the caller's memory: small frames come in with one read.
+const BUFFER_BYTES: usize = 64 << 10;
+/// Pieces given to one vectored call.
+const VECTOR_MAX: usize = 128;
+
+/// When an operation must have ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Until {
+    /// This moment.
+    Deadline(Instant),
+    /// No end before the first byte (an idle lane), then `stall` between bytes.
+    Idle,
+}
+
+/// A connected stream.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    fd: OwnedFd,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Socket {
+    /// Connects over TCP.
+    pub(crate) fn connect_tcp(address: SocketAddr, timeout: Duration) -> io::Result<Self> {
+        Self::from_tcp(TcpStream::connect_timeout(&address, timeout)?)
+    }
+
+    /// Takes a connected TCP stream: no delay, keepalive, user timeout.
+    pub(crate) fn from_tcp(stream: TcpStream) -> io::Result<Self> {
+        stream.set_nonblocking(false)?;
+        stream.set_nodelay(true)?;
+        let socket = socket2::SockRef::from(&stream);
+        socket.set_tcp_keepalive(
+            &socket2::TcpKeepalive::new()
+                .with_time(Duration::from_secs(15))
+                .with_interval(Duration::from_secs(5))
+                .with_retries(3),
+        )?;
+        socket.set_tcp_user_timeout(Some(Duration::from_secs(20)))?;
+        Self::new(stream.into())
+    }
+
+    /// Connects to an abstract Unix socket.
+    pub(crate) fn connect_unix(name: &str) -> io::Result<Self> {
+        use std::os::linux::net::SocketAddrExt;
+        let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+        Self::new(UnixStream::connect_addr(&address)?.into())
+    }
+
+    /// Takes a connected Unix stream.
+    pub(crate) fn from_unix(stream: UnixStream) -> io::Result<Self> {
+        Self::new(stream.into())
+    }
+
+    fn new(fd: OwnedFd) -> io::Result<Self> {
+        let socket = socket2::SockRef::from(&fd);
+        socket.set_read_timeout(Some(TICK))?;
+        socket.set_write_timeout(Some(TICK))?;
+        Ok(Self {
+            fd,
+            buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
+            start: 0,
+            end: 0,
+        })
+    }
+
+    /// The descriptor, for passing others along it and for shutting it down from elsewhere.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Whether the peer has closed or sent something nobody asked for: the lane is of no further use.
+    pub(crate) fn is_spent(&self) -> bool {
+        if self.start != self.end {
+            return true;
+        }
+        let mut byte = [0u8; 1];
+        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
+        !matches!(
+            rustix::net::recv(&self.fd, &mut byte[..], flags),
+            Err(Errno::AGAIN)
+        )
+    }
+
+    fn wait<T>(
+        until: Until,
+        mut progress: impl FnMut() -> Result<T, Errno>,
+    ) -> io::Result<T> {
+        loop {
+            match progress() {
+                Ok(value) => return Ok(value),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => match until {
+                    Until::Idle => {}
+                    Until::Deadline(at) if Instant::now() < at => {}
+                    Until::Deadline(_) => return Err(io::ErrorKind::TimedOut.into()),
+                },
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// Makes at least `n` bytes contiguous in the buffer. `Ok(false)`: the peer closed cleanly before the first byte.
+    pub(crate) fn need(&mut self, n: usize, until: Until) -> io::Result<bool> {
+        if self.end - self.start >= n {
+            return Ok(true);
+        }
+        if self.start == self.end {
+            self.start = 0;
+            self.end = 0;
+        }
+        if self.start + n > self.buffer.len() {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        if n > self.buffer.len() {
+            let mut larger = vec![0; n.next_power_of_two()].into_boxed_slice();
+            larger[..self.end].copy_from_slice(&self.buffer[..self.end]);
+            self.buffer = larger;
+        }
+        while self.end - self.start < n {
+            let fd = self.fd.as_fd();
+            let room = &mut self.buffer[self.end..];
+            let got = Self::wait(until, || rustix::io::read(fd, &mut *room))?;
+            if got == 0 {
+                if self.start == self.end {
+                    return Ok(false);
+                }
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            self.end += got;
+        }
+        Ok(true)
+    }
+
+    /// The next `n` buffered bytes; [`Socket::need`] made them available.
+    pub(crate) fn take(&mut self, n: usize) -> &[u8] {
+        let at = self.start;
+        self.start += n;
+        &self.buffer[at..at + n]
+    }
+
+    /// Gives back an oversized buffer after a large frame.
+    pub(crate) fn shrink(&mut self) {
+        if self.buffer.len() > BUFFER_BYTES && self.end - self.start <= BUFFER_BYTES {
+            let mut smaller = vec![0; BUFFER_BYTES].into_boxed_slice();
+            let left = self.end - self.start;
+            smaller[..left].copy_from_slice(&self.buffer[self.start..self.end]);
+            (self.start, self.end, self.buffer) = (0, left, smaller);
+        }
+    }
+
+    /// Fills the targets in order, straight from the kernel but for what is buffered already.
+    pub(crate) fn read_into(&mut self, targets: &[LocalSlice], until: Until) -> io::Result<()> {
+        let mut cursor = Cursor::new(targets);
+        while let Some((pointer, length)) = cursor.current() {
+            let buffered = (self.end - self.start).min(length);
+            if buffered > 0 {
+                // SAFETY: `current` is inside a slice whose owner promised validity; the buffer is our own.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(
+                        self.buffer.as_ptr().add(self.start),
+                        pointer,
+                        buffered,
+                    );
+                }
+                self.start += buffered;
+                cursor.advance(buffered);
+                continue;
+            }
+            self.start = 0;
+            self.end = 0;
+            let direct = cursor.remaining();
+            let got = {
+                // SAFETY: the slices are valid for writing until the transfer returns (LocalSlice::new).
+                let mut vectors = unsafe { cursor.vectors_mut() };
+                vectors.push(IoSliceMut::new(&mut self.buffer));
+                let fd = self.fd.as_fd();
+                Self::wait(until, || rustix::io::readv(fd, &mut vectors))?
+            };
+            if got == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let covered = cursor.vector_bytes().min(direct);
+            cursor.advance(got.min(covered));
+            self.end = got.saturating_sub(covered);
+        }
+        Ok(())
+    }
+
+    /// Reads and forgets `n` bytes.
+    pub(crate) fn skip(&mut self, mut n: u64, until: Until) -> io::Result<()> {
+        while n > 0 {
+            if self.start == self.end && !self.need(1, until)? {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let step = ((self.end - self.start) as u64).min(n);
+            self.start += step as usize;
+            n -= step;
+        }
+        Ok(())
+    }
+
+    /// Writes `head` and then the sources.
+    pub(crate) fn write_all_from(
+        &mut self,
+        head: &[u8],
+        sources: &[LocalSlice],
+        until: Until,
+    ) -> io::Result<()> {
+        let mut head = head;
+        let mut cursor = Cursor::new(sources);
+        while !head.is_empty() || cursor.current().is_some() {
+            let sent = {
+                let mut vectors: smallvec::SmallVec<[IoSlice<'_>; 8]> = smallvec::SmallVec::new();
+                if !head.is_empty() {
+                    vectors.push(IoSlice::new(head));
+                }
+                // SAFETY: the slices are valid for reading until the transfer returns (LocalSlice::new).
+                unsafe { cursor.vectors(&mut vectors) };
+                let fd = self.fd.as_fd();
+                // SIGPIPE is ignored by the Rust runtime; a closed peer shows as EPIPE.
+                Self::wait(until, || rustix::io::writev(fd, &vectors))?
+            };
+            if sent == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            let of_head = sent.min(head.len());
+            head = &head[of_head..];
+            cursor.advance(sent - of_head);
+        }
+        Ok(())
+    }
+
+    /// Ends both directions; a thread blocked on it wakes up.
+    pub(crate) fn shutdown(&self) {
+        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
+    }
+}
+
+/// The handshake's view of a socket: plain reads and writes with a deadline.
+pub(crate) struct Timed<'a> {
+    pub(crate) socket: &'a mut Socket,
+    pub(crate) deadline: Instant,
+}
+
+impl Read for Timed<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if !self.socket.need(1, Until::Deadline(self.deadline))? {
+            return Ok(0);
+        }
+        let n = (self.socket.end - self.socket.start).min(out.len());
+        out[..n].copy_from_slice(self.socket.take(n));
+        Ok(n)
+    }
+}
+
+impl Write for Timed<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket
+            .write_all_from(bytes, &[], Until::Deadline(self.deadline))?;
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Position within a list of slices.
+struct Cursor<'a> {
+    slices: &'a [LocalSlice],
+    at: usize,
+    within: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(slices: &'a [LocalSlice]) -> Self {
+        let mut cursor = Self {
+            slices,
+            at: 0,
+            within: 0,
+        };
+        cursor.advance(0);
+        cursor
+    }
+
+    fn current(&self) -> Option<(*mut u8, usize)> {
+        let slice = self.slices.get(self.at)?;
+        // SAFETY: `within` < length, kept by `advance`.
+        Some((
+            unsafe { slice.pointer.add(self.within) },
+            slice.length - self.within,
+        ))
+    }
+
+    fn advance(&mut self, mut n: usize) {
+        while let Some(slice) = self.slices.get(self.at) {
+            let left = slice.length - self.within;
+            if n < left {
+                self.within += n;
+                return;
+            }
+            n -= left;
+            self.at += 1;
+            self.within = 0;
+        }
+    }
+
+    fn remaining(&self) -> usize {
+        self.pieces(usize::MAX).map(|(_, n)| n).sum()
+    }
+
+    /// Bytes the next vectored call covers.
+    fn vector_bytes(&self) -> usize {
+        self.pieces(VECTOR_MAX).map(|(_, n)| n).sum()
+    }
+
+    fn pieces(&self, most: usize) -> impl Iterator<Item = (*mut u8, usize)> + '_ {
+        self.slices[self.at.min(self.slices.len())..]
+            .iter()
+            .take(most)
+            .enumerate()
+            .map(|(i, s)| {
+                let skip = if i == 0 { self.within } else { 0 };
+                // SAFETY: skip <= length of this slice.
+                (unsafe { s.pointer.add(skip) }, s.length - skip)
+            })
+    }
+
+    /// # Safety
+    /// The slices are valid for writing and nobody else touches them.
+    unsafe fn vectors_mut<'b>(&self) -> smallvec::SmallVec<[IoSliceMut<'b>; 8]> {
+        self.pieces(VECTOR_MAX)
+            // SAFETY: the caller's promise.
+            .map(|(p, n)| IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(p, n) }))
+            .collect()
+    }
+
+    /// # Safety
+    /// The slices are valid for reading.
+    unsafe fn vectors<'b>(&self, out: &mut smallvec::SmallVec<[IoSlice<'b>; 8]>) {
+        // SAFETY: the caller's promise.
+        out.extend(
+            self.pieces(VECTOR_MAX)
+                .map(|(p, n)| IoSlice::new(unsafe { std::slice::from_raw_parts(p, n) })),
+        );
+    }
+}

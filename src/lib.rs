@@ -1,0 +1,7 @@
+//! `mooncake`: a shared KV-cache pool for LLM inference.
+//!
+//! Rooms, and who may know whom: `cmd → store, engine, base`; `store → engine, base`; `engine → base`
+//! (docs/architecture.md; `tests/tidy.rs` holds it).
+
+pub mod base;
+pub mod engine;

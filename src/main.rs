@@ -1,0 +1,2 @@
+//! The `mooncake` binary.
+fn main() {}
