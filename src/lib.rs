@@ -4,4 +4,6 @@
 //! (docs/architecture.md; `tests/tidy.rs` holds it).
 
 pub mod base;
+pub mod cmd;
 pub mod engine;
+pub mod store;

@@ -4,6 +4,7 @@ pub mod clock;
 pub mod config;
 pub mod handshake;
 pub mod id;
+pub mod mooncake_json;
 pub mod net;
 pub mod telemetry;
 pub mod trust;

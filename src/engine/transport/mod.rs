@@ -3,6 +3,7 @@
 //! A transport carries out requests for one peer; it decides nothing. The gate is `engine::host`, the order in which
 //! transports are tried is the engine's.
 
+pub mod control;
 pub mod faulty;
 pub(crate) mod frame;
 pub(crate) mod lane;

@@ -51,9 +51,27 @@ struct Shared {
     host: Arc<SegmentHost>,
     lanes_max: usize,
     stopping: AtomicBool,
-    lanes: Mutex<HashMap<u64, OwnedFd>>,
+    lanes: Mutex<HashMap<u64, OpenLane>>,
     next: AtomicU64,
     counters: ServerCounters,
+}
+
+/// A lane as others see it.
+struct OpenLane {
+    fd: OwnedFd,
+    client: Id128,
+    /// Whether its thread is in the middle of a frame.
+    busy: Arc<AtomicBool>,
+}
+
+impl OpenLane {
+    /// Nothing of this lane is being carried out, and nothing waits in its socket.
+    fn quiet(&self) -> bool {
+        let mut byte = [0u8; 1];
+        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
+        let waiting = matches!(rustix::net::recv(&self.fd, &mut byte[..], flags), Ok((n, _)) if n > 0);
+        !waiting && !self.busy.load(Ordering::Acquire)
+    }
 }
 
 impl DataServer {
@@ -121,6 +139,18 @@ impl DataServer {
     pub fn lanes(&self) -> usize {
         self.shared.lanes.lock().len()
     }
+    /// Whether nothing a client sent so far is still being carried out. Blocks for two milliseconds.
+    pub fn quiet(&self, client: Id128) -> bool {
+        let quiet = || {
+            let lanes = self.shared.lanes.lock();
+            lanes.values().filter(|l| l.client == client).all(OpenLane::quiet)
+        };
+        // Twice: a lane that had taken a frame off its socket and not yet said so has said so by then.
+        quiet() && {
+            std::thread::sleep(Duration::from_millis(2));
+            quiet()
+        }
+    }
     /// What it did so far.
     pub fn counters(&self) -> &ServerCounters {
         &self.shared.counters
@@ -130,8 +160,8 @@ impl DataServer {
 impl Drop for DataServer {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
-        for fd in self.shared.lanes.lock().values() {
-            let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
+        for lane in self.shared.lanes.lock().values() {
+            let _ = rustix::net::shutdown(&lane.fd, rustix::net::Shutdown::Both);
         }
         // Wake the accept threads.
         let mut address = self.address;
@@ -177,11 +207,17 @@ impl Shared {
 
     fn lane(self: Arc<Self>, mut socket: Socket, same_host: bool) {
         let slot = self.next.fetch_add(1, Ordering::Relaxed);
+        let working = Arc::new(AtomicBool::new(true));
         let busy = {
             let mut lanes = self.lanes.lock();
             let busy = lanes.len() >= self.lanes_max;
             if let Ok(fd) = socket.fd().try_clone_to_owned() {
-                lanes.insert(slot, fd);
+                let lane = OpenLane {
+                    fd,
+                    client: Id128::NONE,
+                    busy: working.clone(),
+                };
+                lanes.insert(slot, lane);
             }
             busy
         };
@@ -197,7 +233,11 @@ impl Shared {
         );
         match greeting {
             Ok(greeting) => {
+                if let Some(lane) = self.lanes.lock().get_mut(&slot) {
+                    lane.client = greeting.peer;
+                }
                 let mut lane = ServedLane {
+                    busy: working,
                     shared: &self,
                     socket,
                     client: greeting.peer,
@@ -249,6 +289,7 @@ struct ServedLane<'a> {
     socket: Socket,
     client: Id128,
     same_host: bool,
+    busy: Arc<AtomicBool>,
     items: Vec<Item>,
     reply: Vec<u8>,
 }
@@ -262,7 +303,10 @@ impl ServedLane<'_> {
     /// be trusted to be in step.
     fn serve(&mut self) -> io::Result<()> {
         loop {
-            if !self.socket.need(1, Until::Idle)? {
+            self.busy.store(false, Ordering::Release);
+            let more = self.socket.need(1, Until::Idle)?;
+            self.busy.store(true, Ordering::Release);
+            if !more {
                 return Ok(());
             }
             let start = Instant::now();

@@ -1,0 +1,215 @@
+//! `mooncake master`: the index of a pool, and with `--memory` a whole pool.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{ArgMatches, Command};
+
+use super::{ExitStatus, Outcome, print, serve, settings};
+use crate::base::config::{Kind, Resolved, Setting};
+use crate::base::trust::ClusterKeys;
+use crate::base::units::ByteSize;
+use crate::store::master::config::MasterConfig;
+use crate::store::master::eviction::PolicyKind;
+use crate::store::master::placement::PlacementStrategy;
+use crate::store::master::{Master, MasterServer};
+use crate::store::node::{Node, NodeConfig};
+
+const MS: Kind = Kind::Time(Duration::from_millis(1));
+const SECONDS: Kind = Kind::Time(Duration::from_secs(1));
+
+const fn setting(
+    name: &'static str,
+    aliases: &'static [&'static str],
+    kind: Kind,
+    default: &'static str,
+    help: &'static str,
+) -> Setting {
+    Setting { name, aliases, kind, default, help }
+}
+
+/// An upstream flag that has no meaning here; taken so that start scripts keep working.
+const fn ignored(name: &'static str, aliases: &'static [&'static str]) -> Setting {
+    setting(name, aliases, Kind::Text, "", "")
+}
+
+/// Names, defaults and units follow upstream's `mooncake_master` where it has the setting.
+static SETTINGS: &[Setting] = &[
+    setting("port", &["rpc_port"], Kind::Integer(0, 65_535), "50051", "Port for gRPC, HTTP and control lanes; 0 = any free one"),
+    setting("bind", &["rpc_address"], Kind::Text, "127.0.0.1", "Address to listen on; beyond loopback only when told so"),
+    setting("token-file", &[], Kind::Text, "", "File with the cluster token (or MOONCAKE_TOKEN); required of everybody then"),
+    setting("memory", &[], Kind::Size(0, 1 << 50), "0", "Also host an embedded node with this much memory"),
+    setting("node-port", &[], Kind::Integer(0, 65_535), "0", "Data port of the embedded node; 0 = any free one"),
+    setting("metrics-port", &[], Kind::Text, "9003", "Second HTTP listener for tools that expect upstream's port; `off` = none"),
+    setting("metrics-host", &[], Kind::Text, "127.0.0.1", "Address of the second HTTP listener"),
+    setting("enable-metric-reporting", &[], Kind::Flag, "true", "Log a summary every 10 s"),
+    setting("default-kv-lease-ttl", &[], MS, "10s", "Lease granted by get and exist; a bare number is milliseconds"),
+    setting("max-kv-soft-pin-ttl", &[], MS, "24h", "Longest soft pin accepted; a bare number is milliseconds"),
+    setting("allow-evict-soft-pinned-objects", &[], Kind::Flag, "true", "Evict soft-pinned objects when nothing else is left"),
+    setting("eviction-high-watermark-ratio", &[], Kind::Ratio, "0.90", "Share of the capacity above which eviction runs"),
+    setting("eviction-ratio", &[], Kind::Ratio, "0.05", "Share of the capacity that a round of eviction frees"),
+    setting("eviction-policy", &[], Kind::Choice(PolicyKind::NAMES), "sieve", "What is evicted first"),
+    setting("allocation-strategy", &[], Kind::Choice(PlacementStrategy::NAMES), "random", "Where replicas are placed"),
+    setting("client-ttl", &[], SECONDS, "10s", "A node silent for this long is unmounted; a bare number is seconds"),
+    setting("put-start-release-timeout", &["put_start_release_timeout_sec"], SECONDS, "600s", "An unfinished put is reclaimed after this; a bare number is seconds"),
+    setting("put-wait", &[], MS, "2s", "How long a put waits for space when its client names no deadline"),
+    setting("recovery-grace", &[], MS, "1s", "After the start, absence is not answered for this long: nodes may still be on their way"),
+    setting("max-lanes", &[], Kind::Integer(1, 65_536), "4096", "Control lanes open at once; as many data lanes of the embedded node"),
+    setting("log-format", &[], Kind::Choice(&["text", "json"]), "text", "How log lines look"),
+    ignored("max-threads", &["rpc_thread_num"]),
+    ignored("rpc-conn-timeout-seconds", &[]),
+    ignored("rpc-enable-tcp-no-delay", &[]),
+    ignored("rpc-interface", &[]),
+    ignored("memory-allocator", &[]),
+    ignored("cluster-id", &[]),
+    ignored("default-kv-soft-pin-ttl", &[]),
+    ignored("put-start-discard-timeout-sec", &[]),
+    ignored("logtostderr", &[]),
+];
+
+pub(super) fn command() -> Command {
+    let command = Command::new("master")
+        .about("Run the master: the index of a pool (with --memory, a whole pool)")
+        .after_help(
+            "Every setting can also stand in the --config file (with underscores) or in MOONCAKE_<NAME>.\n\
+             A flag wins over a variable, a variable over the file. Upstream's spellings are accepted.",
+        );
+    settings::add(command, SETTINGS)
+}
+
+fn config(r: &Resolved) -> MasterConfig {
+    let ms = Duration::from_millis(1);
+    let seconds = Duration::from_secs(1);
+    MasterConfig {
+        lease_ttl: r.time("default-kv-lease-ttl", ms),
+        soft_pin_ttl_max: r.time("max-kv-soft-pin-ttl", ms),
+        evict_soft_pinned: r.flag("allow-evict-soft-pinned-objects"),
+        high_watermark: r.ratio("eviction-high-watermark-ratio"),
+        eviction_ratio: r.ratio("eviction-ratio"),
+        client_ttl: r.time("client-ttl", seconds),
+        put_release: r.time("put-start-release-timeout", seconds),
+        put_wait: r.time("put-wait", ms),
+        recovery_grace: r.time("recovery-grace", ms),
+        placement: PlacementStrategy::by_name(r.text("allocation-strategy").unwrap_or("random")),
+        policy: PolicyKind::by_name(r.text("eviction-policy").unwrap_or("sieve")),
+    }
+}
+
+pub(super) fn run(matches: &ArgMatches) -> Outcome {
+    let resolved = settings::resolved(matches, SETTINGS)?;
+    if settings::wants_print(matches) {
+        settings::print_config(matches, &resolved)?;
+        return Ok(ExitStatus::Ok);
+    }
+    serve::logging(&resolved);
+    serve::runtime()?.block_on(serve_master(&resolved))
+}
+
+async fn serve_master(r: &Resolved) -> Outcome {
+    let token = serve::token(r.text("token-file"))?;
+    let keys = ClusterKeys::derive(token.as_ref());
+    let host = r.text("bind").unwrap_or("127.0.0.1");
+    let wanted = serve::listen(host, r.integer("port") as u16)?;
+    let listener = tokio::net::TcpListener::bind(wanted)
+        .await
+        .with_context(|| format!("cannot listen on {wanted}: choose another --port or stop what holds it"))?;
+    let address = listener.local_addr()?;
+    let master = Master::new(config(r), keys);
+    let lanes_max = r.integer("max-lanes") as usize;
+    let server = MasterServer::new(master, lanes_max)?;
+    tokio::spawn(server.clone().serve(listener));
+    metrics_listener(r, &server).await?;
+    let trust = serve::trust_line(address, token.is_some());
+    print::line(&format!(
+        "mooncake master {} listening on {address} ({trust})",
+        env!("CARGO_PKG_VERSION")
+    ))?;
+    let node = match r.size("memory") {
+        ByteSize(0) => None,
+        memory => Some(embedded(r, address, memory, token, lanes_max).await?),
+    };
+    if r.flag("enable-metric-reporting") {
+        tokio::spawn(report(server.clone()));
+    }
+    serve::terminated().await;
+    tracing::info!("master stops");
+    drop(node);
+    Ok(ExitStatus::Ok)
+}
+
+async fn embedded(
+    r: &Resolved,
+    master: std::net::SocketAddr,
+    memory: ByteSize,
+    token: Option<crate::base::trust::Token>,
+    lanes_max: usize,
+) -> anyhow::Result<Node> {
+    let mut reach = master;
+    if reach.ip().is_unspecified() {
+        reach.set_ip(if reach.is_ipv4() {
+            std::net::Ipv4Addr::LOCALHOST.into()
+        } else {
+            std::net::Ipv6Addr::LOCALHOST.into()
+        });
+    }
+    let listen = std::net::SocketAddr::new(master.ip(), r.integer("node-port") as u16);
+    let node = Node::start(NodeConfig {
+        master: reach.to_string(),
+        token,
+        name: None,
+        listen,
+        advertise: None,
+        segments: vec![memory],
+        populate: true,
+        lanes_max,
+    })?;
+    let ready = node
+        .wait_for(crate::store::node::NodePhase::InService, Duration::from_secs(10))
+        .await;
+    anyhow::ensure!(ready, "the embedded node did not register within 10 s");
+    print::line(&format!("embedded node {} with {memory}", node.address()))?;
+    Ok(node)
+}
+
+async fn metrics_listener(r: &Resolved, server: &std::sync::Arc<MasterServer>) -> anyhow::Result<()> {
+    let port = r.text("metrics-port").unwrap_or("off");
+    if port == "off" {
+        return Ok(());
+    }
+    let port: u16 = port
+        .parse()
+        .map_err(|_| super::UsageError(format!("--metrics-port: `{port}` is neither a port nor `off`")))?;
+    let address = serve::listen(r.text("metrics-host").unwrap_or("127.0.0.1"), port)?;
+    match tokio::net::TcpListener::bind(address).await {
+        Ok(listener) => {
+            tokio::spawn(server.clone().serve(listener));
+            Ok(())
+        }
+        Err(error) if r.is_set("metrics-port") => {
+            Err(error).with_context(|| format!("cannot listen on {address} (--metrics-port)"))
+        }
+        Err(error) => {
+            tracing::info!(%address, %error, "no second HTTP listener; set --metrics-port to another port or off");
+            Ok(())
+        }
+    }
+}
+
+async fn report(server: std::sync::Arc<MasterServer>) {
+    let mut tick = tokio::time::interval(Duration::from_secs(10));
+    tick.tick().await;
+    loop {
+        tick.tick().await;
+        let o = server.master().summary();
+        tracing::info!(
+            objects = o.objects,
+            used = %ByteSize(o.used_bytes),
+            capacity = %ByteSize(o.capacity_bytes),
+            clients = o.clients,
+            hits = o.hits,
+            misses = o.misses,
+            evicted = o.evicted_objects,
+            "summary"
+        );
+    }
+}

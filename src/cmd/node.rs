@@ -1,0 +1,102 @@
+//! `mooncake node`: contributes memory of this host to a pool.
+
+use std::time::Duration;
+
+use clap::{ArgMatches, Command};
+
+use super::{ExitStatus, Outcome, UsageError, print, serve, settings};
+use crate::base::config::{Kind, Resolved, Setting};
+use crate::base::units::ByteSize;
+use crate::store::node::{Node, NodeConfig, NodePhase};
+
+const fn setting(
+    name: &'static str,
+    aliases: &'static [&'static str],
+    kind: Kind,
+    default: &'static str,
+    help: &'static str,
+) -> Setting {
+    Setting { name, aliases, kind, default, help }
+}
+
+static SETTINGS: &[Setting] = &[
+    setting("master", &["master_server_address"], Kind::Text, "127.0.0.1:50051", "HOST:PORT of the master"),
+    setting("memory", &["global_segment_size"], Kind::Size(1 << 20, 1 << 50), "4GiB", "Memory to contribute"),
+    setting("segments", &[], Kind::Integer(1, 64), "1", "Number of segments the memory is split into"),
+    setting("bind", &["host"], Kind::Text, "127.0.0.1", "Address to listen on for data; beyond loopback only when told so"),
+    setting("port", &[], Kind::Integer(0, 65_535), "0", "Port for data; 0 = any free one"),
+    setting("advertise", &["local_hostname"], Kind::Text, "", "HOST or HOST:PORT that others connect to, when it is not --bind"),
+    setting("name", &[], Kind::Text, "", "Name of this node [default: its address]"),
+    setting("populate", &[], Kind::Flag, "true", "Touch all memory in the background after the start"),
+    setting("token-file", &[], Kind::Text, "", "File with the cluster token (or MOONCAKE_TOKEN)"),
+    setting("max-lanes", &[], Kind::Integer(1, 65_536), "4096", "Data lanes open at once"),
+    setting("drain-timeout", &[], Kind::Time(Duration::from_secs(1)), "10s", "How long a stop may take; a bare number is seconds"),
+    setting("log-format", &[], Kind::Choice(&["text", "json"]), "text", "How log lines look"),
+];
+
+pub(super) fn command() -> Command {
+    let command = Command::new("node")
+        .about("Run a node: lend memory of this host to a pool")
+        .after_help("On SIGTERM the node takes leave: puts under way end, then its segments are unmounted.");
+    settings::add(command, SETTINGS)
+}
+
+pub(super) fn run(matches: &ArgMatches) -> Outcome {
+    let resolved = settings::resolved(matches, SETTINGS)?;
+    if settings::wants_print(matches) {
+        settings::print_config(matches, &resolved)?;
+        return Ok(ExitStatus::Ok);
+    }
+    serve::logging(&resolved);
+    serve::runtime()?.block_on(serve_node(&resolved))
+}
+
+async fn serve_node(r: &Resolved) -> Outcome {
+    let token = serve::token(r.text("token-file"))?;
+    let count = r.integer("segments");
+    let each = ByteSize(r.size("memory").0 / count / 4096 * 4096);
+    if each.0 == 0 {
+        return Err(UsageError("--segments: more segments than pages of memory".to_owned()).into());
+    }
+    let master = r.text("master").unwrap_or_default().to_owned();
+    crate::base::net::split_host_port(&master, 50051)
+        .map_err(|e| UsageError(format!("--master: {e}")))?;
+    let node = Node::start(NodeConfig {
+        master: master.clone(),
+        token: token.clone(),
+        name: r.text("name").map(str::to_owned),
+        listen: serve::listen(r.text("bind").unwrap_or("127.0.0.1"), r.integer("port") as u16)?,
+        advertise: r.text("advertise").map(str::to_owned),
+        segments: vec![each; count as usize],
+        populate: r.flag("populate"),
+        lanes_max: r.integer("max-lanes") as usize,
+    })?;
+    let local = node.address().parse();
+    let trust = local.map_or_else(
+        |_| "token required".to_owned(),
+        |address| serve::trust_line(address, token.is_some()),
+    );
+    print::line(&format!(
+        "mooncake node {} with {} in {count} segment(s), master {master} ({trust})",
+        node.address(),
+        ByteSize(each.0 * count),
+    ))?;
+    let announced = async {
+        if node.wait_for(NodePhase::InService, Duration::from_secs(3600)).await {
+            let _ = print::line("in service");
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = serve::terminated() => {}
+        () = announced => {}
+    }
+    let timeout = r.time("drain-timeout", Duration::from_secs(1));
+    if node.drain(timeout).await {
+        tracing::info!("unmounted");
+        Ok(ExitStatus::Ok)
+    } else {
+        tracing::warn!("the master did not confirm in time; it unmounts this node when its silence has lasted client-ttl");
+        Ok(ExitStatus::Unreachable)
+    }
+}

@@ -1,0 +1,70 @@
+//! What `master` and `node` have in common: runtime, token, listeners, signals.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use anyhow::Context;
+
+use super::UsageError;
+use crate::base::config::Resolved;
+use crate::base::telemetry::{self, LogFormat};
+use crate::base::trust::Token;
+
+/// The cluster token: `--token-file`, else `MOONCAKE_TOKEN`.
+pub(crate) fn token(file: Option<&str>) -> anyhow::Result<Option<Token>> {
+    if let Some(path) = file {
+        let token = Token::read(Path::new(path))
+            .with_context(|| format!("cannot read the token file {path}"))?;
+        return Ok(Some(token));
+    }
+    Ok(std::env::var("MOONCAKE_TOKEN").ok().and_then(|t| Token::new(&t)))
+}
+
+/// Sets up logging as configured.
+pub(crate) fn logging(resolved: &Resolved) {
+    let format = match resolved.text("log-format") {
+        Some("json") => LogFormat::Json,
+        _ => LogFormat::Text,
+    };
+    telemetry::init(format, "info");
+}
+
+/// An address to listen on.
+pub(crate) fn listen(host: &str, port: u16) -> anyhow::Result<SocketAddr> {
+    let text = crate::base::net::join_host_port(host.trim_matches(['[', ']']), port);
+    let address = crate::base::net::resolve_one(&text)
+        .map_err(|e| UsageError(format!("--bind {host}: {e}")))?;
+    Ok(address)
+}
+
+/// Says who may connect: part of the start line.
+pub(crate) fn trust_line(address: SocketAddr, secured: bool) -> String {
+    match (secured, address.ip().is_loopback()) {
+        (true, _) => "token required".to_owned(),
+        (false, true) => "no token, loopback only".to_owned(),
+        (false, false) => {
+            "NO TOKEN: anybody who reaches this address can read and write the pool".to_owned()
+        }
+    }
+}
+
+/// The runtime of a server process: few workers, since data and control lanes have threads of their own.
+pub(crate) fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 4))
+        .enable_all()
+        .build()
+}
+
+/// Waits for SIGTERM or SIGINT.
+pub(crate) async fn terminated() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+}

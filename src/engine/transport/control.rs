@@ -1,0 +1,101 @@
+//! Length-prefixed messages over a stream, blocking, in the caller's thread: what control lanes are made of. Knows
+//! nothing of what the messages say.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::socket::{Socket, Timed, Until};
+
+/// A stream of messages, each behind its length (u32, little-endian).
+#[derive(Debug)]
+pub struct ControlSocket {
+    socket: Socket,
+}
+
+impl ControlSocket {
+    /// Takes a connected stream.
+    ///
+    /// # Errors
+    /// When its options cannot be set.
+    pub fn new(stream: TcpStream) -> io::Result<Self> {
+        Ok(Self {
+            socket: Socket::from_tcp(stream)?,
+        })
+    }
+
+    /// Connects.
+    ///
+    /// # Errors
+    /// From the system.
+    pub fn connect(address: SocketAddr, timeout: Duration) -> io::Result<Self> {
+        Ok(Self {
+            socket: Socket::connect_tcp(address, timeout)?,
+        })
+    }
+
+    /// The stream for a handshake that ends by `deadline`.
+    pub fn timed(&mut self, deadline: Instant) -> impl io::Read + io::Write + '_ {
+        Timed {
+            socket: &mut self.socket,
+            deadline,
+        }
+    }
+
+    /// Whether the peer has closed the lane.
+    pub fn is_spent(&self) -> bool {
+        self.socket.is_spent()
+    }
+
+    /// Sends bytes that begin with their length.
+    ///
+    /// # Errors
+    /// From the system, `TimedOut` at the deadline.
+    pub fn send(&mut self, framed: &[u8], deadline: Instant) -> io::Result<()> {
+        self.socket.write_all_from(framed, &[], Until::Deadline(deadline))
+    }
+
+    /// The next message.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` when the peer closed, `InvalidData` for a length beyond `most`, `TimedOut`.
+    pub fn receive(&mut self, most: usize, deadline: Instant) -> io::Result<Bytes> {
+        self.message(most, Until::Deadline(deadline), deadline)?
+            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+
+    /// The next message, waiting without end for its first byte; `None` when the peer closed.
+    ///
+    /// # Errors
+    /// As [`ControlSocket::receive`].
+    pub fn receive_idle(&mut self, most: usize, stall: Duration) -> io::Result<Option<Bytes>> {
+        if !self.socket.need(1, Until::Idle)? {
+            return Ok(None);
+        }
+        let deadline = Instant::now() + stall;
+        self.message(most, Until::Deadline(deadline), deadline)
+    }
+
+    fn message(&mut self, most: usize, until: Until, deadline: Instant) -> io::Result<Option<Bytes>> {
+        if !self.socket.need(4, until)? {
+            return Ok(None);
+        }
+        let mut length = [0; 4];
+        length.copy_from_slice(self.socket.take(4));
+        let length = u32::from_le_bytes(length) as usize;
+        if length > most {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("a message of {length} bytes is larger than the {most} allowed"),
+            ));
+        }
+        if length > 0 && !self.socket.need(length, Until::Deadline(deadline))? {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let message = Bytes::copy_from_slice(self.socket.take(length));
+        self.socket.shrink();
+        Ok(Some(message))
+    }
+}

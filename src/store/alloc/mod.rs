@@ -1,0 +1,3 @@
+//! Which ranges of a segment are free.
+
+pub mod offset;

@@ -1,0 +1,275 @@
+//! The client's link to the master: control lanes, batches, and patience with a master that restarts.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use prost::Message;
+
+use crate::base::clock::time_left;
+use crate::base::handshake::{self, HandshakeError, LaneKind};
+use crate::base::id::Id128;
+use crate::base::net::{join_host_port, resolve_one, split_host_port};
+use crate::base::trust::ClusterKeys;
+use crate::engine::transport::control::ControlSocket;
+use crate::store::model::error::StoreError;
+use crate::store::wire::{
+    self, BATCH_BYTES_MAX, Operation, OperationBatch, Reply, ReplyBatch, reply,
+};
+
+/// Idle lanes kept.
+const IDLE_MAX: usize = 32;
+/// Pause before trying a master again.
+const RETRY: Duration = Duration::from_millis(30);
+
+/// Connects to one master.
+pub(crate) struct ControlLink {
+    master: String,
+    me: Id128,
+    keys: ClusterKeys,
+    connect_timeout: Duration,
+    /// How long an unreachable master is waited for.
+    patience: Duration,
+    idle: Mutex<Vec<ControlSocket>>,
+    next: AtomicU64,
+    pub(crate) term: AtomicU64,
+    pub(crate) epoch: AtomicU64,
+}
+
+/// A batch that has been sent.
+pub(crate) struct Sent {
+    lane: ControlSocket,
+    reused: bool,
+    framed: Vec<u8>,
+    deadline: Instant,
+}
+
+impl ControlLink {
+    pub(crate) fn new(
+        master: &str,
+        me: Id128,
+        keys: ClusterKeys,
+        connect_timeout: Duration,
+        patience: Duration,
+    ) -> Result<Self, StoreError> {
+        let (host, port) = split_host_port(master, 50051)
+            .map_err(|what| StoreError::InvalidParams { what })?;
+        Ok(Self {
+            master: join_host_port(&host, port),
+            me,
+            keys,
+            connect_timeout,
+            patience,
+            idle: Mutex::default(),
+            next: AtomicU64::new(1),
+            term: AtomicU64::new(0),
+            epoch: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn master(&self) -> &str {
+        &self.master
+    }
+
+    fn unreachable(&self, reason: impl ToString) -> StoreError {
+        StoreError::MasterUnreachable {
+            master: self.master.clone(),
+            reason: reason.to_string(),
+        }
+    }
+
+    fn failed(&self, error: &io::Error) -> StoreError {
+        match error.kind() {
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => StoreError::Timeout {
+                what: format!("master {}", self.master),
+            },
+            _ => self.unreachable(error),
+        }
+    }
+
+    fn open(&self, deadline: Instant) -> Result<ControlSocket, (bool, StoreError)> {
+        let retry = |e: io::Error| (true, self.failed(&e));
+        let address = resolve_one(&self.master).map_err(retry)?;
+        let timeout = self.connect_timeout.min(time_left(deadline));
+        let mut lane = ControlSocket::connect(address, timeout).map_err(retry)?;
+        let end = Instant::now() + timeout;
+        let greeted =
+            handshake::connect(&mut lane.timed(end), LaneKind::Control, self.me, &self.keys);
+        match greeted {
+            Ok(_) => Ok(lane),
+            Err(HandshakeError::Io(e)) => Err(retry(e)),
+            // Waiting does not change a token, a version or what listens there.
+            Err(other) => Err((false, self.unreachable(other))),
+        }
+    }
+
+    fn take(&self, deadline: Instant, fresh: bool) -> Result<(ControlSocket, bool), StoreError> {
+        if fresh {
+            self.idle.lock().clear();
+        } else if let Some(lane) = self.idle.lock().pop() {
+            return Ok((lane, true));
+        }
+        let give_up = deadline.min(Instant::now() + self.patience);
+        loop {
+            match self.open(deadline) {
+                Ok(lane) => return Ok((lane, false)),
+                Err((true, _)) if Instant::now() + RETRY < give_up => std::thread::sleep(RETRY),
+                Err((_, error)) => return Err(error),
+            }
+        }
+    }
+
+    fn give_back(&self, lane: ControlSocket) {
+        let mut idle = self.idle.lock();
+        if idle.len() < IDLE_MAX {
+            idle.push(lane);
+        }
+    }
+
+    /// Sends a batch; [`ControlLink::receive`] gets its replies. In between the caller's thread is free.
+    pub(crate) fn send(
+        &self,
+        operations: Vec<Operation>,
+        deadline: Instant,
+    ) -> Result<Sent, StoreError> {
+        let batch = OperationBatch {
+            id: self.next.fetch_add(1, Ordering::Relaxed),
+            client_high: self.me.high,
+            client_low: self.me.low,
+            deadline_ms: time_left(deadline).as_millis().clamp(1, 60_000) as u32,
+            operations,
+        };
+        let length = batch.encoded_len();
+        if length > BATCH_BYTES_MAX {
+            return Err(StoreError::InvalidParams {
+                what: "the batch is too large: split it".to_owned(),
+            });
+        }
+        let mut framed = Vec::with_capacity(4 + length);
+        framed.extend_from_slice(&(length as u32).to_le_bytes());
+        batch.encode_raw(&mut framed);
+        self.send_framed(framed, deadline, false)
+    }
+
+    fn send_framed(&self, framed: Vec<u8>, deadline: Instant, fresh: bool) -> Result<Sent, StoreError> {
+        let (mut lane, reused) = self.take(deadline, fresh)?;
+        match lane.send(&framed, deadline) {
+            Ok(()) => Ok(Sent {
+                lane,
+                reused,
+                framed,
+                deadline,
+            }),
+            Err(_) if !fresh => self.send_framed(framed, deadline, true),
+            Err(error) => Err(self.failed(&error)),
+        }
+    }
+
+    /// The replies of a batch. A lane that broke is replaced and the batch sent again: every operation of the contract
+    /// may be repeated (an end or commit that is repeated says so by its code, and the caller looks).
+    pub(crate) fn receive(&self, sent: Sent) -> Result<ReplyBatch, StoreError> {
+        let mut sent = sent;
+        // The master waits up to the deadline itself: leave its answer the time to arrive.
+        let grace = sent.deadline + Duration::from_millis(500);
+        loop {
+            match sent.lane.receive(BATCH_BYTES_MAX, grace) {
+                Ok(message) => {
+                    let batch = ReplyBatch::decode(message).map_err(|_| {
+                        self.unreachable("it answered something that is no reply of this protocol")
+                    })?;
+                    self.give_back(sent.lane);
+                    self.term.store(batch.term, Ordering::Release);
+                    self.epoch.store(batch.view_epoch, Ordering::Release);
+                    return Ok(batch);
+                }
+                Err(e) if e.kind() == io::ErrorKind::TimedOut => return Err(self.failed(&e)),
+                Err(_) if sent.reused || Instant::now() < sent.deadline => {
+                    let deadline = sent.deadline;
+                    sent = self.send_framed(sent.framed, deadline, true)?;
+                    sent.reused = false;
+                    if Instant::now() >= deadline {
+                        return Err(self.unreachable("the connection broke"));
+                    }
+                }
+                Err(e) => return Err(self.failed(&e)),
+            }
+        }
+    }
+
+    /// One batch, there and back.
+    pub(crate) fn call(
+        &self,
+        operations: Vec<Operation>,
+        deadline: Instant,
+    ) -> Result<Vec<Reply>, StoreError> {
+        let wanted = operations.len();
+        let batch = self.receive(self.send(operations, deadline)?)?;
+        if batch.replies.len() != wanted {
+            return Err(self.unreachable("it answered another number of operations"));
+        }
+        Ok(batch.replies)
+    }
+
+    /// One operation, there and back; a refusal is an error.
+    pub(crate) fn ask(
+        &self,
+        operation: wire::operation::Kind,
+        deadline: Instant,
+    ) -> Result<reply::Kind, StoreError> {
+        let reply = self.call(vec![operation.into()], deadline)?.pop();
+        self.kind(reply)
+    }
+
+    pub(crate) fn kind(&self, reply: Option<Reply>) -> Result<reply::Kind, StoreError> {
+        match reply.and_then(|r| r.kind) {
+            Some(reply::Kind::Refused(refusal)) => Err(match StoreError::from_code(refusal.code) {
+                StoreError::Refused { code, .. } => StoreError::Refused {
+                    code,
+                    reason: refusal.reason,
+                },
+                known => known,
+            }),
+            Some(kind) => Ok(kind),
+            None => Err(self.surprise()),
+        }
+    }
+
+    /// An answer to another question.
+    pub(crate) fn surprise(&self) -> StoreError {
+        self.unreachable("it answered something else than was asked: use the same release on both sides")
+    }
+}
+
+impl ControlLink {
+    /// Sends all batches on one lane, then receives all replies; returns the number of operations answered.
+    pub(crate) fn pipeline(
+        &self,
+        batches: Vec<Vec<Operation>>,
+        deadline: Instant,
+    ) -> Result<u64, StoreError> {
+        let (mut lane, _) = self.take(deadline, false)?;
+        let mut framed = Vec::new();
+        let count = batches.len();
+        for operations in batches {
+            let batch = OperationBatch {
+                id: self.next.fetch_add(1, Ordering::Relaxed),
+                client_high: self.me.high,
+                client_low: self.me.low,
+                deadline_ms: 0,
+                operations,
+            };
+            framed.extend_from_slice(&(batch.encoded_len() as u32).to_le_bytes());
+            batch.encode_raw(&mut framed);
+        }
+        lane.send(&framed, deadline).map_err(|e| self.failed(&e))?;
+        let mut answered = 0;
+        for _ in 0..count {
+            let message = lane.receive(BATCH_BYTES_MAX, deadline).map_err(|e| self.failed(&e))?;
+            let batch = ReplyBatch::decode(message).map_err(|_| self.surprise())?;
+            answered += batch.replies.len() as u64;
+        }
+        self.give_back(lane);
+        Ok(answered)
+    }
+}

@@ -1,0 +1,90 @@
+//! Control lanes: a client's batches over a plain stream, a thread per lane. A blocking thread answers a small batch in
+//! the time of a bare echo, which is what lets a put and its commit share one round trip.
+
+use std::io;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use prost::Message;
+
+use super::{Master, operations};
+use crate::base::handshake::{self, LaneKind};
+use crate::base::id::Id128;
+use crate::store::wire::{BATCH_BYTES_MAX, OperationBatch};
+use crate::engine::transport::control::ControlSocket;
+
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+const FRAME_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The open control lanes of a master.
+pub(crate) struct ControlLanes {
+    master: Arc<Master>,
+    open: AtomicUsize,
+    most: usize,
+}
+
+impl ControlLanes {
+    pub(crate) fn new(master: Arc<Master>, most: usize) -> Arc<Self> {
+        Arc::new(Self {
+            master,
+            open: AtomicUsize::new(0),
+            most,
+        })
+    }
+
+    /// Serves a connection whose first bytes announced a lane.
+    pub(crate) fn serve(self: &Arc<Self>, stream: TcpStream) {
+        let lanes = self.clone();
+        let spawned = std::thread::Builder::new()
+            .name("control-lane".into())
+            .stack_size(512 << 10)
+            .spawn(move || {
+                let busy = lanes.open.fetch_add(1, Ordering::AcqRel) >= lanes.most;
+                if let Err(error) = lanes.run(stream, busy) {
+                    tracing::debug!(%error, "a control lane ended");
+                }
+                lanes.open.fetch_sub(1, Ordering::AcqRel);
+            });
+        if let Err(error) = spawned {
+            tracing::warn!(%error, "no thread for a control lane");
+        }
+    }
+
+    fn run(&self, stream: TcpStream, busy: bool) -> io::Result<()> {
+        let mut socket = ControlSocket::new(stream)?;
+        let greeting = handshake::accept(
+            &mut socket.timed(Instant::now() + HANDSHAKE_TIMEOUT),
+            LaneKind::Control,
+            Id128::NONE,
+            &self.master.keys,
+            busy,
+        )
+        .map_err(|error| {
+            tracing::info!(%error, "control lane refused");
+            io::Error::other(error)
+        })?;
+        self.master.client_lane_opened(greeting.peer);
+        let outcome = self.batches(&mut socket);
+        self.master.client_lane_closed(greeting.peer);
+        outcome
+    }
+
+    fn batches(&self, socket: &mut ControlSocket) -> io::Result<()> {
+        let mut out = Vec::new();
+        loop {
+            let Some(frame) = socket.receive_idle(BATCH_BYTES_MAX, FRAME_TIMEOUT)? else {
+                return Ok(());
+            };
+            let batch = OperationBatch::decode(frame).map_err(io::Error::other)?;
+            let reply = operations::execute(&self.master, batch);
+            out.clear();
+            out.extend_from_slice(&[0; 4]);
+            reply.encode(&mut out).map_err(io::Error::other)?;
+            let length = out.len() as u32 - 4;
+            out[..4].copy_from_slice(&length.to_le_bytes());
+            socket.send(&out, Instant::now() + FRAME_TIMEOUT)?;
+        }
+    }
+}

@@ -1,0 +1,637 @@
+//! Puts: in two phases (start, end), or into an arena granted ahead.
+//!
+//! An unfinished put is not in the index: it blocks nobody, and of several writers of one key the first to end wins.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use parking_lot::Mutex;
+
+use super::eviction::Access;
+use super::object::{Attributes, Group, Object, Replica, Replicas};
+use super::placement::candidates;
+use super::segments::{Drop, FreeRange, SegmentState, SegmentsView};
+use super::state::{MasterState, PENDING_SHARDS, add};
+use crate::base::clock::Millis;
+use crate::base::id::Id128;
+use crate::store::model::error::StoreError;
+use crate::store::model::header::{ALIGNMENT, footprint};
+use crate::store::model::key;
+
+/// Largest share of a segment that one arena may take, as a divisor.
+const ARENA_SHARE: u64 = 64;
+/// Largest arena.
+const ARENA_BYTES_MAX: u64 = 16 << 20;
+/// All arenas of a segment together leave this share of it alone, as a divisor.
+const ARENAS_SHARE: u64 = 8;
+
+/// What a put asks for.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PutOptions {
+    pub(crate) replica_num: usize,
+    pub(crate) attributes: Attributes,
+    pub(crate) preferred: Vec<String>,
+    pub(crate) host_id: String,
+}
+
+/// A put between start and end.
+#[derive(Clone, Debug)]
+pub(crate) struct PendingPut {
+    pub(crate) key: Box<[u8]>,
+    pub(crate) size: u64,
+    pub(crate) replicas: Replicas,
+    pub(crate) attributes: Attributes,
+    pub(crate) upsert: bool,
+    pub(crate) client: Id128,
+    pub(crate) started: Millis,
+    /// Its end is being carried out; it stays here until it is in the index.
+    pub(crate) ending: bool,
+}
+
+/// A range that one client fills with small objects.
+#[derive(Debug)]
+pub(crate) struct Arena {
+    pub(crate) client: Id128,
+    pub(crate) segment: u32,
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    pub(crate) versions: std::ops::Range<u64>,
+    /// Parts that are no longer the arena's to free: start → length.
+    pub(crate) filled: BTreeMap<u64, u64>,
+    /// Of those, parts whose commit was refused: version → replica and size. The writer says when its write has ended.
+    pub(crate) refused: HashMap<u64, (Replica, u64)>,
+    /// Being settled: takes no more commits.
+    pub(crate) closed: bool,
+}
+
+/// What the master says of an object that was put.
+#[derive(Clone, Debug)]
+pub(crate) struct Written {
+    pub(crate) version: u64,
+    pub(crate) checksum: Option<u32>,
+}
+
+impl MasterState {
+    pub(crate) fn pending_shard(
+        &self,
+        version: u64,
+    ) -> &Mutex<std::collections::HashMap<u64, PendingPut, foldhash::fast::FixedState>> {
+        &self.pending[version as usize % PENDING_SHARDS]
+    }
+
+    /// Phase one: ranges on up to `replica_num` nodes. `partial` accepts fewer than could be had with more space.
+    pub(crate) fn put_start(
+        &self,
+        qualified: &[u8],
+        size: u64,
+        options: &PutOptions,
+        upsert: bool,
+        partial: bool,
+        client: Id128,
+        now: Millis,
+    ) -> Result<(u64, Replicas), StoreError> {
+        let invalid = |what: &str| StoreError::InvalidParams {
+            what: what.to_owned(),
+        };
+        if size == 0 {
+            return Err(invalid("an object has at least 1 byte"));
+        }
+        if options.replica_num == 0 || options.replica_num > 64 {
+            return Err(invalid("replica_num is 1 to 64"));
+        }
+        let hash = key::hash(qualified);
+        if !upsert && self.peek(hash, qualified, |_| ()).is_some() {
+            return Err(StoreError::Exists);
+        }
+        let largest_bytes = self.largest_segment();
+        let wanted_bytes = footprint(size).unwrap_or(u64::MAX);
+        if wanted_bytes > largest_bytes {
+            if self.recovering(now) {
+                return Err(StoreError::Rebuilding);
+            }
+            return Err(StoreError::TooLarge {
+                wanted_bytes,
+                largest_bytes,
+            });
+        }
+        let (replicas, nodes) = self.place(wanted_bytes, options, now);
+        let enough = options.replica_num.min(nodes);
+        if replicas.is_empty() || (replicas.len() < enough && !partial) {
+            self.release_now(&replicas, wanted_bytes);
+            return Err(StoreError::NoSpace { wanted_bytes });
+        }
+        let version = self.take_versions(1);
+        let put = PendingPut {
+            key: qualified.into(),
+            size,
+            replicas: replicas.clone(),
+            attributes: options.attributes.clone(),
+            upsert,
+            client,
+            started: now,
+            ending: false,
+        };
+        self.pending_shard(version).lock().insert(version, put);
+        Ok((version, replicas))
+    }
+
+    /// Allocates on distinct nodes; also returns how many nodes there were to choose from.
+    fn place(&self, bytes: u64, options: &PutOptions, now: Millis) -> (Replicas, usize) {
+        let view = self.segments.view();
+        let strategy = self.config.placement;
+        let all = candidates(&view, strategy, &options.preferred, &options.host_id, now);
+        let mut nodes: Vec<Id128> = all.iter().map(|s| s.node.id).collect();
+        nodes.sort_unstable();
+        nodes.dedup();
+        let mut replicas = Replicas::new();
+        let mut used = Vec::new();
+        for segment in &all {
+            if replicas.len() == options.replica_num {
+                break;
+            }
+            if used.contains(&segment.node.id) {
+                continue;
+            }
+            if let Some(offset) = segment.allocator.lock().allocate(bytes) {
+                used.push(segment.node.id);
+                replicas.push(Replica {
+                    segment: segment.slot,
+                    offset,
+                });
+            }
+        }
+        (replicas, nodes.len())
+    }
+
+    /// Frees ranges nobody was told of yet.
+    fn release_now(&self, replicas: &Replicas, bytes: u64) {
+        for r in replicas {
+            if let Some(segment) = self.segments.get(r.segment) {
+                segment.release(r.offset, bytes);
+            }
+        }
+    }
+
+    /// Has the nodes forget ranges of an object, and frees them afterwards.
+    pub(crate) fn drop_replicas(&self, replicas: &[Replica], size: u64, version: u64) {
+        let length = footprint(size).unwrap_or(0);
+        for r in replicas {
+            if let Some(segment) = self.segments.get(r.segment) {
+                let drop = Drop {
+                    node_segment: segment.node_segment,
+                    offset: r.offset,
+                    version,
+                    frees: Some(FreeRange {
+                        segment: r.segment,
+                        offset: r.offset,
+                        length,
+                    }),
+                };
+                segment.node.drops.lock().push(drop);
+                segment.node.wake();
+            }
+        }
+    }
+
+    /// Phase two: the replicas in `written` (bit per replica) are in place; the object becomes readable. Those in
+    /// `unsettled` may still be written to by a request that got lost on its way.
+    pub(crate) fn put_end(
+        &self,
+        version: u64,
+        checksum: Option<u32>,
+        written: u64,
+        unsettled: u64,
+        now: Millis,
+    ) -> Result<(), StoreError> {
+        let put = {
+            let mut pending = self.pending_shard(version).lock();
+            let put = pending.get_mut(&version).filter(|p| !p.ending);
+            let put = put.ok_or(StoreError::InvalidWrite {
+                what: "an unfinished put of this version",
+            })?;
+            put.ending = true;
+            put.clone()
+        };
+        let done = self.end(put, version, checksum, written, unsettled, now);
+        self.pending_shard(version).lock().remove(&version);
+        done
+    }
+
+    fn end(
+        &self,
+        put: PendingPut,
+        version: u64,
+        checksum: Option<u32>,
+        written: u64,
+        unsettled: u64,
+        now: Millis,
+    ) -> Result<(), StoreError> {
+        let mut good = Replicas::new();
+        for (i, replica) in put.replicas.iter().enumerate() {
+            let bit = 1u64.checked_shl(i as u32).unwrap_or(0);
+            if written & bit != 0 {
+                good.push(*replica);
+            } else {
+                let settled = unsettled & bit == 0;
+                self.discard(&[*replica], put.size, version, put.client, settled, now);
+            }
+        }
+        if good.is_empty() {
+            return Err(StoreError::InvalidWrite {
+                what: "a put without any written replica",
+            });
+        }
+        let written = Written { version, checksum };
+        let replicas = good.clone();
+        let done = self.complete(put.key, put.size, good, &put.attributes, &written, put.upsert, now);
+        if done == Err(StoreError::Exists) {
+            self.drop_replicas(&replicas, put.size, version);
+        }
+        done
+    }
+
+    /// Gives up ranges of an object that is not in the index: at once when the write to them is known to have ended,
+    /// else once the node vouches that the writer can no longer reach them.
+    pub(crate) fn discard(
+        &self,
+        replicas: &[Replica],
+        size: u64,
+        version: u64,
+        client: Id128,
+        settled: bool,
+        now: Millis,
+    ) {
+        if settled {
+            self.drop_replicas(replicas, size, version);
+        } else {
+            for r in replicas {
+                self.quarantine(*r, footprint(size).unwrap_or(0), client, now);
+            }
+        }
+    }
+
+    /// Makes an object readable. `Exists`: the key is taken, and the ranges are the caller's to give up.
+    #[expect(clippy::too_many_arguments, reason = "the parts of an object, once")]
+    pub(crate) fn complete(
+        &self,
+        qualified: Box<[u8]>,
+        size: u64,
+        replicas: Replicas,
+        attributes: &Attributes,
+        written: &Written,
+        upsert: bool,
+        now: Millis,
+    ) -> Result<(), StoreError> {
+        let hash = key::hash(&qualified);
+        let object = self.object(qualified, hash, size, replicas, attributes, written, now);
+        let mut shard = self.shard(hash);
+        let view = self.segments.view();
+        let mut object = object;
+        // A node unmounted meanwhile takes its replica along; checked under the shard's lock, which the purge takes
+        // after the segment has left the view.
+        object.replicas.retain(|r| is_mounted(&view, *r));
+        if object.replicas.is_empty() {
+            drop(shard);
+            self.forget(&object);
+            return Err(StoreError::SegmentNotFound);
+        }
+        let taken = shard.get(hash, &object.key).map(|o| (o.version, o.has_checksum));
+        match taken {
+            // The same put again, over another lane or after a restart of the master that has it from the node.
+            Some((version, _)) if version == written.version => {
+                drop(shard);
+                self.forget(&object);
+                Ok(())
+            }
+            Some(_) if !upsert => {
+                drop(shard);
+                self.forget(&object);
+                Err(StoreError::Exists)
+            }
+            Some(_) => {
+                let old = shard.remove(hash, &object.key);
+                self.insert(&mut shard, &view, object, now);
+                drop(shard);
+                if let Some(old) = old {
+                    self.gone(&view, &old);
+                    self.drop_replicas(&old.replicas, old.size, old.version);
+                }
+                add(&self.counters.puts, 1);
+                Ok(())
+            }
+            None => {
+                self.insert(&mut shard, &view, object, now);
+                add(&self.counters.puts, 1);
+                Ok(())
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the parts of an object, once")]
+    pub(crate) fn object(
+        &self,
+        qualified: Box<[u8]>,
+        hash: u64,
+        size: u64,
+        replicas: Replicas,
+        attributes: &Attributes,
+        written: &Written,
+        now: Millis,
+    ) -> Object {
+        let ttl = attributes
+            .soft_pin_ttl_ms
+            .min(self.config.soft_pin_ttl_max.as_millis() as u64);
+        Object {
+            group: self.join_group(&qualified, hash, attributes),
+            key: qualified,
+            hash,
+            size,
+            version: written.version,
+            lease_until: Millis(0),
+            soft_pin_until: if ttl == 0 { Millis(0) } else { Millis(now.0 + ttl) },
+            replicas,
+            checksum: written.checksum.unwrap_or(0),
+            has_checksum: written.checksum.is_some(),
+            hard_pin: attributes.hard_pin,
+            data_type: attributes.data_type,
+        }
+    }
+
+    pub(crate) fn insert(
+        &self,
+        shard: &mut super::shard::Shard,
+        view: &SegmentsView,
+        object: Object,
+        now: Millis,
+    ) {
+        for r in &object.replicas {
+            if let Some(segment) = mounted(view, *r) {
+                segment.objects.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        self.objects.fetch_add(1, Ordering::Relaxed);
+        let access = Access {
+            now,
+            ..Access::default()
+        };
+        shard.insert(object, &access);
+    }
+
+    /// Bookkeeping for an object that has left the index; its ranges are the caller's business.
+    pub(crate) fn gone(&self, view: &SegmentsView, object: &Object) {
+        for r in &object.replicas {
+            if let Some(segment) = mounted(view, *r) {
+                segment.objects.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        self.objects.fetch_sub(1, Ordering::Relaxed);
+        self.forget(object);
+    }
+
+    /// Leaves the group of an object that is not (or no longer) in the index.
+    pub(crate) fn forget(&self, object: &Object) {
+        let Some(group) = &object.group else { return };
+        if object.hard_pin {
+            group.hard_pins.fetch_sub(1, Ordering::Relaxed);
+        }
+        let mut groups = self.groups.lock();
+        let mut members = group.members.lock();
+        members.remove(&object.hash);
+        if members.is_empty() {
+            groups.remove(&group.name);
+        }
+    }
+
+    fn join_group(&self, qualified: &[u8], hash: u64, attributes: &Attributes) -> Option<Arc<Group>> {
+        if attributes.group.is_empty() {
+            return None;
+        }
+        let tenant_length = usize::from(*qualified.first()?) + 1;
+        let mut name = qualified.get(..tenant_length)?.to_vec();
+        name.extend_from_slice(attributes.group.as_bytes());
+        let mut groups = self.groups.lock();
+        let group = match groups.entry(name.into_boxed_slice()) {
+            Entry::Occupied(found) => found.get().clone(),
+            Entry::Vacant(vacant) => {
+                let group = Arc::new(Group {
+                    name: vacant.key().clone(),
+                    ..Group::default()
+                });
+                vacant.insert(group).clone()
+            }
+        };
+        group.members.lock().insert(hash);
+        if attributes.hard_pin {
+            group.hard_pins.fetch_add(1, Ordering::Relaxed);
+        }
+        Some(group)
+    }
+
+    /// Gives up a put; see [`MasterState::discard`].
+    pub(crate) fn put_revoke(&self, version: u64, settled: bool, now: Millis) -> Result<(), StoreError> {
+        let put = {
+            let mut pending = self.pending_shard(version).lock();
+            let ending = pending.get(&version).is_none_or(|p| p.ending);
+            if ending { None } else { pending.remove(&version) }
+        };
+        let put = put.ok_or(StoreError::InvalidWrite {
+            what: "an unfinished put of this version",
+        })?;
+        self.discard(&put.replicas, put.size, version, put.client, settled, now);
+        Ok(())
+    }
+
+    /// Grants a client a range of one segment to fill without asking again.
+    pub(crate) fn arena_open(
+        &self,
+        slot: u32,
+        incarnation: u64,
+        wanted: u64,
+        client: Id128,
+    ) -> Result<(u64, Replica, u64, std::ops::Range<u64>), StoreError> {
+        let segment = self
+            .segments
+            .get(slot)
+            .filter(|s| s.incarnation == incarnation && s.placeable())
+            .ok_or(StoreError::SegmentNotFound)?;
+        let length = wanted
+            .min(ARENA_BYTES_MAX)
+            .min(segment.size / ARENA_SHARE)
+            / ALIGNMENT
+            * ALIGNMENT;
+        let no_space = StoreError::NoSpace {
+            wanted_bytes: wanted,
+        };
+        let granted = segment.arena_bytes.load(Ordering::Relaxed);
+        if length < 4 * ALIGNMENT || granted + length > segment.size / ARENAS_SHARE {
+            return Err(no_space);
+        }
+        let offset = segment.allocator.lock().allocate(length).ok_or(no_space)?;
+        segment.arena_bytes.fetch_add(length, Ordering::Relaxed);
+        let count = length / (2 * ALIGNMENT);
+        let first = self.take_versions(count);
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let arena = Arena {
+            client,
+            segment: slot,
+            offset,
+            length,
+            versions: first..first + count,
+            filled: BTreeMap::new(),
+            refused: HashMap::new(),
+            closed: false,
+        };
+        self.arenas.lock().insert(id, Arc::new(Mutex::new(arena)));
+        let replica = Replica {
+            segment: slot,
+            offset,
+        };
+        Ok((id, replica, length, first..first + count))
+    }
+
+    /// Makes a part of an arena an object.
+    #[expect(clippy::too_many_arguments, reason = "the fields of an arena item, once")]
+    pub(crate) fn arena_commit(
+        &self,
+        arena_id: u64,
+        client: Id128,
+        qualified: &[u8],
+        offset: u64,
+        size: u64,
+        attributes: &Attributes,
+        written: &Written,
+        now: Millis,
+    ) -> Result<(), StoreError> {
+        let unknown = StoreError::InvalidWrite { what: "this arena" };
+        let arena = self.arenas.lock().get(&arena_id).cloned().ok_or(unknown.clone())?;
+        let bytes = footprint(size).filter(|_| size > 0).ok_or(StoreError::InvalidParams {
+            what: "size of an arena item".to_owned(),
+        })?;
+        let segment = {
+            let mut arena = arena.lock();
+            if arena.closed || arena.client != client {
+                return Err(unknown);
+            }
+            let end = offset.checked_add(bytes);
+            let inside = offset >= arena.offset
+                && end.is_some_and(|e| e <= arena.offset + arena.length)
+                && offset.is_multiple_of(ALIGNMENT)
+                && arena.versions.contains(&written.version);
+            let before = arena.filled.range(..=offset).next_back();
+            let after = arena.filled.range(offset..).next();
+            let free = before.is_none_or(|(s, l)| s + l <= offset)
+                && after.is_none_or(|(s, _)| end.is_some_and(|e| e <= *s));
+            if !inside || !free {
+                return Err(StoreError::InvalidParams {
+                    what: "range or version of an arena item".to_owned(),
+                });
+            }
+            arena.filled.insert(offset, bytes);
+            arena.segment
+        };
+        if let Some(state) = self.segments.get(segment) {
+            state.arena_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        let replica = Replica { segment, offset };
+        let replicas: Replicas = [replica].into_iter().collect();
+        let done = self.complete(qualified.into(), size, replicas, attributes, written, false, now);
+        if done == Err(StoreError::Exists) {
+            // The writer may still be writing: it takes the item back when it has ended.
+            arena.lock().refused.insert(written.version, (replica, size));
+        }
+        done
+    }
+
+    /// Takes back an item: its commit was refused, or its data did not arrive. See [`MasterState::discard`].
+    #[expect(clippy::too_many_arguments, reason = "the fields of an arena item, once")]
+    pub(crate) fn arena_revoke(
+        &self,
+        arena_id: u64,
+        client: Id128,
+        qualified: &[u8],
+        offset: u64,
+        size: u64,
+        version: u64,
+        settled: bool,
+        now: Millis,
+    ) -> Result<(), StoreError> {
+        let unknown = StoreError::InvalidWrite { what: "this arena" };
+        let arena = self.arenas.lock().get(&arena_id).cloned().ok_or(unknown.clone())?;
+        let mut arena = arena.lock();
+        if arena.closed || arena.client != client || !arena.versions.contains(&version) {
+            return Err(unknown);
+        }
+        if let Some((replica, size)) = arena.refused.remove(&version) {
+            self.discard(&[replica], size, version, client, settled, now);
+        } else if arena.filled.contains_key(&offset) {
+            drop(arena);
+            if let Some(object) = self.take_version(qualified, version) {
+                self.discard(&object.replicas, object.size, version, client, settled, now);
+            }
+        } else if let Some(bytes) = footprint(size).filter(|b| {
+            offset >= arena.offset && offset.saturating_add(*b) <= arena.offset + arena.length
+        }) {
+            // The commit never came: keep the range from being freed with the arena's gaps.
+            arena.filled.insert(offset, bytes);
+            let replica = Replica {
+                segment: arena.segment,
+                offset,
+            };
+            self.discard(&[replica], size, version, client, settled, now);
+        }
+        Ok(())
+    }
+
+    /// The client promises to write no more: what it did not fill is freed.
+    pub(crate) fn arena_close(&self, arena_id: u64, client: Id128) -> Result<(), StoreError> {
+        let unknown = StoreError::InvalidWrite { what: "this arena" };
+        let arena = self.arenas.lock().get(&arena_id).cloned().ok_or(unknown.clone())?;
+        {
+            let mut arena = arena.lock();
+            if arena.client != client || arena.closed {
+                return Err(unknown);
+            }
+            arena.closed = true;
+        }
+        self.arena_dissolve(arena_id);
+        Ok(())
+    }
+
+    /// Frees the gaps of a closed arena and forgets it.
+    pub(crate) fn arena_dissolve(&self, arena_id: u64) {
+        let Some(arena) = self.arenas.lock().remove(&arena_id) else {
+            return;
+        };
+        let arena = arena.lock();
+        let Some(segment) = self.segments.get(arena.segment) else {
+            return;
+        };
+        let mut at = arena.offset;
+        let mut gaps = Vec::new();
+        for (start, length) in &arena.filled {
+            gaps.push((at, start - at));
+            at = start + length;
+        }
+        gaps.push((at, arena.offset + arena.length - at));
+        let refused = arena.refused.values();
+        let refused = refused.map(|(r, size)| (r.offset, footprint(*size).unwrap_or(0)));
+        for (offset, length) in refused {
+            segment.release(offset, length);
+        }
+        for (offset, length) in gaps.into_iter().filter(|(_, length)| *length > 0) {
+            segment.release(offset, length);
+            segment.arena_bytes.fetch_sub(length, Ordering::Relaxed);
+        }
+        self.progress.advance();
+    }
+}
+
+pub(crate) fn mounted(view: &SegmentsView, replica: Replica) -> Option<&Arc<SegmentState>> {
+    view.get(replica.segment as usize)?.as_ref()
+}
+
+fn is_mounted(view: &SegmentsView, replica: Replica) -> bool {
+    mounted(view, replica).is_some()
+}

@@ -1,0 +1,438 @@
+//! Nodes coming and going: registration with their directory (how the index survives the master), loss, unmounting,
+//! and settling what a vanished writer left behind.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::object::{Attributes, Replica, Replicas};
+use super::puts::{Arena, Written, mounted};
+use super::segments::{Drop, NodePhase, NodeState, Offer};
+use super::state::MasterState;
+use crate::base::clock::Millis;
+use crate::base::id::Id128;
+use crate::store::model::header::footprint;
+use crate::store::model::key;
+
+/// How long a busy reconciliation rests.
+const RECONCILE_RETRY: Duration = Duration::from_secs(1);
+
+/// One entry of a node's directory.
+#[derive(Clone, Debug)]
+pub(crate) struct Reported {
+    pub(crate) key: Box<[u8]>,
+    pub(crate) node_segment: u32,
+    pub(crate) offset: u64,
+    pub(crate) size: u64,
+    pub(crate) written: Written,
+    pub(crate) attributes: Attributes,
+    /// Its writer, when the bytes are not in place yet.
+    pub(crate) pending: Option<Id128>,
+}
+
+/// A range whose writer is gone or unsure, to be settled with its node.
+#[derive(Clone, Debug)]
+pub(crate) struct ReconcileJob {
+    pub(crate) node: Id128,
+    pub(crate) segment: u32,
+    pub(crate) node_segment: u32,
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    pub(crate) client: Id128,
+    pub(crate) what: Settles,
+    pub(crate) not_before: Millis,
+    pub(crate) sent: bool,
+}
+
+/// What a reconciliation settles.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Settles {
+    /// A single range, freed afterwards.
+    Range,
+    /// An arena, dissolved afterwards.
+    Arena(u64),
+}
+
+/// A registration under way at the same master: what the node still has.
+pub(crate) struct Registration {
+    pub(crate) node: Arc<NodeState>,
+    /// The node was known and kept its memory. It forgets only what it was told to, so everything the index has there
+    /// is still true; what it reports beyond that is dropped.
+    returning: bool,
+}
+
+impl MasterState {
+    /// A node registers. A returning one keeps its segments; one that listens where another did replaces it.
+    #[expect(clippy::too_many_arguments, reason = "the fields of a registration, once")]
+    pub(crate) fn register(
+        &self,
+        id: Id128,
+        name: &str,
+        address: &str,
+        host_id: &str,
+        shm_socket: &str,
+        offers: &[Offer],
+        now: Millis,
+    ) -> Registration {
+        if let Some(node) = self.segments.node(id) {
+            node.drops.lock().requeue();
+            if node.phase() != NodePhase::Rebuilding {
+                self.rebuilding.fetch_add(1, Ordering::AcqRel);
+            }
+            node.set_phase(NodePhase::Rebuilding);
+            node.last_seen.store(now.0, Ordering::Relaxed);
+            for job in self.reconciles.lock().values_mut().filter(|j| j.node == id) {
+                job.sent = false;
+            }
+            self.segments.changed();
+            return Registration {
+                node,
+                returning: true,
+            };
+        }
+        for old in self.segments.nodes() {
+            if old.address == address {
+                tracing::info!(node = %old.name, %address, "replaced by a new node at its address");
+                self.unmount(&old, now);
+            }
+        }
+        self.rebuilding.fetch_add(1, Ordering::AcqRel);
+        let node = self.segments.mount(id, name, address, host_id, shm_socket, offers, now);
+        Registration {
+            node,
+            returning: false,
+        }
+    }
+
+    /// Takes over one reported entry. Highest version wins; what loses is dropped at its node.
+    pub(crate) fn adopt(&self, registration: &mut Registration, entry: Reported, now: Millis) {
+        self.raise_versions(entry.written.version);
+        let node = &registration.node;
+        let Some(slot) = node.slots.get(entry.node_segment as usize).copied() else {
+            return;
+        };
+        let replica = Replica {
+            segment: slot,
+            offset: entry.offset,
+        };
+        if registration.returning {
+            if !self.knows(&entry, replica) {
+                self.tell_drop(node, &entry);
+            }
+            return;
+        }
+        let Some(bytes) = footprint(entry.size).filter(|_| key::split(&entry.key).is_some()) else {
+            return self.tell_drop(node, &entry);
+        };
+        let Some(segment) = self.segments.get(slot) else {
+            return;
+        };
+        let allocated = segment.allocator.lock().allocate_at(entry.offset, bytes);
+        if !allocated {
+            tracing::warn!(node = %node.name, offset = entry.offset, "a reported object overlaps another");
+            return self.tell_drop(node, &entry);
+        }
+        if let Some(client) = entry.pending {
+            return self.quarantine(replica, bytes, client, now);
+        }
+        self.adopt_complete(entry, replica, now);
+    }
+
+    fn adopt_complete(&self, entry: Reported, replica: Replica, now: Millis) {
+        let hash = key::hash(&entry.key);
+        let version = entry.written.version;
+        let view = self.segments.view();
+        let mut shard = self.shard(hash);
+        let known = shard.get_mut(hash, &entry.key);
+        match known {
+            Some(object) if object.version == version => {
+                if !object.replicas.contains(&replica) {
+                    object.replicas.push(replica);
+                    if let Some(segment) = mounted(&view, replica) {
+                        segment.objects.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            }
+            Some(object) if object.version > version => {
+                drop(shard);
+                self.drop_replicas(&[replica], entry.size, version);
+            }
+            known => {
+                let replaces = known.is_some();
+                let old = if replaces { shard.remove(hash, &entry.key) } else { None };
+                let replicas: Replicas = [replica].into_iter().collect();
+                let object = self.object(
+                    entry.key,
+                    hash,
+                    entry.size,
+                    replicas,
+                    &entry.attributes,
+                    &entry.written,
+                    now,
+                );
+                self.insert(&mut shard, &view, object, now);
+                drop(shard);
+                if let Some(old) = old {
+                    self.gone(&view, &old);
+                    self.drop_replicas(&old.replicas, old.size, old.version);
+                }
+            }
+        }
+    }
+
+    /// Whether the index, an unfinished put or an arena accounts for an entry of a returning node.
+    fn knows(&self, entry: &Reported, replica: Replica) -> bool {
+        let version = entry.written.version;
+        let hash = key::hash(&entry.key);
+        // In this order: a put leaves the unfinished ones only after it has entered the index.
+        self.pending_shard(version).lock().contains_key(&version)
+            || self.arenas.lock().values().any(|a| {
+                let a = a.lock();
+                a.segment == replica.segment
+                    && (a.offset..a.offset + a.length).contains(&entry.offset)
+            })
+            || self.peek(hash, &entry.key, |o| {
+                o.version == version && o.replicas.contains(&replica)
+            }) == Some(true)
+    }
+
+    fn tell_drop(&self, node: &NodeState, entry: &Reported) {
+        node.drops.lock().push(Drop {
+            node_segment: entry.node_segment,
+            offset: entry.offset,
+            version: entry.written.version,
+            frees: None,
+        });
+        node.wake();
+    }
+
+    /// The directory is complete: what the index has there and the node has not is gone; the node is in service.
+    pub(crate) fn registered(&self, registration: Registration) {
+        let node = registration.node;
+        node.set_phase(NodePhase::Ok);
+        self.rebuilding.fetch_sub(1, Ordering::AcqRel);
+        self.segments.changed();
+        self.progress.advance();
+    }
+
+    /// A node has served a master of `last_term`: if that was another one, ours must be later.
+    pub(crate) fn raise_term_above_others(&self, last_term: u64) {
+        if last_term > self.term() {
+            self.raise_term(last_term);
+        }
+    }
+
+    /// Whether puts to a node are still under way.
+    pub(crate) fn writing_to(&self, node: &NodeState) -> bool {
+        let there = |slot: &u32| node.slots.contains(slot);
+        self.pending.iter().any(|pending| {
+            let pending = pending.lock();
+            pending.values().any(|put| put.replicas.iter().any(|r| there(&r.segment)))
+        })
+    }
+
+    /// A registration that broke off: the node counts as lost until it tries again.
+    pub(crate) fn registration_failed(&self, node: &Arc<NodeState>) {
+        if node.phase() == NodePhase::Rebuilding {
+            self.rebuilding.fetch_sub(1, Ordering::AcqRel);
+            node.set_phase(NodePhase::Lost);
+            self.segments.changed();
+        }
+    }
+
+    /// The node's session broke.
+    pub(crate) fn lost(&self, node: &Arc<NodeState>) {
+        match node.phase() {
+            NodePhase::Gone => {}
+            NodePhase::Rebuilding => self.registration_failed(node),
+            _ => {
+                node.set_phase(NodePhase::Lost);
+                self.segments.changed();
+            }
+        }
+    }
+
+    /// Takes a node out with everything that lay only there.
+    pub(crate) fn unmount(&self, node: &Arc<NodeState>, _now: Millis) {
+        self.registration_failed(node);
+        self.segments.unmount(node);
+        let of_node = |r: &Replica| node.slots.contains(&r.segment);
+        self.purge(of_node);
+        for pending in &self.pending {
+            for put in pending.lock().values_mut() {
+                // Keep positions: clients answer by index. A replica on no segment is simply not written.
+                for r in put.replicas.iter_mut().filter(|r| of_node(r)) {
+                    r.segment = u32::MAX;
+                }
+            }
+        }
+        self.arenas.lock().retain(|_, a| !node.slots.contains(&a.lock().segment));
+        self.reconciles.lock().retain(|_, job| job.node != node.id);
+        self.progress.advance();
+    }
+
+    /// Removes replicas on segments that have left the view.
+    fn purge(&self, gone: impl Fn(&Replica) -> bool) {
+        for shard in self.shards() {
+            let objects = shard.lock().remove_where(|object| {
+                object.replicas.retain(|r| !gone(r));
+                object.replicas.is_empty()
+            });
+            let view = self.segments.view();
+            for object in objects {
+                self.gone(&view, &object);
+            }
+        }
+    }
+
+    /// Keeps a range unused until its node vouches that `client` can no longer write there.
+    pub(crate) fn quarantine(&self, replica: Replica, length: u64, client: Id128, now: Millis) {
+        self.reconcile(replica.segment, replica.offset, length, client, Settles::Range, now);
+    }
+
+    pub(crate) fn reconcile(
+        &self,
+        slot: u32,
+        offset: u64,
+        length: u64,
+        client: Id128,
+        what: Settles,
+        now: Millis,
+    ) {
+        let Some(segment) = self.segments.get(slot) else {
+            return;
+        };
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let job = ReconcileJob {
+            node: segment.node.id,
+            segment: slot,
+            node_segment: segment.node_segment,
+            offset,
+            length,
+            client,
+            what,
+            not_before: now,
+            sent: false,
+        };
+        self.reconciles.lock().insert(id, job);
+        self.send_reconciles(now);
+    }
+
+    /// Hands due jobs to their nodes' sessions.
+    pub(crate) fn send_reconciles(&self, now: Millis) {
+        let mut jobs = self.reconciles.lock();
+        for (id, job) in jobs.iter_mut().filter(|(_, j)| !j.sent && j.not_before <= now) {
+            if let Some(node) = self.segments.node(job.node) {
+                job.sent = true;
+                node.reconciles.lock().push(*id);
+                node.wake();
+            }
+        }
+    }
+
+    /// Versions in the job's range that are complete objects: the node keeps them.
+    pub(crate) fn kept(&self, job: &ReconcileJob) -> Vec<u64> {
+        match &job.what {
+            Settles::Range => Vec::new(),
+            Settles::Arena(id) => {
+                let Some(arena) = self.arenas.lock().get(id).cloned() else {
+                    return Vec::new();
+                };
+                let versions = arena.lock().versions.clone();
+                let mut kept = Vec::new();
+                self.walk(0, usize::MAX, |o| {
+                    if versions.contains(&o.version) {
+                        kept.push(o.version);
+                    }
+                    false
+                });
+                kept
+            }
+        }
+    }
+
+    /// The node's answer to a reconciliation.
+    pub(crate) fn reconciled(&self, id: u64, busy: bool, missing: &[u64], now: Millis) {
+        let job = {
+            let mut jobs = self.reconciles.lock();
+            if busy {
+                if let Some(job) = jobs.get_mut(&id) {
+                    job.sent = false;
+                    job.not_before = now.plus(RECONCILE_RETRY);
+                }
+                return;
+            }
+            jobs.remove(&id)
+        };
+        let Some(job) = job else { return };
+        match job.what {
+            Settles::Range => {
+                if let Some(segment) = self.segments.get(job.segment) {
+                    segment.release(job.offset, job.length);
+                }
+                self.progress.advance();
+            }
+            Settles::Arena(arena) => {
+                for version in missing {
+                    self.remove_missing(*version);
+                }
+                self.arena_dissolve(arena);
+            }
+        }
+    }
+
+    /// An object that was committed and never arrived.
+    fn remove_missing(&self, version: u64) {
+        let mut found = None;
+        self.walk(0, usize::MAX, |o| {
+            if o.version == version {
+                found = Some(o.key.clone());
+            }
+            false
+        });
+        if let Some(object) = found.and_then(|key| self.take_version(&key, version)) {
+            self.drop_replicas(&object.replicas, object.size, version);
+        }
+    }
+
+    /// A client is gone: what it had not finished is settled with the nodes.
+    pub(crate) fn client_gone(&self, client: Id128, now: Millis) {
+        let mine: Vec<(u64, u32, u64, u64)> = {
+            let arenas = self.arenas.lock();
+            arenas
+                .iter()
+                .filter_map(|(id, arena)| {
+                    let mut arena: parking_lot::MutexGuard<'_, Arena> = arena.lock();
+                    if arena.client != client || arena.closed {
+                        return None;
+                    }
+                    arena.closed = true;
+                    Some((*id, arena.segment, arena.offset, arena.length))
+                })
+                .collect()
+        };
+        for (id, segment, offset, length) in mine {
+            self.reconcile(segment, offset, length, client, Settles::Arena(id), now);
+        }
+        self.abandon(now, |put| put.client == client);
+    }
+
+    /// Reclaims the unfinished puts the predicate names.
+    pub(crate) fn abandon(&self, now: Millis, which: impl Fn(&super::puts::PendingPut) -> bool) {
+        for pending in &self.pending {
+            let mut gone = Vec::new();
+            pending.lock().retain(|_, put| {
+                let leaves = !put.ending && which(put);
+                if leaves {
+                    gone.push((put.replicas.clone(), put.size, put.client));
+                }
+                !leaves
+            });
+            for (replicas, size, client) in gone {
+                for replica in replicas {
+                    self.quarantine(replica, footprint(size).unwrap_or(0), client, now);
+                }
+            }
+        }
+    }
+}

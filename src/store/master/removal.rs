@@ -1,0 +1,224 @@
+//! Objects leaving: removal on request, eviction for space.
+//!
+//! An object leaves the index first, so that nobody new finds it; its nodes forget it next; its range is free last.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use super::object::{Object, Replica};
+use super::puts::mounted;
+use super::segments::{DropQueue, NodeState};
+use super::state::{MasterState, add};
+use crate::base::clock::Millis;
+use crate::store::model::error::StoreError;
+use crate::store::model::header::footprint;
+use crate::store::model::key;
+
+/// Most objects taken from one shard under one lock.
+const VICTIMS_PER_LOCK: usize = 64;
+/// Most slots examined under one lock: keeps the hold far below a millisecond.
+const EXAMINED_PER_LOCK: u32 = 2048;
+
+/// What removals wait for: every node that had drops outstanding acknowledges them.
+pub(crate) struct Barrier(Vec<(std::sync::Arc<NodeState>, u64)>);
+
+impl Barrier {
+    /// Whether all nodes are done (an unmounted node holds nothing any more).
+    pub(crate) fn reached(&self) -> bool {
+        self.0.iter().all(|(node, sequence)| {
+            node.phase() == super::segments::NodePhase::Gone || node.drops.lock().reached(*sequence)
+        })
+    }
+
+    /// Names of the nodes still awaited.
+    pub(crate) fn awaited(&self) -> String {
+        let names: Vec<&str> = self
+            .0
+            .iter()
+            .filter(|(n, s)| !n.drops.lock().reached(*s))
+            .map(|(n, _)| n.name.as_str())
+            .collect();
+        names.join(", ")
+    }
+}
+
+impl MasterState {
+    /// Removes a key. The removal is durable (D2) once [`MasterState::barrier`] is reached.
+    pub(crate) fn remove(&self, qualified: &[u8], force: bool, now: Millis) -> Result<(), StoreError> {
+        let hash = key::hash(qualified);
+        let object = {
+            let mut shard = self.shard(hash);
+            let Some(object) = shard.get(hash, qualified) else {
+                return Err(if self.recovering(now) {
+                    StoreError::Rebuilding
+                } else {
+                    StoreError::NotFound
+                });
+            };
+            if !force && object.leased_until() > now {
+                return Err(StoreError::Leased);
+            }
+            shard.remove(hash, qualified)
+        };
+        if let Some(object) = object {
+            self.dismiss(&object);
+            add(&self.counters.removed, 1);
+        }
+        Ok(())
+    }
+
+    /// Removes what the predicate names; returns `(removed, kept because leased)`.
+    pub(crate) fn remove_where(
+        &self,
+        force: bool,
+        now: Millis,
+        which: impl Fn(&Object) -> bool,
+    ) -> (u64, u64) {
+        let (mut removed, mut kept) = (0, 0);
+        for shard in self.shards() {
+            let gone = shard.lock().remove_where(|object| {
+                if !which(object) {
+                    return false;
+                }
+                let leased = !force && object.leased_until() > now;
+                kept += u64::from(leased);
+                !leased
+            });
+            removed += gone.len() as u64;
+            for object in gone {
+                self.dismiss(&object);
+            }
+        }
+        add(&self.counters.removed, removed);
+        (removed, kept)
+    }
+
+    /// Takes this very version out of the index; its ranges become the caller's business.
+    pub(crate) fn take_version(&self, qualified: &[u8], version: u64) -> Option<Object> {
+        let hash = key::hash(qualified);
+        let object = {
+            let mut shard = self.shard(hash);
+            shard.get(hash, qualified).filter(|o| o.version == version)?;
+            shard.remove(hash, qualified)?
+        };
+        self.gone(&self.segments.view(), &object);
+        Some(object)
+    }
+
+    fn dismiss(&self, object: &Object) {
+        self.gone(&self.segments.view(), object);
+        self.drop_replicas(&object.replicas, object.size, object.version);
+    }
+
+    /// What must be acknowledged before everything removed or evicted so far cannot come back.
+    pub(crate) fn barrier(&self) -> Barrier {
+        let outstanding = |node: std::sync::Arc<NodeState>| {
+            let sequence = DropQueue::barrier(&node.drops.lock())?;
+            Some((node, sequence))
+        };
+        Barrier(self.segments.nodes().into_iter().filter_map(outstanding).collect())
+    }
+
+    /// Evicts until `bytes` are on their way to being free or nothing more may go. Returns the bytes.
+    ///
+    /// Walks the shards in turn, a bounded step under each lock.
+    pub(crate) fn evict(&self, bytes: u64, now: Millis) -> u64 {
+        add(&self.counters.eviction_rounds, 1);
+        let mut wanted = bytes;
+        let passes: &[bool] = if self.config.evict_soft_pinned { &[false, true] } else { &[false] };
+        for soft_pinned_too in passes {
+            // A policy may need one pass over everything to age it and one to choose: stop when two found nothing.
+            let mut idle_shards = 0;
+            while wanted > 0 && idle_shards < 3 * self.shard_count() {
+                let index = self.eviction_cursor.fetch_add(1, Ordering::Relaxed);
+                let start = Instant::now();
+                let victims = {
+                    let mut shard = self.shard_at(index);
+                    shard.evict(
+                        now,
+                        *soft_pinned_too,
+                        VICTIMS_PER_LOCK,
+                        EXAMINED_PER_LOCK,
+                        &mut wanted,
+                    )
+                };
+                let held = start.elapsed().as_nanos() as u64;
+                self.counters.eviction_hold_max_ns.fetch_max(held, Ordering::Relaxed);
+                if victims.is_empty() {
+                    idle_shards += 1;
+                    continue;
+                }
+                idle_shards = 0;
+                for victim in victims {
+                    wanted = wanted.saturating_sub(self.evict_one(&victim, now));
+                }
+            }
+        }
+        bytes - wanted
+    }
+
+    /// Finishes the eviction of an object that has left its shard, with its group. Returns the bytes of the others.
+    fn evict_one(&self, victim: &Object, now: Millis) -> u64 {
+        let mut bytes = 0;
+        if let Some(group) = &victim.group {
+            let members: Vec<u64> = group.members.lock().iter().copied().collect();
+            for hash in members.into_iter().filter(|h| *h != victim.hash) {
+                let of_group = |o: &Object| {
+                    o.group.as_ref().is_some_and(|g| std::sync::Arc::ptr_eq(g, group))
+                        && o.evictable(now, true)
+                };
+                let member = self.shard(hash).remove_by_hash(hash, of_group);
+                if let Some(member) = member {
+                    bytes += self.evicted(&member);
+                }
+            }
+        }
+        self.evicted(victim);
+        bytes
+    }
+
+    fn evicted(&self, object: &Object) -> u64 {
+        let bytes = object.size * object.replicas.len() as u64;
+        add(&self.counters.evicted_objects, 1);
+        add(&self.counters.evicted_bytes, bytes);
+        self.dismiss(object);
+        bytes
+    }
+
+    /// A node has carried out its drops up to `sequence`: the ranges are free.
+    pub(crate) fn drops_acked(&self, node: &NodeState, sequence: u64) {
+        let freed = node.drops.lock().ack(sequence);
+        let view = self.segments.view();
+        for range in freed {
+            let replica = Replica {
+                segment: range.segment,
+                offset: range.offset,
+            };
+            if let Some(segment) = mounted(&view, replica) {
+                segment.release(range.offset, range.length);
+            }
+        }
+        self.progress.advance();
+    }
+
+    /// Bytes to evict now so that usage falls below the watermark; 0 when it is below. What is already on its way to
+    /// being free counts as free.
+    pub(crate) fn eviction_need(&self) -> u64 {
+        let (capacity, used) = self.capacity();
+        let leaving: u64 = self.segments.nodes().iter().map(|n| n.drops.lock().bytes()).sum();
+        let used = used.saturating_sub(leaving);
+        let watermark = (capacity as f64 * self.config.high_watermark) as u64;
+        if used <= watermark {
+            return 0;
+        }
+        used - watermark + (capacity as f64 * self.config.eviction_ratio) as u64
+    }
+
+    /// Evicts for an allocation of `payload` bytes that found no room.
+    pub(crate) fn make_room(&self, wanted_bytes: u64, now: Millis) -> u64 {
+        let wanted = footprint(wanted_bytes).unwrap_or(wanted_bytes);
+        let (capacity, _) = self.capacity();
+        // A little more than asked: the next ones are coming.
+        self.evict(wanted.max(capacity / 512), now)
+    }
+}

@@ -1,0 +1,135 @@
+//! The master's port: looks at a connection's first bytes and gives it to control lanes, or to gRPC and HTTP.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+
+use super::lanes::ControlLanes;
+use super::service::PoolService;
+use super::{Master, http, sweeper};
+use crate::base::handshake::MAGIC;
+use crate::store::wire::{BATCH_BYTES_MAX, pool_server::PoolServer};
+
+/// How long a connection may stay silent before its first byte.
+const FIRST_BYTE: Duration = Duration::from_secs(10);
+
+/// A running master.
+pub struct MasterServer {
+    master: Arc<Master>,
+    router: Router,
+    lanes: Arc<ControlLanes>,
+}
+
+impl MasterServer {
+    /// Prepares the services and starts the sweeper.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn new(master: Arc<Master>, lanes_max: usize) -> io::Result<Arc<Self>> {
+        sweeper::start(&master)?;
+        let service = PoolServer::new(PoolService {
+            master: master.clone(),
+        })
+        .max_decoding_message_size(BATCH_BYTES_MAX)
+        .max_encoding_message_size(BATCH_BYTES_MAX);
+        let grpc = tonic::service::Routes::new(service).into_axum_router();
+        let router = http::router(master.clone())
+            .merge(grpc)
+            .layer(axum::middleware::from_fn_with_state(master.clone(), authorize));
+        let lanes = ControlLanes::new(master.clone(), lanes_max);
+        Ok(Arc::new(Self {
+            master,
+            router,
+            lanes,
+        }))
+    }
+
+    /// What it serves.
+    pub fn master(&self) -> &Arc<Master> {
+        &self.master
+    }
+
+    /// Accepts connections until the task is dropped. Cancel-safe: a connection being set up is served or closed.
+    pub async fn serve(self: Arc<Self>, listener: TcpListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let server = self.clone();
+                    tokio::spawn(async move { server.connection(stream).await });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a connection was not accepted");
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+        }
+    }
+
+    async fn connection(self: Arc<Self>, stream: TcpStream) {
+        let is_lane = tokio::time::timeout(FIRST_BYTE, announces_lane(&stream)).await;
+        match is_lane {
+            Ok(Ok(true)) => {
+                if let Ok(stream) = stream.into_std() {
+                    self.lanes.serve(stream);
+                }
+            }
+            Ok(Ok(false)) => {
+                let _ = stream.set_nodelay(true);
+                let service = TowerToHyperService::new(self.router.clone());
+                let builder = auto::Builder::new(TokioExecutor::new());
+                let served = builder.serve_connection(TokioIo::new(stream), service).await;
+                if let Err(error) = served {
+                    tracing::debug!(%error, "a connection ended");
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Whether the first bytes are those of a lane. Consumes nothing.
+async fn announces_lane(stream: &TcpStream) -> io::Result<bool> {
+    let mut first = [0; MAGIC.len()];
+    loop {
+        let n = stream.peek(&mut first).await?;
+        if n == 0 || first[..n] != MAGIC[..n] {
+            return Ok(false);
+        }
+        if n == MAGIC.len() {
+            return Ok(true);
+        }
+        // A few bytes only so far: peek returns at once as long as they lie there.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// The token guards everything but `/health`.
+async fn authorize(State(master): State<Arc<Master>>, request: Request, next: Next) -> Response {
+    let given = request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+    if request.uri().path() == "/health" || master.keys.bearer_matches(given) {
+        return next.run(request).await;
+    }
+    let is_grpc = request
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"));
+    if is_grpc {
+        return tonic::Status::unauthenticated("the cluster token is missing or wrong")
+            .into_http::<Body>()
+            .into_response();
+    }
+    let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
+    let text = "the cluster token is missing or wrong: send it as `Authorization: Bearer TOKEN`\n";
+    (StatusCode::UNAUTHORIZED, challenge, text).into_response()
+}

@@ -1,0 +1,273 @@
+//! The master's state: the index of objects, and every decision about them.
+//!
+//! Plain synchronous code: time is an argument, nothing here does I/O or waits. The service drives it, and so do the
+//! property tests. Operations live beside it by subject: `puts` (puts and arenas), `removal` (eviction, removal),
+//! `rebuild` (nodes coming and going).
+//!
+//! Lock order: a shard, then a group, then a segment's allocator or a node's queue. Never two shards at once.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use foldhash::fast::FixedState;
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use super::config::MasterConfig;
+use super::eviction::Access;
+use super::object::{Group, Object};
+use super::puts::{Arena, PendingPut};
+use super::rebuild::ReconcileJob;
+use super::segments::{SegmentTable, SegmentsView};
+use super::shard::Shard;
+use crate::base::clock::{Millis, unix_ms};
+
+/// Shards of the index; a power of two. Many, so that whatever holds one lock is short.
+const SHARDS: usize = 1024;
+/// Shards of the table of unfinished puts.
+pub(crate) const PENDING_SHARDS: usize = 64;
+
+/// Counters, for metrics and the overview.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) hits: AtomicU64,
+    pub(crate) misses: AtomicU64,
+    pub(crate) puts: AtomicU64,
+    pub(crate) put_failures: AtomicU64,
+    pub(crate) removed: AtomicU64,
+    pub(crate) evicted_objects: AtomicU64,
+    pub(crate) evicted_bytes: AtomicU64,
+    pub(crate) eviction_rounds: AtomicU64,
+    pub(crate) eviction_hold_max_ns: AtomicU64,
+}
+
+pub(crate) fn add(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
+
+/// The answer to "is it there".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Presence {
+    Absent = 0,
+    Readable = 1,
+    /// Not found, but the index is still being rebuilt.
+    Unknown = 2,
+}
+
+/// Woken whenever nodes have acknowledged drops: space was freed, removals are complete.
+#[derive(Default)]
+pub(crate) struct Progress {
+    pub(crate) count: Mutex<u64>,
+    pub(crate) changed: Condvar,
+}
+
+impl Progress {
+    pub(crate) fn advance(&self) {
+        *self.count.lock() += 1;
+        self.changed.notify_all();
+    }
+}
+
+/// See the module header.
+pub(crate) struct MasterState {
+    pub(crate) config: MasterConfig,
+    shards: Box<[Mutex<Shard>]>,
+    pub(crate) segments: SegmentTable,
+    pub(crate) pending: Box<[Mutex<HashMap<u64, PendingPut, FixedState>>]>,
+    pub(crate) arenas: Mutex<HashMap<u64, Arc<Mutex<Arena>>>>,
+    pub(crate) groups: Mutex<HashMap<Box<[u8]>, Arc<Group>>>,
+    pub(crate) reconciles: Mutex<HashMap<u64, ReconcileJob>>,
+    pub(crate) next_id: AtomicU64,
+    versions: AtomicU64,
+    term: AtomicU64,
+    pub(crate) objects: AtomicU64,
+    pub(crate) rebuilding: AtomicUsize,
+    pub(crate) recovery_until: Millis,
+    pub(crate) eviction_cursor: AtomicUsize,
+    pub(crate) counters: Counters,
+    pub(crate) progress: Progress,
+}
+
+impl MasterState {
+    pub(crate) fn new(config: MasterConfig, now: Millis) -> Self {
+        let policy = config.policy;
+        let recovery_until = now.plus(config.recovery_grace);
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::new(Shard::new(policy))).collect(),
+            segments: SegmentTable::default(),
+            pending: (0..PENDING_SHARDS).map(|_| Mutex::default()).collect(),
+            arenas: Mutex::default(),
+            groups: Mutex::default(),
+            reconciles: Mutex::default(),
+            next_id: AtomicU64::new(1),
+            // Later masters issue larger versions and terms: both begin at the wall clock, and what nodes report
+            // corrects a clock that went back. 1024 versions a microsecond cannot be outrun.
+            versions: AtomicU64::new(unix_ms() * 1000 << 10),
+            term: AtomicU64::new(unix_ms()),
+            objects: AtomicU64::new(0),
+            rebuilding: AtomicUsize::new(0),
+            recovery_until,
+            eviction_cursor: AtomicUsize::new(0),
+            counters: Counters::default(),
+            progress: Progress::default(),
+            config,
+        }
+    }
+
+    pub(crate) fn shard(&self, hash: u64) -> MutexGuard<'_, Shard> {
+        // The table uses the lowest and the highest bits: take others.
+        self.shards[(hash >> 32) as usize % SHARDS].lock()
+    }
+
+    pub(crate) fn shards(&self) -> impl Iterator<Item = &Mutex<Shard>> {
+        self.shards.iter()
+    }
+
+    pub(crate) fn shard_at(&self, index: usize) -> MutexGuard<'_, Shard> {
+        self.shards[index % SHARDS].lock()
+    }
+
+    pub(crate) fn shard_count(&self) -> usize {
+        SHARDS
+    }
+
+    /// A block of fresh versions; the first of `count`.
+    pub(crate) fn take_versions(&self, count: u64) -> u64 {
+        self.versions.fetch_add(count, Ordering::Relaxed)
+    }
+
+    /// Versions issued from now on are larger than `version`.
+    pub(crate) fn raise_versions(&self, version: u64) {
+        self.versions.fetch_max(version.saturating_add(1), Ordering::Relaxed);
+    }
+
+    pub(crate) fn term(&self) -> u64 {
+        self.term.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn raise_term(&self, above: u64) {
+        self.term.fetch_max(above.saturating_add(1), Ordering::AcqRel);
+    }
+
+    /// Whether absence cannot be told yet.
+    pub(crate) fn recovering(&self, now: Millis) -> bool {
+        now < self.recovery_until || self.rebuilding.load(Ordering::Acquire) > 0
+    }
+
+    pub(crate) fn absence(&self, now: Millis) -> Presence {
+        if self.recovering(now) {
+            Presence::Unknown
+        } else {
+            Presence::Absent
+        }
+    }
+
+    fn readable(view: &SegmentsView, object: &Object) -> bool {
+        object.replicas.iter().any(|r| {
+            view.get(r.segment as usize)
+                .and_then(Option::as_ref)
+                .is_some_and(|s| s.node.readable())
+        })
+    }
+
+    fn lease(object: &mut Object, until: Millis) {
+        object.lease_until = object.lease_until.max(until);
+        if let Some(group) = &object.group {
+            group.lease_until.fetch_max(until.0, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a readable replica exists; grants a lease.
+    pub(crate) fn exist(&self, view: &SegmentsView, hash: u64, key: &[u8], access: &Access) -> Presence {
+        let until = access.now.plus(self.config.lease_ttl);
+        let mut shard = self.shard(hash);
+        match shard.hit(hash, key, access) {
+            Some(object) if Self::readable(view, object) => {
+                Self::lease(object, until);
+                Presence::Readable
+            }
+            _ => self.absence(access.now),
+        }
+    }
+
+    /// Calls `found` with the object, leased; `None` when there is no readable replica.
+    pub(crate) fn locate<T>(
+        &self,
+        view: &SegmentsView,
+        hash: u64,
+        key: &[u8],
+        access: &Access,
+        found: impl FnOnce(&Object) -> T,
+    ) -> Option<T> {
+        let until = access.now.plus(self.config.lease_ttl);
+        let mut shard = self.shard(hash);
+        let object = shard.hit(hash, key, access)?;
+        if !Self::readable(view, object) {
+            return None;
+        }
+        Self::lease(object, until);
+        Some(found(object))
+    }
+
+    /// Calls `found` with the object without any effect on it.
+    pub(crate) fn peek<T>(&self, hash: u64, key: &[u8], found: impl FnOnce(&Object) -> T) -> Option<T> {
+        self.shard(hash).get(hash, key).map(found)
+    }
+
+    /// `(capacity, used)` bytes of all mounted segments.
+    pub(crate) fn capacity(&self) -> (u64, u64) {
+        let view = self.segments.view();
+        view.iter().flatten().fold((0, 0), |(capacity, used), s| {
+            let allocator = s.allocator.lock();
+            (capacity + allocator.size(), used + allocator.used())
+        })
+    }
+
+    /// Bytes of the largest mounted segment.
+    pub(crate) fn largest_segment(&self) -> u64 {
+        let view = self.segments.view();
+        view.iter().flatten().map(|s| s.size).max().unwrap_or(0)
+    }
+
+    /// Heap bytes of the index, counted by walking it.
+    pub(crate) fn metadata_bytes(&self) -> u64 {
+        self.shards.iter().map(|s| s.lock().heap_bytes() as u64).sum()
+    }
+
+    /// A page of objects in no particular order: everything that stays in the index during the walk is seen. Returns
+    /// the next cursor, 0 at the end.
+    pub(crate) fn walk(&self, cursor: u64, limit: usize, mut visit: impl FnMut(&Object) -> bool) -> u64 {
+        const STEP: usize = 512;
+        let (mut shard, mut slot) = ((cursor >> 32) as usize, (cursor & 0xFFFF_FFFF) as usize);
+        let mut taken = 0;
+        while shard < SHARDS {
+            let locked = self.shards[shard].lock();
+            let (objects, next) = locked.page(slot, STEP);
+            for object in objects {
+                if visit(object) {
+                    taken += 1;
+                }
+            }
+            match next {
+                Some(next) => slot = next,
+                None => {
+                    shard += 1;
+                    slot = 0;
+                }
+            }
+            if taken >= limit && shard < SHARDS {
+                return (shard as u64) << 32 | slot as u64;
+            }
+        }
+        0
+    }
+
+    /// The bound on how long an operation may wait: the caller's wish within reason, else the default.
+    pub(crate) fn patience(&self, deadline_ms: u32) -> Duration {
+        match deadline_ms {
+            0 => self.config.put_wait,
+            ms => Duration::from_millis(u64::from(ms)).min(Duration::from_secs(60)),
+        }
+    }
+}

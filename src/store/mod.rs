@@ -1,0 +1,8 @@
+//! The pool: master, node and client over the transfer engine. Knows no HTTP client, no command line.
+
+pub mod alloc;
+pub mod client;
+pub mod master;
+pub mod model;
+pub mod node;
+pub mod wire;

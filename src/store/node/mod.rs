@@ -1,0 +1,274 @@
+//! A node: memory segments of this host, lent to the pool.
+//!
+//! It holds the truth about what lies in them (`directory`) and tells every master it registers with (`session`). The
+//! bytes themselves are served by the engine's data server; the node never looks at them.
+
+mod directory;
+mod session;
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+pub use directory::NodeDirectory;
+
+use crate::base::id::{Id128, random_u64};
+use crate::base::net::{advertised, host_id, resolve_one};
+use crate::base::trust::{ClusterKeys, Token};
+use crate::base::units::ByteSize;
+use crate::engine::host::SegmentHost;
+use crate::engine::memory::Memory;
+use crate::engine::transport::server::{DataServer, ServerCounters};
+use crate::store::wire;
+
+/// How a node is set up.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// `host:port` of the master.
+    pub master: String,
+    /// The cluster's secret.
+    pub token: Option<Token>,
+    /// Shown to people; the default is the advertised address.
+    pub name: Option<String>,
+    /// Where to listen for data.
+    pub listen: SocketAddr,
+    /// What others connect to, when it is not `listen`.
+    pub advertise: Option<String>,
+    /// One segment per entry.
+    pub segments: Vec<ByteSize>,
+    /// Whether to touch all memory after the start, in the background.
+    pub populate: bool,
+    /// Data lanes open at once.
+    pub lanes_max: usize,
+}
+
+/// What a node is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum NodePhase {
+    /// No session with the master.
+    Connecting = 0,
+    /// Registered: objects are placed here.
+    InService = 1,
+    /// Asked to leave.
+    Draining = 2,
+    /// Left.
+    Unmounted = 3,
+}
+
+struct Shared {
+    config: NodeConfig,
+    id: Id128,
+    address: String,
+    name: String,
+    host: Arc<SegmentHost>,
+    directory: Arc<NodeDirectory>,
+    server: DataServer,
+    term: AtomicU64,
+    phase: AtomicU8,
+    phase_changed: Notify,
+    drain: Notify,
+}
+
+/// A running node.
+pub struct Node {
+    shared: Arc<Shared>,
+}
+
+impl Shared {
+    fn phase(&self) -> NodePhase {
+        match self.phase.load(Ordering::Acquire) {
+            0 => NodePhase::Connecting,
+            1 => NodePhase::InService,
+            2 => NodePhase::Draining,
+            _ => NodePhase::Unmounted,
+        }
+    }
+
+    fn set_phase(&self, phase: NodePhase) {
+        // A drain is not forgotten over a reconnect.
+        if self.phase() != NodePhase::Draining || phase == NodePhase::Unmounted {
+            self.phase.store(phase as u8, Ordering::Release);
+        }
+        self.phase_changed.notify_waiters();
+    }
+
+    fn registration(&self) -> wire::Register {
+        let offer = |s: &Arc<crate::engine::host::Segment>| wire::SegmentOffer {
+            incarnation: s.incarnation,
+            size_bytes: s.memory.len() as u64,
+            name: s.name.clone(),
+            page_kind: s.memory.pages().name().to_owned(),
+        };
+        wire::Register {
+            node_high: self.id.high,
+            node_low: self.id.low,
+            name: self.name.clone(),
+            address: self.address.clone(),
+            host_id: host_id(),
+            shm_socket: self.server.socket_name().to_owned(),
+            protocol_version: wire::SESSION_VERSION,
+            segments: self.host.segments().iter().map(offer).collect(),
+            last_term: self.term.load(Ordering::Acquire),
+        }
+    }
+}
+
+/// Physical memory of this machine, or of its control group when that is less.
+pub fn memory_limit() -> u64 {
+    let page = rustix::param::page_size() as u64;
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = info
+        .lines()
+        .find_map(|l| l.strip_prefix("MemTotal:"))
+        .and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok())
+        .map_or(u64::MAX, |kib| kib << 10);
+    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max")
+        .ok()
+        .and_then(|t| t.trim().parse::<u64>().ok())
+        .unwrap_or(u64::MAX);
+    total.min(group) / page * page
+}
+
+impl Node {
+    /// Maps the segments, listens, and begins to register. Returns before the master has answered.
+    ///
+    /// Must be called within a multi-threaded tokio runtime, which runs the session.
+    ///
+    /// # Errors
+    /// Segments larger than the machine's memory, an address that cannot be used, a token that is not printable.
+    pub fn start(config: NodeConfig) -> io::Result<Self> {
+        let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidInput, text);
+        let total: u64 = config.segments.iter().map(|s| s.0).fold(0, u64::saturating_add);
+        let limit = memory_limit();
+        if total > limit {
+            return Err(invalid(format!(
+                "segments of {} are larger than this machine's memory of {}: give less --memory",
+                ByteSize(total),
+                ByteSize(limit)
+            )));
+        }
+        let keys = ClusterKeys::derive(config.token.as_ref());
+        let directory = Arc::new(NodeDirectory::default());
+        let id = Id128::random();
+        let host = Arc::new(SegmentHost::new(id, keys, directory.clone()));
+        let listener = TcpListener::bind(config.listen).map_err(|e| {
+            io::Error::new(e.kind(), format!("cannot listen on {}: {e}", config.listen))
+        })?;
+        let toward = resolve_one(&config.master).ok();
+        let address = match &config.advertise {
+            Some(given) if given.contains(':') => given.clone(),
+            Some(given) => format!("{given}:{}", listener.local_addr()?.port()),
+            None => advertised(listener.local_addr()?, toward).to_string(),
+        };
+        let name = config.name.clone().unwrap_or_else(|| address.clone());
+        let mut memories = Vec::new();
+        for (index, size) in config.segments.iter().enumerate() {
+            let bytes = usize::try_from(size.0).map_err(|_| invalid("segment size".to_owned()))?;
+            let memory = Memory::create("mooncake-segment", bytes).map_err(|e| {
+                io::Error::new(e.kind(), format!("cannot map a segment of {size}: {e}"))
+            })?;
+            let memory = Arc::new(memory);
+            let segment_name = if config.segments.len() == 1 {
+                name.clone()
+            } else {
+                format!("{name}#{index}")
+            };
+            directory.add(host.add(segment_name, random_u64(), memory.clone()));
+            memories.push(memory);
+        }
+        if config.populate {
+            populate(memories);
+        }
+        let server = DataServer::start(host.clone(), listener, config.lanes_max)?;
+        let shared = Arc::new(Shared {
+            id,
+            address,
+            name,
+            host,
+            directory,
+            server,
+            term: AtomicU64::new(0),
+            phase: AtomicU8::new(NodePhase::Connecting as u8),
+            phase_changed: Notify::new(),
+            drain: Notify::new(),
+            config,
+        });
+        tokio::spawn(session::run(shared.clone()));
+        Ok(Self { shared })
+    }
+
+    /// What others connect to.
+    pub fn address(&self) -> &str {
+        &self.shared.address
+    }
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+    /// What it is doing.
+    pub fn phase(&self) -> NodePhase {
+        self.shared.phase()
+    }
+    /// Its segments, for clients of the same process.
+    pub fn host(&self) -> &Arc<SegmentHost> {
+        &self.shared.host
+    }
+    /// Objects it holds.
+    pub fn objects(&self) -> usize {
+        self.shared.directory.len()
+    }
+    /// What its data server did.
+    pub fn counters(&self) -> &ServerCounters {
+        self.shared.server.counters()
+    }
+
+    /// Waits until the node is in `phase`, or `timeout`. Cancel-safe.
+    pub async fn wait_for(&self, phase: NodePhase, timeout: Duration) -> bool {
+        let reached = async {
+            loop {
+                let changed = self.shared.phase_changed.notified();
+                if self.shared.phase() == phase {
+                    return;
+                }
+                let _ = tokio::time::timeout(Duration::from_millis(100), changed).await;
+            }
+        };
+        tokio::time::timeout(timeout, reached).await.is_ok()
+    }
+
+    /// Takes leave of the master: no more objects are placed here, puts under way end, the segments are unmounted.
+    /// Returns whether the master confirmed in time.
+    pub async fn drain(&self, timeout: Duration) -> bool {
+        self.shared.set_phase(NodePhase::Draining);
+        self.shared.drain.notify_one();
+        self.wait_for(NodePhase::Unmounted, timeout).await
+    }
+}
+
+/// Touches memory in the background, in small steps, so that first writes do not pay for page faults.
+fn populate(memories: Vec<Arc<Memory>>) {
+    const STEP: usize = 16 << 20;
+    let run = move || {
+        for memory in memories {
+            let weak = Arc::downgrade(&memory);
+            let length = memory.len();
+            drop(memory);
+            for offset in (0..length).step_by(STEP) {
+                let Some(memory) = weak.upgrade() else { return };
+                if let Err(error) = memory.populate(offset, STEP) {
+                    tracing::warn!(%error, "memory could not be touched ahead; it will be on first use");
+                    return;
+                }
+            }
+        }
+    };
+    let spawned = std::thread::Builder::new().name("populate".into()).spawn(run);
+    if let Err(error) = spawned {
+        tracing::warn!(%error, "no thread to touch memory ahead");
+    }
+}

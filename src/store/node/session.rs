@@ -1,0 +1,200 @@
+//! The node's side of its session with a master: register, stream the directory, beat, drop what is asked.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Streaming};
+
+use super::{NodePhase, Shared};
+use crate::base::net::{join_host_port, split_host_port};
+use crate::store::wire::{
+    self, BATCH_BYTES_MAX, MasterMessage, NodeMessage, master_message::Kind as In,
+    node_message::Kind as Out, pool_client::PoolClient,
+};
+
+/// Pause before trying a master again. Short: a restarted master answers nothing about us until we are back.
+const RETRY: Duration = Duration::from_millis(150);
+/// Entries of one directory message.
+const PAGE: usize = 4096;
+
+/// Keeps a session with the master until told to stop.
+pub(super) async fn run(shared: Arc<Shared>) {
+    let mut failures = 0u32;
+    loop {
+        match session(&shared).await {
+            Ok(()) => failures = 0,
+            Err(reason) => {
+                failures += 1;
+                // Once, and then now and then: a master that is down for an hour is not 24,000 lines.
+                if failures == 1 || failures.is_multiple_of(200) {
+                    tracing::warn!(master = %shared.config.master, %reason, failures, "no session with the master; trying on");
+                }
+            }
+        }
+        if shared.phase() == NodePhase::Unmounted {
+            return;
+        }
+        if shared.phase() == NodePhase::Draining {
+            // Nobody to take leave of.
+            shared.set_phase(NodePhase::Unmounted);
+            return;
+        }
+        shared.set_phase(NodePhase::Connecting);
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn connect(shared: &Shared) -> Result<PoolClient<Channel>, String> {
+    let (host, port) = split_host_port(&shared.config.master, 50051)?;
+    let channel = Endpoint::from_shared(format!("http://{}", join_host_port(&host, port)))
+        .map_err(|e| e.to_string())?
+        .connect_timeout(Duration::from_secs(1))
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(Duration::from_secs(2))
+        .keep_alive_timeout(Duration::from_secs(4))
+        .keep_alive_while_idle(true)
+        .connect()
+        .await
+        .map_err(|e| chain(&e))?;
+    Ok(PoolClient::new(channel)
+        .max_decoding_message_size(BATCH_BYTES_MAX)
+        .max_encoding_message_size(BATCH_BYTES_MAX))
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        text = format!("{text}: {inner}");
+        source = inner.source();
+    }
+    text
+}
+
+async fn session(shared: &Arc<Shared>) -> Result<(), String> {
+    let mut client = connect(shared).await?;
+    let (out, receiver) = mpsc::channel(64);
+    send(&out, Out::Register(shared.registration())).await?;
+    let mut request = Request::new(ReceiverStream::new(receiver));
+    if let Some(token) = &shared.config.token {
+        let value = token.bearer().parse().map_err(|_| "the token is not printable ASCII")?;
+        request.metadata_mut().insert("authorization", value);
+    }
+    let mut inbox = client
+        .node_session(request)
+        .await
+        .map_err(|status| status.message().to_owned())?
+        .into_inner();
+    let welcome = match next(&mut inbox).await? {
+        In::Welcome(welcome) => welcome,
+        In::Refused(refusal) => return Err(format!("refused: {}", refusal.reason)),
+        _ => return Err("the master did not welcome this node".to_owned()),
+    };
+    let last = shared.term.load(Ordering::Acquire);
+    if welcome.term < last {
+        return Err(format!("an old master (term {}) after term {last}", welcome.term));
+    }
+    // Writes that an earlier master granted end here: the new one may give their ranges to others.
+    let host = shared.host.clone();
+    tokio::task::block_in_place(|| host.fence_writes(welcome.term));
+    shared.term.store(welcome.term, Ordering::Release);
+    stream_directory(shared, &out).await?;
+    serve(shared, &mut inbox, &out, Duration::from_millis(u64::from(welcome.heartbeat_ms))).await
+}
+
+async fn next(inbox: &mut Streaming<MasterMessage>) -> Result<In, String> {
+    match inbox.message().await {
+        Ok(Some(MasterMessage { kind: Some(kind) })) => Ok(kind),
+        Ok(_) => Err("the master closed the session".to_owned()),
+        Err(status) => Err(status.message().to_owned()),
+    }
+}
+
+async fn send(out: &mpsc::Sender<NodeMessage>, kind: Out) -> Result<(), String> {
+    out.send(NodeMessage { kind: Some(kind) })
+        .await
+        .map_err(|_| "the session ended".to_owned())
+}
+
+async fn stream_directory(shared: &Shared, out: &mpsc::Sender<NodeMessage>) -> Result<(), String> {
+    let mut total = 0;
+    for segment in shared.host.segments() {
+        let mut from = Some(0);
+        while let Some(at) = from {
+            let (entries, next) =
+                tokio::task::block_in_place(|| shared.directory.page(segment.index, at, PAGE));
+            total += entries.len() as u64;
+            if !entries.is_empty() {
+                send(out, Out::Directory(wire::DirectoryChunk { entries })).await?;
+            }
+            from = next;
+        }
+    }
+    send(out, Out::DirectoryEnd(wire::DirectoryEnd { entries: total })).await
+}
+
+async fn serve(
+    shared: &Arc<Shared>,
+    inbox: &mut Streaming<MasterMessage>,
+    out: &mpsc::Sender<NodeMessage>,
+    heartbeat: Duration,
+) -> Result<(), String> {
+    let mut beat = tokio::time::interval(heartbeat.max(Duration::from_millis(50)));
+    let mut drain_sent = false;
+    loop {
+        let message = tokio::select! {
+            message = next(inbox) => message?,
+            _ = beat.tick() => {
+                send(out, Out::Heartbeat(wire::Heartbeat {})).await?;
+                continue;
+            }
+            () = shared.drain.notified(), if !drain_sent => {
+                drain_sent = true;
+                send(out, Out::Drain(wire::Drain {})).await?;
+                continue;
+            }
+        };
+        match message {
+            In::Ready(_) => shared.set_phase(NodePhase::InService),
+            In::Drop(drop) => {
+                tokio::task::block_in_place(|| {
+                    for item in &drop.items {
+                        shared.directory.drop_object(item.segment, item.offset, item.version);
+                    }
+                });
+                let sequence = drop.sequence;
+                send(out, Out::DropAck(wire::DropAck { sequence })).await?;
+            }
+            In::Reconcile(r) => {
+                let report = tokio::task::block_in_place(|| reconcile(shared, &r));
+                send(out, Out::ReconcileReport(report)).await?;
+            }
+            In::Unmounted(_) => {
+                if drain_sent {
+                    shared.set_phase(NodePhase::Unmounted);
+                }
+                return Ok(());
+            }
+            _ => {}
+        }
+    }
+}
+
+fn reconcile(shared: &Shared, r: &wire::Reconcile) -> wire::ReconcileReport {
+    let client = wire::id(r.client_high, r.client_low);
+    let busy = shared.directory.is_shared_writer(client) || !shared.server.quiet(client);
+    let missing = if busy {
+        Vec::new()
+    } else {
+        shared.directory.settle(r.segment, r.offset, r.length_bytes, &r.keep)
+    };
+    wire::ReconcileReport {
+        sequence: r.sequence,
+        busy,
+        missing,
+    }
+}
