@@ -149,10 +149,6 @@ impl Shard {
         victims
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.table.len()
-    }
-
     /// Up to `count` slots from `from` on, and the next position.
     pub(crate) fn page(&self, from: usize, count: usize) -> (impl Iterator<Item = &Object>, Option<usize>) {
         let end = from.saturating_add(count).min(self.slots.len());
