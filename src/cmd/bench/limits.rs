@@ -11,8 +11,8 @@ use crate::cmd::{ExitStatus, Outcome, print};
 
 /// Bytes of a bare round trip each way.
 const ECHO_BYTES: usize = 64;
-/// Bytes of one read or write of the bare stream.
-const STREAM_BYTES: usize = 1 << 20;
+/// Bytes of one read or write of the bare stream: what `iperf3` does by default.
+const STREAM_BYTES: usize = 128 << 10;
 
 pub(super) fn peer_command() -> Command {
     Command::new("peer").about("The other end of bare TCP figures").hide(true)
@@ -71,7 +71,7 @@ pub(super) fn stream(address: &str, time: Duration) -> anyhow::Result<Sample> {
     stream.write_all(b"s")?;
     let mut buffer = vec![0; STREAM_BYTES];
     // Past slow start.
-    for _ in 0..64 {
+    for _ in 0..512 {
         stream.read_exact(&mut buffer)?;
     }
     Sample::take(time, || {

@@ -20,7 +20,7 @@ impl Sample {
         time: Duration,
         mut call: impl FnMut() -> anyhow::Result<(u64, u64)>,
     ) -> anyhow::Result<Self> {
-        let mut calls = Histogram::new(3)?;
+        let mut calls = Histogram::new_with_bounds(1, 60_000_000_000, 3)?;
         let (mut items, mut bytes) = (0, 0);
         let start = Instant::now();
         let mut last = start;

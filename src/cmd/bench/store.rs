@@ -387,6 +387,16 @@ fn set_up(
             Some(RedisSide::connect(&url)?)
         }
     };
+    // Nodes touch their memory in the background, at a few GB/s: let them finish.
+    let resident = |m: &MasterProcess| m.process.resident_bytes();
+    let patience = std::time::Instant::now() + Duration::from_secs(30);
+    let embedded = wanted(Path::SameHost) || wanted(Path::Tcp);
+    while embedded
+        && masters.last().is_some_and(|m| resident(m) < memory.0)
+        && std::time::Instant::now() < patience
+    {
+        std::thread::sleep(Duration::from_millis(20));
+    }
     let (peer, address) = rig::peer()?;
     processes.push(peer);
     Ok(Sides {

@@ -9,6 +9,7 @@ use std::io::{IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -43,6 +44,28 @@ pub struct ShmTransport {
 struct Mapped {
     memory: Arc<Memory>,
     anchor: Lane,
+    /// Pages of each chunk that are in our page tables already: a fault per page costs more than copying it.
+    populated: Box<[AtomicBool]>,
+}
+
+/// Chunk in which page tables are filled.
+const CHUNK: usize = 2 << 20;
+
+impl Mapped {
+    /// Fills the page tables of the chunks a large copy is about to touch, once each.
+    fn populate(&self, offset: u64, length: u64) {
+        if length < 32 << 10 {
+            return;
+        }
+        let (first, last) = (offset as usize / CHUNK, (offset + length - 1) as usize / CHUNK);
+        for chunk in first..=last {
+            let done = self.populated.get(chunk);
+            if done.is_some_and(|done| !done.swap(true, Ordering::Relaxed)) {
+                // An error means only that the copy faults page by page.
+                let _ = self.memory.populate(chunk * CHUNK, CHUNK);
+            }
+        }
+    }
 }
 
 fn connect(address: &str, _timeout: Duration) -> std::io::Result<Socket> {
@@ -134,9 +157,11 @@ impl ShmTransport {
         let fd = fd.ok_or_else(|| broken("no descriptor came with the reply".to_owned()))?;
         let memory =
             Memory::from_fd(fd, reply.payload_bytes as usize).map_err(|e| broken(e.to_string()))?;
+        let chunks = memory.len().div_ceil(CHUNK);
         Ok(Mapped {
             memory: Arc::new(memory),
             anchor: lane,
+            populated: (0..chunks).map(|_| AtomicBool::new(false)).collect(),
         })
     }
 }
@@ -241,11 +266,19 @@ impl InFlight for Copying<'_> {
     fn finish(mut self: Box<Self>, results: &mut Vec<TransferResult>) {
         let pairs = self.requests.iter().zip(&self.mappings);
         let Some((mut lane, id)) = self.recording.take() else {
-            results.extend(pairs.map(|(r, m)| copy_out(&m.memory, r)));
+            results.extend(pairs.map(|(r, m)| {
+                m.populate(r.offset, r.length);
+                copy_out(&m.memory, r)
+            }));
             return;
         };
         // Grants are not checked for the copy itself (the mapping is the permission); the record was.
-        let copied: Vec<TransferResult> = pairs.map(|(r, m)| copy_in(&m.memory, r)).collect();
+        let copied: Vec<TransferResult> = pairs
+            .map(|(r, m)| {
+                m.populate(r.offset, r.length);
+                copy_in(&m.memory, r)
+            })
+            .collect();
         let recorded = match lane::receive(&mut lane, id, self.requests, self.deadline) {
             Ok(recorded) => {
                 lane.done();
