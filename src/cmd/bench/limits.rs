@@ -80,22 +80,29 @@ pub(super) fn stream(address: &str, time: Duration) -> anyhow::Result<Sample> {
     })
 }
 
-/// Copies blocks of `size` from a walk over `source` into `batch` targets: what a get would cost if it were only memory.
+/// Copies blocks of `size` between a walk over `memory` and `batch` buffers: what a get (or, `into_memory`, a put) would
+/// cost if it were only memory.
 pub(super) fn memcpy(
-    source: &[u8],
-    targets: &mut [Vec<u8>],
+    memory: &mut [u8],
+    buffers: &mut [Vec<u8>],
     size: usize,
+    into_memory: bool,
     time: Duration,
 ) -> anyhow::Result<Sample> {
-    let blocks = source.len() / size;
+    let blocks = memory.len() / size;
     let mut next = 0;
     Sample::take(time, || {
-        for target in targets.iter_mut() {
+        for buffer in buffers.iter_mut() {
             let at = next % blocks * size;
-            target[..size].copy_from_slice(&source[at..at + size]);
-            std::hint::black_box(&target);
+            let block = &mut memory[at..at + size];
+            if into_memory {
+                block.copy_from_slice(&buffer[..size]);
+            } else {
+                buffer[..size].copy_from_slice(block);
+            }
+            std::hint::black_box((&buffer, block));
             next += 1;
         }
-        Ok((targets.len() as u64, (targets.len() * size) as u64))
+        Ok((buffers.len() as u64, (buffers.len() * size) as u64))
     })
 }

@@ -189,6 +189,24 @@ impl Ours {
             .collect()
     }
 
+    /// Writes through the whole pool once, so that no measured put is the first to touch a page from here.
+    fn walk(&mut self, memory: ByteSize) -> anyhow::Result<()> {
+        let cell = Cell { op: Op::Put, size: 1 << 20, batch: 16, path: Path::Local };
+        let slices = self.slices(&cell);
+        for call in 0..memory.0 >> 24 {
+            let keys: Vec<String> = (0..16).map(|n| format!("walk:{call}:{n}")).collect();
+            let requests: Vec<PutRequest<'_>> = keys
+                .iter()
+                .zip(&slices)
+                .map(|(key, source)| PutRequest { key: key.as_bytes(), source })
+                .collect();
+            for outcome in self.client.put(&requests, &PutOptions::default()) {
+                outcome?;
+            }
+        }
+        Ok(())
+    }
+
     fn fill(&mut self, cell: &Cell) -> anyhow::Result<()> {
         self.client.forget_locations();
         self.client.remove_matching("", true)?;
@@ -310,6 +328,9 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
     let runtime = serve::runtime()?;
     let _entered = runtime.enter();
     let mut sides = set_up(&cells, memory, vs, matches.get_flag("checksum"), &runtime)?;
+    for (_, ours) in &mut sides.ours {
+        ours.walk(memory)?;
+    }
     let mut rows = Vec::new();
     let bar = crate::cmd::put::progress(cells.len() as u64);
     for cell in &cells {
@@ -453,7 +474,13 @@ fn measure(sides: &mut Sides, cell: &Cell, rounds: u32, time: Duration) -> anyho
                 for target in &mut sides.targets {
                     target.resize(cell.size, 0);
                 }
-                limits::memcpy(&sides.memory, &mut sides.targets, cell.size, time)?
+                limits::memcpy(
+                    &mut sides.memory,
+                    &mut sides.targets,
+                    cell.size,
+                    cell.op == Op::Put,
+                    time,
+                )?
             }
             _ => limits::stream(&sides.stream_address, time)?,
         };

@@ -49,6 +49,11 @@ impl ControlSocket {
         self.socket.is_spent()
     }
 
+    /// Whether the next message has arrived whole already.
+    pub fn has_message(&self) -> bool {
+        self.socket.peek_u32().is_some_and(|length| self.socket.buffered() >= 4 + length as usize)
+    }
+
     /// Sends bytes that begin with their length.
     ///
     /// # Errors

@@ -52,12 +52,10 @@ struct Mapped {
 const CHUNK: usize = 2 << 20;
 
 impl Mapped {
-    /// Fills the page tables of the chunks a large copy is about to touch, once each.
+    /// Fills the page tables of the chunks a copy is about to touch, once each.
     fn populate(&self, offset: u64, length: u64) {
-        if length < 32 << 10 {
-            return;
-        }
-        let (first, last) = (offset as usize / CHUNK, (offset + length - 1) as usize / CHUNK);
+        let last = (offset + length.max(1) - 1) as usize / CHUNK;
+        let first = offset as usize / CHUNK;
         for chunk in first..=last {
             let done = self.populated.get(chunk);
             if done.is_some_and(|done| !done.swap(true, Ordering::Relaxed)) {
@@ -267,7 +265,10 @@ impl InFlight for Copying<'_> {
         let pairs = self.requests.iter().zip(&self.mappings);
         let Some((mut lane, id)) = self.recording.take() else {
             results.extend(pairs.map(|(r, m)| {
-                m.populate(r.offset, r.length);
+                // A small read of a known object must stay a copy and nothing else.
+                if r.length >= 32 << 10 {
+                    m.populate(r.offset, r.length);
+                }
                 copy_out(&m.memory, r)
             }));
             return;

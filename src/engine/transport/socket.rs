@@ -160,6 +160,17 @@ impl Socket {
         &self.buffer[at..at + n]
     }
 
+    /// Bytes received and not taken yet.
+    pub(crate) fn buffered(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// The next four buffered bytes as a number, without taking them.
+    pub(crate) fn peek_u32(&self) -> Option<u32> {
+        let bytes = self.buffer[self.start..self.end].first_chunk()?;
+        Some(u32::from_le_bytes(*bytes))
+    }
+
     /// Gives back an oversized buffer after a large frame.
     pub(crate) fn shrink(&mut self) {
         if self.buffer.len() > BUFFER_BYTES && self.end - self.start <= BUFFER_BYTES {

@@ -15,9 +15,12 @@ use crate::store::model::header::footprint;
 use crate::store::model::key;
 
 /// Most objects taken from one shard under one lock.
-const VICTIMS_PER_LOCK: usize = 64;
+const VICTIMS_PER_LOCK: usize = 16;
 /// Most slots examined under one lock: keeps the hold far below a millisecond.
-const EXAMINED_PER_LOCK: u32 = 2048;
+const EXAMINED_PER_LOCK: u32 = 512;
+
+/// Rounds over all shards that may find nothing before eviction gives up: ageing a full shard takes several steps.
+const IDLE_ROUNDS: usize = 32;
 
 /// What removals wait for: every node that had drops outstanding acknowledges them.
 pub(crate) struct Barrier(Vec<(std::sync::Arc<NodeState>, u64)>);
@@ -129,7 +132,7 @@ impl MasterState {
         for soft_pinned_too in passes {
             // A policy may need one pass over everything to age it and one to choose: stop when two found nothing.
             let mut idle_shards = 0;
-            while wanted > 0 && idle_shards < 3 * self.shard_count() {
+            while wanted > 0 && idle_shards < IDLE_ROUNDS * self.shard_count() {
                 let index = self.eviction_cursor.fetch_add(1, Ordering::Relaxed);
                 let start = Instant::now();
                 let victims = {
