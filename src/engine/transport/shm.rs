@@ -1,7 +1,8 @@
 //! Shared memory of a node on this host: its segments are mapped once, bytes are copied once, in the caller's thread.
 //!
-//! Over a Unix socket come the descriptors, and go the notifies: a write is *recorded* with the node first (so that the
-//! node knows whose range it is), copied while that is under way, and published by its word when the node has accepted.
+//! Over a Unix socket come the descriptors, and go small writes whole. A large write is *recorded* with the node first (so
+//! that the node knows whose range it is), then copied here, then published by the node: both ends pass its gate, so that
+//! a write that a new master has fenced off is never published.
 //! A mapping gives access to the whole segment; the node hands it only to its own user or root holding the cluster token.
 
 use std::collections::HashMap;
@@ -26,6 +27,8 @@ use crate::engine::error::TransferError;
 use crate::engine::grant::Grant;
 use crate::engine::memory::Memory;
 
+/// Writes up to this go through the socket: one exchange instead of two.
+const INLINE_BYTES: u64 = 64 << 10;
 /// How long a peer that could not be mapped is left to other transports.
 const REST_AFTER_FAILURE: Duration = Duration::from_secs(5);
 
@@ -220,9 +223,11 @@ impl Transport for ShmTransport {
             mappings.push(self.mapping(peer, r.grant.segment, r.grant.incarnation, deadline)?);
         }
         let recording = if requests[0].opcode == Opcode::Write {
+            let total: u64 = requests.iter().filter(|r| r.has_data()).map(|r| r.length).sum();
+            let inline = total <= INLINE_BYTES;
             let mut lane = self.lanes.take(&peer.shm_socket, deadline, false)?;
             let send = |lane: &mut Lane| {
-                lane::send(lane, Operation::Write, requests, false, false, deadline)
+                lane::send(lane, Operation::Write, requests, inline, inline, deadline)
             };
             let id = match send(&mut lane) {
                 Err(e) if lane.reused && e.is_path_failure() => {
@@ -231,7 +236,7 @@ impl Transport for ShmTransport {
                 }
                 other => other?,
             };
-            Some((lane, id))
+            Some(Recording { lane, id, inline })
         } else {
             None
         };
@@ -253,51 +258,80 @@ impl Transport for ShmTransport {
     }
 }
 
+struct Recording {
+    lane: Lane,
+    id: u64,
+    /// The data went with it.
+    inline: bool,
+}
+
 struct Copying<'a> {
     requests: &'a [TransferRequest],
     mappings: smallvec::SmallVec<[Arc<Mapped>; 2]>,
-    recording: Option<(Lane, u64)>,
+    recording: Option<Recording>,
     deadline: Instant,
 }
 
 impl InFlight for Copying<'_> {
     fn finish(mut self: Box<Self>, results: &mut Vec<TransferResult>) {
+        let outcomes = match self.recording.take() {
+            None => self.read(),
+            Some(recording) => self.write(recording).unwrap_or_else(|error| {
+                self.requests.iter().map(|_| Err(error.clone())).collect()
+            }),
+        };
+        results.extend(outcomes);
+    }
+}
+
+impl Copying<'_> {
+    fn read(&self) -> Vec<TransferResult> {
         let pairs = self.requests.iter().zip(&self.mappings);
-        let Some((mut lane, id)) = self.recording.take() else {
-            results.extend(pairs.map(|(r, m)| {
-                // A small read of a known object must stay a copy and nothing else.
-                if r.length >= 32 << 10 {
-                    m.populate(r.offset, r.length);
-                }
-                copy_out(&m.memory, r)
-            }));
-            return;
-        };
-        // Grants are not checked for the copy itself (the mapping is the permission); the record was.
-        let copied: Vec<TransferResult> = pairs
-            .map(|(r, m)| {
+        let copy = |(r, m): (&TransferRequest, &Arc<Mapped>)| {
+            // A small read of a known object must stay a copy and nothing else.
+            if r.length >= 32 << 10 {
                 m.populate(r.offset, r.length);
-                copy_in(&m.memory, r)
-            })
-            .collect();
-        let recorded = match lane::receive(&mut lane, id, self.requests, self.deadline) {
-            Ok(recorded) => {
-                lane.done();
-                recorded
             }
-            Err(error) => self.requests.iter().map(|_| Err(error.clone())).collect(),
+            copy_out(&m.memory, r)
         };
-        for (((copied, recorded), r), m) in copied
-            .into_iter()
-            .zip(recorded)
-            .zip(self.requests)
-            .zip(&self.mappings)
-        {
-            let result = copied.and(recorded);
-            if let (Ok(()), Some(word)) = (&result, r.word) {
-                m.memory.publish(word.offset, word.value);
-            }
-            results.push(result);
+        pairs.map(copy).collect()
+    }
+
+    fn write(&self, recording: Recording) -> Result<Vec<TransferResult>, TransferError> {
+        let Recording { mut lane, id, inline } = recording;
+        let mut results = lane::receive(&mut lane, id, self.requests, self.deadline)?;
+        if inline {
+            lane.done();
+            return Ok(results);
         }
+        // Only what the node has recorded is copied: from then on it reports the range as ours to every master, so that
+        // nobody else is given it however long the copy takes.
+        let mut publish = Vec::new();
+        for (index, (r, m)) in self.requests.iter().zip(&self.mappings).enumerate() {
+            if results[index].is_ok() {
+                m.populate(r.offset, r.length);
+                results[index] = copy_in(&m.memory, r);
+            }
+            if results[index].is_ok() && r.word.is_some() {
+                publish.push(index);
+            }
+        }
+        if !publish.is_empty() {
+            let requests: Vec<TransferRequest> = publish
+                .iter()
+                .map(|index| TransferRequest {
+                    local: smallvec::SmallVec::new(),
+                    notify: Vec::new(),
+                    ..self.requests[*index].clone()
+                })
+                .collect();
+            let id = lane::send(&mut lane, Operation::Write, &requests, false, true, self.deadline)?;
+            let published = lane::receive(&mut lane, id, &requests, self.deadline)?;
+            for (index, outcome) in publish.into_iter().zip(published) {
+                results[index] = outcome;
+            }
+        }
+        lane.done();
+        Ok(results)
     }
 }

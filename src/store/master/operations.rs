@@ -271,10 +271,14 @@ impl Call<'_> {
                         replicas,
                     });
                 }
-                Err(StoreError::NoSpace { .. } | StoreError::Rebuilding)
-                    if Instant::now() < self.deadline =>
-                {
-                    state.make_room(size, now);
+                Err(
+                    error @ (StoreError::NoSpace { .. }
+                    | StoreError::Rebuilding
+                    | StoreError::SegmentNotFound),
+                ) if Instant::now() < self.deadline => {
+                    if matches!(error, StoreError::NoSpace { .. }) {
+                        state.make_room(size, now);
+                    }
                     // Leases lapse without anybody telling: look again soon even if nothing was freed.
                     let soon = Instant::now() + Duration::from_millis(10);
                     let mut count = state.progress.count.lock();
@@ -294,11 +298,19 @@ impl Call<'_> {
 
     fn put_end(&mut self, op: &wire::PutEnd) -> wire::Reply {
         let state = &self.master.state;
+        let mut replaced = false;
         let end = |item: &wire::PutFinish| {
             let checksum = item.has_checksum.then_some(item.checksum);
-            code(state.put_end(item.version, checksum, item.written, item.unsettled, self.now))
+            let ended = state.put_end(item.version, checksum, item.written, item.unsettled, self.now);
+            replaced |= ended == Ok(true);
+            code(ended.map(|_| ()))
         };
-        codes(op.items.iter().map(end).collect())
+        let results = op.items.iter().map(end).collect();
+        if replaced && let Err(error) = self.settle() {
+            // The new object is there; some reader may still see the old one for a moment.
+            tracing::warn!(%error, "an upsert");
+        }
+        codes(results)
     }
 
     fn put_revoke(&mut self, op: &wire::PutRevoke) -> wire::Reply {

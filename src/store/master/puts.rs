@@ -117,6 +117,10 @@ impl MasterState {
             });
         }
         let (replicas, nodes) = self.place(wanted_bytes, options, now);
+        if nodes == 0 {
+            // Evicting would not help: no node in service takes anything.
+            return Err(StoreError::SegmentNotFound);
+        }
         let enough = options.replica_num.min(nodes);
         if replicas.is_empty() || (replicas.len() < enough && !partial) {
             self.release_now(&replicas, wanted_bytes);
@@ -196,7 +200,8 @@ impl MasterState {
     }
 
     /// Phase two: the replicas in `written` (bit per replica) are in place; the object becomes readable. Those in
-    /// `unsettled` may still be written to by a request that got lost on its way.
+    /// `unsettled` may still be written to by a request that got lost on its way. Returns whether another object was
+    /// replaced: then the end is complete once [`MasterState::barrier`] is reached.
     pub(crate) fn put_end(
         &self,
         version: u64,
@@ -204,7 +209,7 @@ impl MasterState {
         written: u64,
         unsettled: u64,
         now: Millis,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let put = {
             let mut pending = self.pending_shard(version).lock();
             let put = pending.get_mut(&version).filter(|p| !p.ending);
@@ -227,7 +232,7 @@ impl MasterState {
         written: u64,
         unsettled: u64,
         now: Millis,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let mut good = Replicas::new();
         for (i, replica) in put.replicas.iter().enumerate() {
             let bit = 1u64.checked_shl(i as u32).unwrap_or(0);
@@ -272,7 +277,8 @@ impl MasterState {
         }
     }
 
-    /// Makes an object readable. `Exists`: the key is taken, and the ranges are the caller's to give up.
+    /// Makes an object readable; returns whether it replaced another. `Exists`: the key is taken, and the ranges are the
+    /// caller's to give up.
     #[expect(clippy::too_many_arguments, reason = "the parts of an object, once")]
     pub(crate) fn complete(
         &self,
@@ -283,7 +289,7 @@ impl MasterState {
         written: &Written,
         upsert: bool,
         now: Millis,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let hash = key::hash(&qualified);
         let object = self.object(qualified, hash, size, replicas, attributes, written, now);
         let mut shard = self.shard(hash);
@@ -303,7 +309,7 @@ impl MasterState {
             Some((version, _)) if version == written.version => {
                 drop(shard);
                 self.forget(&object);
-                Ok(())
+                Ok(false)
             }
             Some(_) if !upsert => {
                 drop(shard);
@@ -319,12 +325,12 @@ impl MasterState {
                     self.drop_replicas(&old.replicas, old.size, old.version);
                 }
                 add(&self.counters.puts, 1);
-                Ok(())
+                Ok(true)
             }
             None => {
                 self.insert(&mut shard, &view, object, now);
                 add(&self.counters.puts, 1);
-                Ok(())
+                Ok(false)
             }
         }
     }
@@ -472,7 +478,8 @@ impl MasterState {
         segment.arena_bytes.fetch_add(length, Ordering::Relaxed);
         let count = length / (2 * ALIGNMENT);
         let first = self.take_versions(count);
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        // Named by its first version: no later master will give that name to another arena.
+        let id = first;
         let arena = Arena {
             client,
             segment: slot,
@@ -541,7 +548,7 @@ impl MasterState {
             // The writer may still be writing: it takes the item back when it has ended.
             arena.lock().refused.insert(written.version, (replica, size));
         }
-        done
+        done.map(|_| ())
     }
 
     /// Takes back an item: its commit was refused, or its data did not arrive. See [`MasterState::discard`].

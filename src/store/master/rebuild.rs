@@ -74,7 +74,12 @@ impl MasterState {
         offers: &[Offer],
         now: Millis,
     ) -> Registration {
-        if let Some(node) = self.segments.node(id) {
+        let known = self.segments.node(id);
+        // A registration that broke off half-way is begun anew: what it has indexed says nothing about the rest.
+        if let Some(half) = known.as_ref().filter(|n| !n.indexed.load(Ordering::Acquire)) {
+            self.unmount(half, now);
+        }
+        if let Some(node) = known.filter(|n| n.indexed.load(Ordering::Acquire)) {
             node.drops.lock().requeue();
             if node.phase() != NodePhase::Rebuilding {
                 self.rebuilding.fetch_add(1, Ordering::AcqRel);
@@ -209,6 +214,7 @@ impl MasterState {
     /// The directory is complete: what the index has there and the node has not is gone; the node is in service.
     pub(crate) fn registered(&self, registration: Registration) {
         let node = registration.node;
+        node.indexed.store(true, Ordering::Release);
         node.set_phase(NodePhase::Ok);
         self.rebuilding.fetch_sub(1, Ordering::AcqRel);
         self.segments.changed();

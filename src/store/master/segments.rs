@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -141,6 +141,8 @@ pub(crate) struct NodeState {
     phase: AtomicU8,
     pub(crate) last_seen: AtomicU64,
     pub(crate) suspect_until: AtomicU64,
+    /// Its whole directory has been indexed once.
+    pub(crate) indexed: AtomicBool,
     /// Slots of its segments, by the index within the node.
     pub(crate) slots: Vec<u32>,
     pub(crate) drops: Mutex<DropQueue>,
@@ -232,7 +234,6 @@ impl SegmentState {
 pub(crate) type SegmentsView = Arc<Vec<Option<Arc<SegmentState>>>>;
 
 /// All nodes and segments.
-#[derive(Default)]
 pub(crate) struct SegmentTable {
     view: RwLock<SegmentsView>,
     nodes: RwLock<HashMap<Id128, Arc<NodeState>>>,
@@ -249,6 +250,15 @@ pub(crate) struct Offer {
 }
 
 impl SegmentTable {
+    /// `first_epoch`: larger than any epoch of an earlier master, so that clients notice the change.
+    pub(crate) fn new(first_epoch: u64) -> Self {
+        Self {
+            view: RwLock::default(),
+            nodes: RwLock::default(),
+            epoch: AtomicU64::new(first_epoch),
+        }
+    }
+
     pub(crate) fn view(&self) -> SegmentsView {
         self.view.read().clone()
     }
@@ -293,6 +303,7 @@ impl SegmentTable {
             phase: AtomicU8::new(NodePhase::Rebuilding as u8),
             last_seen: AtomicU64::new(now.0),
             suspect_until: AtomicU64::new(0),
+            indexed: AtomicBool::new(false),
             slots: (first..first + offers.len() as u32).collect(),
             drops: Mutex::default(),
             reconciles: Mutex::default(),

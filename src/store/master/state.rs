@@ -95,7 +95,7 @@ impl MasterState {
         let recovery_until = now.plus(config.recovery_grace);
         Self {
             shards: (0..SHARDS).map(|_| Mutex::new(Shard::new(policy))).collect(),
-            segments: SegmentTable::default(),
+            segments: SegmentTable::new(unix_ms() * 1000),
             pending: (0..PENDING_SHARDS).map(|_| Mutex::default()).collect(),
             arenas: Mutex::default(),
             groups: Mutex::default(),

@@ -1,0 +1,3 @@
+//! Any bytes on a data lane.
+#![no_main]
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| mooncake::engine::transport::fuzz_frame(bytes));

@@ -1,0 +1,24 @@
+//! Replays the seeds of the fuzz targets as an ordinary test, whole, truncated and with single bytes changed.
+
+#[test]
+fn seeds_and_their_neighbours() {
+    let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds");
+    let mut count = 0;
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let bytes = std::fs::read(entry.unwrap().path()).unwrap();
+        for end in 0..=bytes.len() {
+            mooncake::engine::transport::fuzz_frame(&bytes[..end]);
+            mooncake::store::wire::fuzz(&bytes[..end]);
+        }
+        for at in 0..bytes.len() {
+            for flip in [0x01, 0x80, 0xFF] {
+                let mut changed = bytes.clone();
+                changed[at] ^= flip;
+                mooncake::engine::transport::fuzz_frame(&changed);
+                mooncake::store::wire::fuzz(&changed);
+            }
+        }
+        count += 1;
+    }
+    assert!(count >= 3, "the seeds were found");
+}
