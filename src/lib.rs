@@ -6,4 +6,5 @@
 pub mod base;
 pub mod cmd;
 pub mod engine;
+pub mod proxy;
 pub mod store;

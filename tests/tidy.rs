@@ -1,6 +1,8 @@
 //! Rules the compiler does not hold: the direction of dependencies between rooms, and where clap, printing and unsafe
 //! code may be.
 
+#![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
+
 use std::path::{Path, PathBuf};
 
 fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
@@ -21,10 +23,21 @@ fn code() -> Vec<(String, String)> {
     sources(&root, &mut found);
     assert!(found.len() > 40, "the sources were found");
     let read = |path: PathBuf| {
-        let name = path.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
+        let name = path
+            .strip_prefix(&root)
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .to_owned();
         let text = std::fs::read_to_string(&path).unwrap();
-        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
-        let code: Vec<&str> = code.lines().filter(|l| !l.trim_start().starts_with("//")).collect();
+        let code = text
+            .split("#[cfg(test)]\nmod tests")
+            .next()
+            .unwrap_or_default();
+        let code: Vec<&str> = code
+            .lines()
+            .filter(|l| !l.trim_start().starts_with("//"))
+            .collect();
         (name, code.join("\n"))
     };
     found.into_iter().map(read).collect()
@@ -32,20 +45,66 @@ fn code() -> Vec<(String, String)> {
 
 fn violations(rule: impl Fn(&str, &str) -> Option<String>) -> Vec<String> {
     let all = code();
-    all.iter().filter_map(|(name, text)| Some(format!("{name}: {}", rule(name, text)?))).collect()
+    all.iter()
+        .filter_map(|(name, text)| Some(format!("{name}: {}", rule(name, text)?)))
+        .collect()
 }
 
 #[test]
 fn dependencies_point_one_way() {
     // Room (longest prefix first) → rooms it may not name.
     let forbidden: &[(&str, &[&str])] = &[
-        ("base/", &["crate::engine", "crate::store", "crate::proxy", "crate::cmd"]),
+        (
+            "base/",
+            &[
+                "crate::engine",
+                "crate::store",
+                "crate::proxy",
+                "crate::cmd",
+            ],
+        ),
         ("engine/", &["crate::store", "crate::proxy", "crate::cmd"]),
-        ("store/master/", &["store::client", "store::node", "crate::proxy", "crate::cmd", "engine::batch"]),
-        ("store/client/", &["store::master", "store::node", "crate::proxy", "crate::cmd"]),
-        ("store/node/", &["store::master", "store::client", "crate::proxy", "crate::cmd"]),
-        ("store/model/", &["store::master", "store::node", "store::client", "crate::engine"]),
-        ("store/alloc/", &["store::master", "store::node", "store::client", "crate::engine"]),
+        (
+            "store/master/",
+            &[
+                "store::client",
+                "store::node",
+                "crate::proxy",
+                "crate::cmd",
+                "engine::batch",
+            ],
+        ),
+        (
+            "store/client/",
+            &["store::master", "store::node", "crate::proxy", "crate::cmd"],
+        ),
+        (
+            "store/node/",
+            &[
+                "store::master",
+                "store::client",
+                "crate::proxy",
+                "crate::cmd",
+            ],
+        ),
+        (
+            "store/model/",
+            &[
+                "store::master",
+                "store::node",
+                "store::client",
+                "crate::engine",
+            ],
+        ),
+        (
+            "store/alloc/",
+            &[
+                "store::master",
+                "store::node",
+                "store::client",
+                "crate::engine",
+            ],
+        ),
         ("store/", &["crate::proxy", "crate::cmd"]),
     ];
     let found = violations(|name, text| {
@@ -58,14 +117,34 @@ fn dependencies_point_one_way() {
 
 #[test]
 fn the_masters_state_does_no_io_and_reads_no_clock() {
-    let pure = ["object", "shard", "segments", "placement", "state", "puts", "removal", "rebuild", "eviction"];
+    let pure = [
+        "object",
+        "shard",
+        "segments",
+        "placement",
+        "state",
+        "puts",
+        "removal",
+        "rebuild",
+        "eviction",
+    ];
     let found = violations(|name, text| {
         let file = name.strip_prefix("store/master/")?;
         if !pure.iter().any(|p| file.starts_with(p)) {
             return None;
         }
-        let banned = ["tokio", "std::net", "std::fs", "Millis::now", "async fn", "thread::sleep"];
-        banned.iter().find(|b| text.contains(*b)).map(|b| format!("uses {b}"))
+        let banned = [
+            "tokio",
+            "std::net",
+            "std::fs",
+            "Millis::now",
+            "async fn",
+            "thread::sleep",
+        ];
+        banned
+            .iter()
+            .find(|b| text.contains(*b))
+            .map(|b| format!("uses {b}"))
     });
     assert!(found.is_empty(), "{found:#?}");
 }
@@ -76,18 +155,36 @@ fn command_line_crates_stay_in_cmd() {
         if name.starts_with("cmd/") {
             return None;
         }
-        let banned = ["clap::", "anyhow", "comfy_table", "indicatif", "println!", "process::exit"];
-        banned.iter().find(|b| text.contains(*b)).map(|b| format!("uses {b}"))
+        let banned = [
+            "clap::",
+            "anyhow",
+            "comfy_table",
+            "indicatif",
+            "println!",
+            "process::exit",
+        ];
+        banned
+            .iter()
+            .find(|b| text.contains(*b))
+            .map(|b| format!("uses {b}"))
     });
     assert!(found.is_empty(), "{found:#?}");
 }
 
 #[test]
 fn unsafe_code_is_where_memory_is_shared() {
-    let allowed = ["engine/", "store/client/get.rs", "store/client/put.rs", "cmd/put.rs", "cmd/bench/"];
+    let allowed = [
+        "engine/",
+        "store/client/get.rs",
+        "store/client/put.rs",
+        "cmd/put.rs",
+        "cmd/bench/",
+    ];
     let found = violations(|name, text| {
-        let needs = text.contains("unsafe {") || text.contains("unsafe fn") || text.contains("unsafe impl");
-        (needs && !allowed.iter().any(|a| name.starts_with(a))).then(|| "has unsafe code".to_owned())
+        let needs =
+            text.contains("unsafe {") || text.contains("unsafe fn") || text.contains("unsafe impl");
+        (needs && !allowed.iter().any(|a| name.starts_with(a)))
+            .then(|| "has unsafe code".to_owned())
     });
     assert!(found.is_empty(), "{found:#?}");
 }

@@ -332,7 +332,11 @@ mod tests {
     fn layers_win_in_order() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.toml");
-        std::fs::write(&path, "rpc_port = 1\nmemory = \"1GiB\"\ndefault_kv_lease_ttl = 5\n").unwrap();
+        std::fs::write(
+            &path,
+            "rpc_port = 1\nmemory = \"1GiB\"\ndefault_kv_lease_ttl = 5\n",
+        )
+        .unwrap();
         let env = |n: &str| (n == "MOONCAKE_MEMORY").then(|| "2GiB".to_owned());
         let flags = [("default-kv-lease-ttl", "7s".to_owned())];
         let r = resolve(&TABLE, Some(&path), env, &flags).unwrap();
@@ -348,7 +352,10 @@ mod tests {
     fn errors_name_the_place() {
         let flags = [("memory", "4 GBB".to_owned())];
         let e = resolve(&TABLE, None, no_env, &flags).unwrap_err();
-        assert!(e.to_string().starts_with("--memory: unknown unit `gbb`"), "{e}");
+        assert!(
+            e.to_string().starts_with("--memory: unknown unit `gbb`"),
+            "{e}"
+        );
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.json");
         std::fs::write(&path, r#"{"prot": 1}"#).unwrap();

@@ -50,7 +50,9 @@ pub enum HandshakeError {
         saw: String,
     },
     /// No common protocol version.
-    #[error("protocol versions do not meet: the peer has {peer}, this build {VERSION_MIN}..={VERSION_MAX}")]
+    #[error(
+        "protocol versions do not meet: the peer has {peer}, this build {VERSION_MIN}..={VERSION_MAX}"
+    )]
     Version {
         /// What the peer offered.
         peer: String,
@@ -59,7 +61,9 @@ pub enum HandshakeError {
     #[error("the peer does not serve this kind of lane: check that the address is a {0:?} port")]
     Kind(LaneKind),
     /// The token is missing or wrong.
-    #[error("the cluster token was refused: set the same token on both sides (--token-file or MOONCAKE_TOKEN)")]
+    #[error(
+        "the cluster token was refused: set the same token on both sides (--token-file or MOONCAKE_TOKEN)"
+    )]
     Token,
     /// The server has too many lanes open.
     #[error("the peer has no free lane: raise its --max-lanes or close clients")]
@@ -200,7 +204,11 @@ pub fn accept(
     let mut answer = [0u8; HELLO_BYTES];
     answer[..8].copy_from_slice(&MAGIC);
     answer[8] = status;
-    answer[9] = if status == STATUS_OK { version } else { VERSION_MAX };
+    answer[9] = if status == STATUS_OK {
+        version
+    } else {
+        VERSION_MAX
+    };
     put_id(&mut answer[16..32], me);
     random_bytes(&mut answer[32..]);
     stream.write_all(&answer)?;
@@ -242,13 +250,22 @@ mod tests {
         client: Option<&str>,
         server: Option<&str>,
         kind: LaneKind,
-    ) -> (Result<Greeting, HandshakeError>, Result<Greeting, HandshakeError>) {
+    ) -> (
+        Result<Greeting, HandshakeError>,
+        Result<Greeting, HandshakeError>,
+    ) {
         let (mut a, mut b) = UnixStream::pair().unwrap();
         let keys = |t: Option<&str>| ClusterKeys::derive(t.and_then(Token::new).as_ref());
         let (ck, sk) = (keys(client), keys(server));
         let id = Id128 { high: 1, low: 2 };
         let server = std::thread::spawn(move || {
-            accept(&mut b, LaneKind::Data, Id128 { high: 3, low: 4 }, &sk, false)
+            accept(
+                &mut b,
+                LaneKind::Data,
+                Id128 { high: 3, low: 4 },
+                &sk,
+                false,
+            )
         });
         let client = connect(&mut a, kind, id, &ck);
         drop(a);

@@ -50,6 +50,9 @@ pub fn random_u64() -> u64 {
 /// # Panics
 /// When the kernel has no random source.
 pub fn random_bytes(bytes: &mut [u8]) {
-    #[expect(clippy::expect_used, reason = "no random source means no secrets: stop")]
+    #[expect(
+        clippy::expect_used,
+        reason = "no random source means no secrets: stop"
+    )]
     getrandom::fill(bytes).expect("the kernel has a random source");
 }

@@ -48,7 +48,9 @@ impl MooncakeJson {
         env: impl Fn(&str) -> Option<String>,
     ) -> Result<Self, ConfigError> {
         let env = |name: &str| env(name).filter(|v| !v.is_empty());
-        let named = path.map(Path::to_owned).or_else(|| env(PATH_VARIABLE).map(PathBuf::from));
+        let named = path
+            .map(Path::to_owned)
+            .or_else(|| env(PATH_VARIABLE).map(PathBuf::from));
         let file = named.or_else(|| {
             let default = PathBuf::from(DEFAULT_FILE);
             default.is_file().then_some(default)

@@ -51,7 +51,12 @@ pub fn resolve_one(address: &str) -> io::Result<SocketAddr> {
         .to_socket_addrs()
         .map_err(|e| io::Error::new(e.kind(), format!("cannot resolve `{address}`: {e}")))?
         .next()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("`{address}` has no address")))
+        .ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("`{address}` has no address"),
+            )
+        })
 }
 
 /// The address others should use for a listener: a wildcard becomes this host's outgoing address.
@@ -59,13 +64,19 @@ pub fn advertised(listener: SocketAddr, toward: Option<SocketAddr>) -> SocketAdd
     if !listener.ip().is_unspecified() {
         return listener;
     }
-    let source = toward.and_then(source_address).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let source = toward
+        .and_then(source_address)
+        .unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
     SocketAddr::new(source, listener.port())
 }
 
 /// Which local address the kernel would use to reach `peer`. Sends nothing.
 fn source_address(peer: SocketAddr) -> Option<IpAddr> {
-    let any = if peer.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let any = if peer.is_ipv4() {
+        "0.0.0.0:0"
+    } else {
+        "[::]:0"
+    };
     let socket = std::net::UdpSocket::bind(any).ok()?;
     socket.connect(peer).ok()?;
     Some(socket.local_addr().ok()?.ip())

@@ -143,14 +143,13 @@ pub fn parse_duration(text: &str, bare: Duration) -> Result<Duration, QuantityEr
             });
         }
     };
-    Duration::try_from_secs_f64(number * unit)
-        .map_err(|_| QuantityError::Overflow(text.to_owned()))
+    Duration::try_from_secs_f64(number * unit).map_err(|_| QuantityError::Overflow(text.to_owned()))
 }
 
 /// Prints a duration the way [`parse_duration`] reads it.
 pub fn format_duration(duration: Duration) -> String {
     let ms = duration.as_millis();
-    if duration.subsec_micros() % 1000 != 0 {
+    if !duration.subsec_micros().is_multiple_of(1000) {
         format!("{}us", duration.as_micros())
     } else if ms.is_multiple_of(1000) && ms > 0 {
         format!("{}s", ms / 1000)
@@ -168,10 +167,7 @@ mod tests {
         assert_eq!(ByteSize::parse("4GB"), Ok(ByteSize::gib(4)));
         assert_eq!(ByteSize::parse("4 GiB"), Ok(ByteSize::gib(4)));
         assert_eq!(ByteSize::parse("1.5k"), Ok(ByteSize(1536)));
-        assert_eq!(
-            ByteSize::parse("3355443200"),
-            Ok(ByteSize(3_355_443_200))
-        );
+        assert_eq!(ByteSize::parse("3355443200"), Ok(ByteSize(3_355_443_200)));
         assert_eq!(
             ByteSize::parse("18446744073709551615"),
             Ok(ByteSize(u64::MAX))

@@ -10,7 +10,12 @@ pub(super) fn command() -> Command {
     connect::add(
         Command::new("exist")
             .about("Say whether keys are in the pool (exit code 1 when one is not)")
-            .arg(Arg::new("keys").value_name("KEY").required(true).num_args(1..)),
+            .arg(
+                Arg::new("keys")
+                    .value_name("KEY")
+                    .required(true)
+                    .num_args(1..),
+            ),
     )
 }
 
@@ -20,7 +25,10 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
     let bytes: Vec<&[u8]> = keys.iter().map(|k| k.as_bytes()).collect();
     let found = client.exist(&bytes)?;
     if connect::output(matches) == Output::Json {
-        let all = keys.iter().zip(&found).map(|(k, f)| ((*k).clone(), json!(f)));
+        let all = keys
+            .iter()
+            .zip(&found)
+            .map(|(k, f)| ((*k).clone(), json!(f)));
         print::json(&serde_json::Value::Object(all.collect()))?;
     } else {
         for (key, found) in keys.iter().zip(&found) {
@@ -28,5 +36,9 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
         }
     }
     let all = found.iter().all(|f| *f);
-    Ok(if all { ExitStatus::Ok } else { ExitStatus::Negative })
+    Ok(if all {
+        ExitStatus::Ok
+    } else {
+        ExitStatus::Negative
+    })
 }

@@ -36,14 +36,18 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
     // Before asking for gigabytes: can they be written?
     let target = path.map(|p| Target::create(p)).transpose()?;
     let client = connect::client(matches)?;
-    let reader = client.reader(key.as_bytes()).with_context(|| format!("cannot get `{key}`"))?;
+    let reader = client
+        .reader(key.as_bytes())
+        .with_context(|| format!("cannot get `{key}`"))?;
     let size = reader.info().size;
     match target {
         Some(mut target) => {
             copy(reader, &mut target.file, true).with_context(|| format!("cannot get `{key}`"))?;
             let path = target.commit()?;
             if connect::output(matches) == Output::Json {
-                print::json(&json!({"key": key, "size_bytes": size, "file": path.to_string_lossy()}))?;
+                print::json(
+                    &json!({"key": key, "size_bytes": size, "file": path.to_string_lossy()}),
+                )?;
             }
         }
         None => {

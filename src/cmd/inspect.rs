@@ -11,7 +11,8 @@ use crate::store::client::PoolClient;
 use crate::store::wire::SegmentView;
 
 pub(super) fn command() -> Command {
-    let sub = |name: &'static str, about: &'static str| connect::add(Command::new(name).about(about));
+    let sub =
+        |name: &'static str, about: &'static str| connect::add(Command::new(name).about(about));
     connect::add(Command::new("inspect").about("Look at a pool: overview, nodes, segments, a key"))
         .args_conflicts_with_subcommands(true)
         .subcommand(sub("nodes", "Nodes with their state"))
@@ -45,7 +46,11 @@ fn percent(part: u64, whole: u64) -> String {
 /// How far the free space is from being one range, in percent: 0 = one range.
 fn fragmentation(s: &SegmentView) -> f64 {
     let free = s.size_bytes.saturating_sub(s.used_bytes);
-    if free == 0 { 0.0 } else { 100.0 * (1.0 - s.largest_free_bytes as f64 / free as f64).max(0.0) }
+    if free == 0 {
+        0.0
+    } else {
+        100.0 * (1.0 - s.largest_free_bytes as f64 / free as f64).max(0.0)
+    }
 }
 
 fn overview(client: &PoolClient, output: Output) -> anyhow::Result<()> {
@@ -68,7 +73,11 @@ fn overview(client: &PoolClient, output: Output) -> anyhow::Result<()> {
     }
     let asked = o.hits + o.misses;
     let uptime = format_duration(std::time::Duration::from_secs(o.uptime_ms / 1000));
-    let rebuilding = if o.rebuilding { ", rebuilding its index" } else { "" };
+    let rebuilding = if o.rebuilding {
+        ", rebuilding its index"
+    } else {
+        ""
+    };
     let used = format!(
         "{} of {} ({})",
         ByteSize(o.used_bytes),
@@ -76,16 +85,42 @@ fn overview(client: &PoolClient, output: Output) -> anyhow::Result<()> {
         percent(o.used_bytes, o.capacity_bytes)
     );
     for (name, value) in [
-        ("master", format!("{} ({}, up {uptime}{rebuilding})", client.master(), o.build)),
-        ("nodes", format!("{} with {} segments", nodes.len(), segments.len())),
+        (
+            "master",
+            format!("{} ({}, up {uptime}{rebuilding})", client.master(), o.build),
+        ),
+        (
+            "nodes",
+            format!("{} with {} segments", nodes.len(), segments.len()),
+        ),
         ("clients", o.clients.to_string()),
         ("objects", o.objects.to_string()),
         ("used", used),
-        ("in arenas", format!("{} granted ahead in {} arenas", ByteSize(o.arena_free_bytes), o.arenas)),
+        (
+            "in arenas",
+            format!(
+                "{} granted ahead in {} arenas",
+                ByteSize(o.arena_free_bytes),
+                o.arenas
+            ),
+        ),
         ("puts", format!("{} unfinished", o.pending_puts)),
-        ("located", format!("{} of {asked} ({})", o.hits, percent(o.hits, asked))),
-        ("evicted", format!("{} objects, {}", o.evicted_objects, ByteSize(o.evicted_bytes))),
-        ("index", format!("{} of metadata", ByteSize(o.metadata_bytes))),
+        (
+            "located",
+            format!("{} of {asked} ({})", o.hits, percent(o.hits, asked)),
+        ),
+        (
+            "evicted",
+            format!(
+                "{} objects, {}",
+                o.evicted_objects,
+                ByteSize(o.evicted_bytes)
+            ),
+        ),
+        (
+            "index",
+            format!("{} of metadata", ByteSize(o.metadata_bytes)),
+        ),
     ] {
         print::line(&format!("{name:<10} {value}"))?;
     }
@@ -96,7 +131,9 @@ fn nodes(client: &PoolClient, output: Output) -> anyhow::Result<()> {
     let segments = client.segments()?;
     let mut rows: Vec<(&SegmentView, u64, u64, u64, usize)> = Vec::new();
     for s in &segments {
-        let known = rows.iter_mut().find(|r| (r.0.node_high, r.0.node_low) == (s.node_high, s.node_low));
+        let known = rows
+            .iter_mut()
+            .find(|r| (r.0.node_high, r.0.node_low) == (s.node_high, s.node_low));
         match known {
             Some(row) => {
                 row.1 += s.size_bytes;
@@ -122,7 +159,16 @@ fn nodes(client: &PoolClient, output: Output) -> anyhow::Result<()> {
         print::json(&Value::Array(all))?;
         return Ok(());
     }
-    let headings = ["NODE", "ADDRESS", "STATE", "PATH", ">SEGMENTS", ">SIZE", ">USED", ">OBJECTS"];
+    let headings = [
+        "NODE",
+        "ADDRESS",
+        "STATE",
+        "PATH",
+        ">SEGMENTS",
+        ">SIZE",
+        ">USED",
+        ">OBJECTS",
+    ];
     let mut table = Columns::new(&headings);
     for (s, size, used, objects, count) in &rows {
         table.row(&[
@@ -159,7 +205,15 @@ fn segments(client: &PoolClient, output: Output) -> anyhow::Result<()> {
         return Ok(());
     }
     let headings = [
-        "SEGMENT", "STATE", "PAGES", ">SIZE", ">USED", ">LARGEST FREE", ">FREE RANGES", ">FRAGMENTED", ">OBJECTS",
+        "SEGMENT",
+        "STATE",
+        "PAGES",
+        ">SIZE",
+        ">USED",
+        ">LARGEST FREE",
+        ">FREE RANGES",
+        ">FRAGMENTED",
+        ">OBJECTS",
     ];
     let mut table = Columns::new(&headings);
     for s in &segments {

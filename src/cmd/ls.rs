@@ -4,7 +4,7 @@ use clap::{Arg, ArgMatches, Command};
 use serde_json::{Value, json};
 
 use super::print::{Columns, Output};
-use super::{Outcome, ExitStatus, connect, print};
+use super::{ExitStatus, Outcome, connect, print};
 use crate::base::units::ByteSize;
 
 /// Keys asked for at once.
@@ -14,7 +14,11 @@ pub(super) fn command() -> Command {
     connect::add(
         Command::new("ls")
             .about("List keys, in no particular order")
-            .arg(Arg::new("prefix").value_name("PREFIX").help("Only keys that begin with this"))
+            .arg(
+                Arg::new("prefix")
+                    .value_name("PREFIX")
+                    .help("Only keys that begin with this"),
+            )
             .arg(
                 Arg::new("regex")
                     .long("regex")

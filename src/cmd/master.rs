@@ -25,7 +25,13 @@ const fn setting(
     default: &'static str,
     help: &'static str,
 ) -> Setting {
-    Setting { name, aliases, kind, default, help }
+    Setting {
+        name,
+        aliases,
+        kind,
+        default,
+        help,
+    }
 }
 
 /// An upstream flag that has no meaning here; taken so that start scripts keep working.
@@ -35,27 +41,153 @@ const fn ignored(name: &'static str, aliases: &'static [&'static str]) -> Settin
 
 /// Names, defaults and units follow upstream's `mooncake_master` where it has the setting.
 static SETTINGS: &[Setting] = &[
-    setting("port", &["rpc_port"], Kind::Integer(0, 65_535), "50051", "Port for gRPC, HTTP and control lanes; 0 = any free one"),
-    setting("bind", &["rpc_address"], Kind::Text, "127.0.0.1", "Address to listen on; beyond loopback only when told so"),
-    setting("token-file", &[], Kind::Text, "", "File with the cluster token (or MOONCAKE_TOKEN); required of everybody then"),
-    setting("memory", &[], Kind::Size(0, 1 << 50), "0", "Also host an embedded node with this much memory"),
-    setting("node-port", &[], Kind::Integer(0, 65_535), "0", "Data port of the embedded node; 0 = any free one"),
-    setting("metrics-port", &[], Kind::Text, "9003", "Second HTTP listener for tools that expect upstream's port; `off` = none"),
-    setting("metrics-host", &[], Kind::Text, "127.0.0.1", "Address of the second HTTP listener"),
-    setting("enable-metric-reporting", &[], Kind::Flag, "true", "Log a summary every 10 s"),
-    setting("default-kv-lease-ttl", &[], MS, "10s", "Lease granted by get and exist; a bare number is milliseconds"),
-    setting("max-kv-soft-pin-ttl", &[], MS, "24h", "Longest soft pin accepted; a bare number is milliseconds"),
-    setting("allow-evict-soft-pinned-objects", &[], Kind::Flag, "true", "Evict soft-pinned objects when nothing else is left"),
-    setting("eviction-high-watermark-ratio", &[], Kind::Ratio, "0.90", "Share of the capacity above which eviction runs"),
-    setting("eviction-ratio", &[], Kind::Ratio, "0.05", "Share of the capacity that a round of eviction frees"),
-    setting("eviction-policy", &[], Kind::Choice(PolicyKind::NAMES), "sieve", "What is evicted first"),
-    setting("allocation-strategy", &[], Kind::Choice(PlacementStrategy::NAMES), "random", "Where replicas are placed"),
-    setting("client-ttl", &[], SECONDS, "10s", "A node silent for this long is unmounted; a bare number is seconds"),
-    setting("put-start-release-timeout", &["put_start_release_timeout_sec"], SECONDS, "600s", "An unfinished put is reclaimed after this; a bare number is seconds"),
-    setting("put-wait", &[], MS, "2s", "How long a put waits for space when its client names no deadline"),
-    setting("recovery-grace", &[], MS, "1s", "After the start, absence is not answered for this long: nodes may still be on their way"),
-    setting("max-lanes", &[], Kind::Integer(1, 65_536), "4096", "Control lanes open at once; as many data lanes of the embedded node"),
-    setting("log-format", &[], Kind::Choice(&["text", "json"]), "text", "How log lines look"),
+    setting(
+        "port",
+        &["rpc_port"],
+        Kind::Integer(0, 65_535),
+        "50051",
+        "Port for gRPC, HTTP and control lanes; 0 = any free one",
+    ),
+    setting(
+        "bind",
+        &["rpc_address"],
+        Kind::Text,
+        "127.0.0.1",
+        "Address to listen on; beyond loopback only when told so",
+    ),
+    setting(
+        "token-file",
+        &[],
+        Kind::Text,
+        "",
+        "File with the cluster token (or MOONCAKE_TOKEN); required of everybody then",
+    ),
+    setting(
+        "memory",
+        &[],
+        Kind::Size(0, 1 << 50),
+        "0",
+        "Also host an embedded node with this much memory",
+    ),
+    setting(
+        "node-port",
+        &[],
+        Kind::Integer(0, 65_535),
+        "0",
+        "Data port of the embedded node; 0 = any free one",
+    ),
+    setting(
+        "metrics-port",
+        &[],
+        Kind::Text,
+        "9003",
+        "Second HTTP listener for tools that expect upstream's port; `off` = none",
+    ),
+    setting(
+        "metrics-host",
+        &[],
+        Kind::Text,
+        "127.0.0.1",
+        "Address of the second HTTP listener",
+    ),
+    setting(
+        "enable-metric-reporting",
+        &[],
+        Kind::Flag,
+        "true",
+        "Log a summary every 10 s",
+    ),
+    setting(
+        "default-kv-lease-ttl",
+        &[],
+        MS,
+        "10s",
+        "Lease granted by get and exist; a bare number is milliseconds",
+    ),
+    setting(
+        "max-kv-soft-pin-ttl",
+        &[],
+        MS,
+        "24h",
+        "Longest soft pin accepted; a bare number is milliseconds",
+    ),
+    setting(
+        "allow-evict-soft-pinned-objects",
+        &[],
+        Kind::Flag,
+        "true",
+        "Evict soft-pinned objects when nothing else is left",
+    ),
+    setting(
+        "eviction-high-watermark-ratio",
+        &[],
+        Kind::Ratio,
+        "0.90",
+        "Share of the capacity above which eviction runs",
+    ),
+    setting(
+        "eviction-ratio",
+        &[],
+        Kind::Ratio,
+        "0.05",
+        "Share of the capacity that a round of eviction frees",
+    ),
+    setting(
+        "eviction-policy",
+        &[],
+        Kind::Choice(PolicyKind::NAMES),
+        "sieve",
+        "What is evicted first",
+    ),
+    setting(
+        "allocation-strategy",
+        &[],
+        Kind::Choice(PlacementStrategy::NAMES),
+        "random",
+        "Where replicas are placed",
+    ),
+    setting(
+        "client-ttl",
+        &[],
+        SECONDS,
+        "10s",
+        "A node silent for this long is unmounted; a bare number is seconds",
+    ),
+    setting(
+        "put-start-release-timeout",
+        &["put_start_release_timeout_sec"],
+        SECONDS,
+        "600s",
+        "An unfinished put is reclaimed after this; a bare number is seconds",
+    ),
+    setting(
+        "put-wait",
+        &[],
+        MS,
+        "2s",
+        "How long a put waits for space when its client names no deadline",
+    ),
+    setting(
+        "recovery-grace",
+        &[],
+        MS,
+        "1s",
+        "After the start, absence is not answered for this long: nodes may still be on their way",
+    ),
+    setting(
+        "max-lanes",
+        &[],
+        Kind::Integer(1, 65_536),
+        "4096",
+        "Control lanes open at once; as many data lanes of the embedded node",
+    ),
+    setting(
+        "log-format",
+        &[],
+        Kind::Choice(&["text", "json"]),
+        "text",
+        "How log lines look",
+    ),
     ignored("max-threads", &["rpc_thread_num"]),
     ignored("rpc-conn-timeout-seconds", &[]),
     ignored("rpc-enable-tcp-no-delay", &[]),
@@ -112,7 +244,9 @@ async fn serve_master(r: &Resolved) -> Outcome {
     let wanted = serve::listen(host, r.integer("port") as u16)?;
     let listener = tokio::net::TcpListener::bind(wanted)
         .await
-        .with_context(|| format!("cannot listen on {wanted}: choose another --port or stop what holds it"))?;
+        .with_context(|| {
+            format!("cannot listen on {wanted}: choose another --port or stop what holds it")
+        })?;
     let address = listener.local_addr()?;
     let master = Master::new(config(r), keys);
     let lanes_max = r.integer("max-lanes") as usize;
@@ -164,21 +298,29 @@ async fn embedded(
         lanes_max,
     })?;
     let ready = node
-        .wait_for(crate::store::node::NodePhase::InService, Duration::from_secs(10))
+        .wait_for(
+            crate::store::node::NodePhase::InService,
+            Duration::from_secs(10),
+        )
         .await;
     anyhow::ensure!(ready, "the embedded node did not register within 10 s");
     print::line(&format!("embedded node {} with {memory}", node.address()))?;
     Ok(node)
 }
 
-async fn metrics_listener(r: &Resolved, server: &std::sync::Arc<MasterServer>) -> anyhow::Result<()> {
+async fn metrics_listener(
+    r: &Resolved,
+    server: &std::sync::Arc<MasterServer>,
+) -> anyhow::Result<()> {
     let port = r.text("metrics-port").unwrap_or("off");
     if port == "off" {
         return Ok(());
     }
-    let port: u16 = port
-        .parse()
-        .map_err(|_| super::UsageError(format!("--metrics-port: `{port}` is neither a port nor `off`")))?;
+    let port: u16 = port.parse().map_err(|_| {
+        super::UsageError(format!(
+            "--metrics-port: `{port}` is neither a port nor `off`"
+        ))
+    })?;
     let address = serve::listen(r.text("metrics-host").unwrap_or("127.0.0.1"), port)?;
     match tokio::net::TcpListener::bind(address).await {
         Ok(listener) => {

@@ -61,17 +61,61 @@ struct Verb {
 }
 
 const VERBS: &[Verb] = &[
-    Verb { name: "master", command: master::command, run: master::run },
-    Verb { name: "node", command: node::command, run: node::run },
-    Verb { name: "put", command: put::command, run: put::run },
-    Verb { name: "get", command: get::command, run: get::run },
-    Verb { name: "exist", command: exist::command, run: exist::run },
-    Verb { name: "ls", command: ls::command, run: ls::run },
-    Verb { name: "rm", command: rm::command, run: rm::run },
-    Verb { name: "stat", command: stat::command, run: stat::run },
-    Verb { name: "inspect", command: inspect::command, run: inspect::run },
-    Verb { name: "bench", command: bench::command, run: bench::run },
-    Verb { name: "generate", command: generate::command, run: generate::run },
+    Verb {
+        name: "master",
+        command: master::command,
+        run: master::run,
+    },
+    Verb {
+        name: "node",
+        command: node::command,
+        run: node::run,
+    },
+    Verb {
+        name: "put",
+        command: put::command,
+        run: put::run,
+    },
+    Verb {
+        name: "get",
+        command: get::command,
+        run: get::run,
+    },
+    Verb {
+        name: "exist",
+        command: exist::command,
+        run: exist::run,
+    },
+    Verb {
+        name: "ls",
+        command: ls::command,
+        run: ls::run,
+    },
+    Verb {
+        name: "rm",
+        command: rm::command,
+        run: rm::run,
+    },
+    Verb {
+        name: "stat",
+        command: stat::command,
+        run: stat::run,
+    },
+    Verb {
+        name: "inspect",
+        command: inspect::command,
+        run: inspect::run,
+    },
+    Verb {
+        name: "bench",
+        command: bench::command,
+        run: bench::run,
+    },
+    Verb {
+        name: "generate",
+        command: generate::command,
+        run: generate::run,
+    },
 ];
 
 /// The whole command line.
@@ -96,7 +140,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitStatus {
         Err(error) => {
             // Help and version are results; clap knows the stream.
             let _ = error.print();
-            return if error.use_stderr() { ExitStatus::Usage } else { ExitStatus::Ok };
+            return if error.use_stderr() {
+                ExitStatus::Usage
+            } else {
+                ExitStatus::Ok
+            };
         }
     };
     let Some((name, matches)) = matches.subcommand() else {
@@ -129,8 +177,12 @@ fn status_of(error: &anyhow::Error) -> ExitStatus {
                 | StoreError::Timeout { .. }
                 | StoreError::Rebuilding
                 | StoreError::TransferFailed { .. } => ExitStatus::Unreachable,
-                StoreError::InvalidKey { .. } | StoreError::InvalidParams { .. } => ExitStatus::Usage,
-                StoreError::Refused { code: -400 | -600, .. } => ExitStatus::Usage,
+                StoreError::InvalidKey { .. } | StoreError::InvalidParams { .. } => {
+                    ExitStatus::Usage
+                }
+                StoreError::Refused {
+                    code: -400 | -600, ..
+                } => ExitStatus::Usage,
                 _ => ExitStatus::Negative,
             };
         }

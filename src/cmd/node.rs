@@ -16,28 +16,108 @@ const fn setting(
     default: &'static str,
     help: &'static str,
 ) -> Setting {
-    Setting { name, aliases, kind, default, help }
+    Setting {
+        name,
+        aliases,
+        kind,
+        default,
+        help,
+    }
 }
 
 static SETTINGS: &[Setting] = &[
-    setting("master", &["master_server_address"], Kind::Text, "127.0.0.1:50051", "HOST:PORT of the master"),
-    setting("memory", &["global_segment_size"], Kind::Size(1 << 20, 1 << 50), "4GiB", "Memory to contribute"),
-    setting("segments", &[], Kind::Integer(1, 64), "1", "Number of segments the memory is split into"),
-    setting("bind", &["host"], Kind::Text, "127.0.0.1", "Address to listen on for data; beyond loopback only when told so"),
-    setting("port", &[], Kind::Integer(0, 65_535), "0", "Port for data; 0 = any free one"),
-    setting("advertise", &["local_hostname"], Kind::Text, "", "HOST or HOST:PORT that others connect to, when it is not --bind"),
-    setting("name", &[], Kind::Text, "", "Name of this node [default: its address]"),
-    setting("populate", &[], Kind::Flag, "true", "Touch all memory in the background after the start"),
-    setting("token-file", &[], Kind::Text, "", "File with the cluster token (or MOONCAKE_TOKEN)"),
-    setting("max-lanes", &[], Kind::Integer(1, 65_536), "4096", "Data lanes open at once"),
-    setting("drain-timeout", &[], Kind::Time(Duration::from_secs(1)), "10s", "How long a stop may take; a bare number is seconds"),
-    setting("log-format", &[], Kind::Choice(&["text", "json"]), "text", "How log lines look"),
+    setting(
+        "master",
+        &["master_server_address"],
+        Kind::Text,
+        "127.0.0.1:50051",
+        "HOST:PORT of the master",
+    ),
+    setting(
+        "memory",
+        &["global_segment_size"],
+        Kind::Size(1 << 20, 1 << 50),
+        "4GiB",
+        "Memory to contribute",
+    ),
+    setting(
+        "segments",
+        &[],
+        Kind::Integer(1, 64),
+        "1",
+        "Number of segments the memory is split into",
+    ),
+    setting(
+        "bind",
+        &["host"],
+        Kind::Text,
+        "127.0.0.1",
+        "Address to listen on for data; beyond loopback only when told so",
+    ),
+    setting(
+        "port",
+        &[],
+        Kind::Integer(0, 65_535),
+        "0",
+        "Port for data; 0 = any free one",
+    ),
+    setting(
+        "advertise",
+        &["local_hostname"],
+        Kind::Text,
+        "",
+        "HOST or HOST:PORT that others connect to, when it is not --bind",
+    ),
+    setting(
+        "name",
+        &[],
+        Kind::Text,
+        "",
+        "Name of this node [default: its address]",
+    ),
+    setting(
+        "populate",
+        &[],
+        Kind::Flag,
+        "true",
+        "Touch all memory in the background after the start",
+    ),
+    setting(
+        "token-file",
+        &[],
+        Kind::Text,
+        "",
+        "File with the cluster token (or MOONCAKE_TOKEN)",
+    ),
+    setting(
+        "max-lanes",
+        &[],
+        Kind::Integer(1, 65_536),
+        "4096",
+        "Data lanes open at once",
+    ),
+    setting(
+        "drain-timeout",
+        &[],
+        Kind::Time(Duration::from_secs(1)),
+        "10s",
+        "How long a stop may take; a bare number is seconds",
+    ),
+    setting(
+        "log-format",
+        &[],
+        Kind::Choice(&["text", "json"]),
+        "text",
+        "How log lines look",
+    ),
 ];
 
 pub(super) fn command() -> Command {
     let command = Command::new("node")
         .about("Run a node: lend memory of this host to a pool")
-        .after_help("On SIGTERM the node takes leave: puts under way end, then its segments are unmounted.");
+        .after_help(
+            "On SIGTERM the node takes leave: puts under way end, then its segments are unmounted.",
+        );
     settings::add(command, SETTINGS)
 }
 
@@ -65,7 +145,10 @@ async fn serve_node(r: &Resolved) -> Outcome {
         master: master.clone(),
         token: token.clone(),
         name: r.text("name").map(str::to_owned),
-        listen: serve::listen(r.text("bind").unwrap_or("127.0.0.1"), r.integer("port") as u16)?,
+        listen: serve::listen(
+            r.text("bind").unwrap_or("127.0.0.1"),
+            r.integer("port") as u16,
+        )?,
         advertise: r.text("advertise").map(str::to_owned),
         segments: vec![each; count as usize],
         populate: r.flag("populate"),
@@ -82,7 +165,10 @@ async fn serve_node(r: &Resolved) -> Outcome {
         ByteSize(each.0 * count),
     ))?;
     let announced = async {
-        if node.wait_for(NodePhase::InService, Duration::from_secs(3600)).await {
+        if node
+            .wait_for(NodePhase::InService, Duration::from_secs(3600))
+            .await
+        {
             let _ = print::line("in service");
         }
         std::future::pending::<()>().await;
@@ -96,7 +182,9 @@ async fn serve_node(r: &Resolved) -> Outcome {
         tracing::info!("unmounted");
         Ok(ExitStatus::Ok)
     } else {
-        tracing::warn!("the master did not confirm in time; it unmounts this node when its silence has lasted client-ttl");
+        tracing::warn!(
+            "the master did not confirm in time; it unmounts this node when its silence has lasted client-ttl"
+        );
         Ok(ExitStatus::Unreachable)
     }
 }

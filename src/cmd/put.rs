@@ -25,7 +25,12 @@ pub(super) fn command() -> Command {
         Command::new("put")
             .about("Store a file or standard input under a key, or many files")
             .arg(Arg::new("key").value_name("KEY"))
-            .arg(Arg::new("file").value_name("FILE").requires("key").help("`-` or nothing: standard input"))
+            .arg(
+                Arg::new("file")
+                    .value_name("FILE")
+                    .requires("key")
+                    .help("`-` or nothing: standard input"),
+            )
             .arg(
                 Arg::new("recursive")
                     .long("recursive")
@@ -42,8 +47,17 @@ pub(super) fn command() -> Command {
                     .value_parser(clap::value_parser!(PathBuf))
                     .help("Store several files; keys are the paths as given"),
             )
-            .group(ArgGroup::new("what").args(["key", "recursive", "files"]).required(true))
-            .arg(Arg::new("prefix").long("prefix").value_name("TEXT").help("Put this before every key"))
+            .group(
+                ArgGroup::new("what")
+                    .args(["key", "recursive", "files"])
+                    .required(true),
+            )
+            .arg(
+                Arg::new("prefix")
+                    .long("prefix")
+                    .value_name("TEXT")
+                    .help("Put this before every key"),
+            )
             .arg(
                 Arg::new("replicas")
                     .long("replicas")
@@ -61,7 +75,12 @@ pub(super) fn command() -> Command {
                     .default_missing_value("30m")
                     .help("Keep until nothing else can be evicted, for TIME [default: 30m]"),
             )
-            .arg(Arg::new("hard-pin").long("hard-pin").action(ArgAction::SetTrue).help("Never evict"))
+            .arg(
+                Arg::new("hard-pin")
+                    .long("hard-pin")
+                    .action(ArgAction::SetTrue)
+                    .help("Never evict"),
+            )
             .arg(
                 Arg::new("preferred-segment")
                     .long("preferred-segment")
@@ -109,10 +128,15 @@ fn options(matches: &ArgMatches) -> anyhow::Result<PutOptions> {
 
 pub(super) fn run(matches: &ArgMatches) -> Outcome {
     let options = options(matches)?;
-    let prefix = matches.get_one::<String>("prefix").cloned().unwrap_or_default();
+    let prefix = matches
+        .get_one::<String>("prefix")
+        .cloned()
+        .unwrap_or_default();
     let output = connect::output(matches);
     if let Some(key) = matches.get_one::<String>("key") {
-        let file = matches.get_one::<String>("file").map_or("-", String::as_str);
+        let file = matches
+            .get_one::<String>("file")
+            .map_or("-", String::as_str);
         let bytes = read(file)?;
         let client = connect::client(matches)?;
         let key = format!("{prefix}{key}");
@@ -124,7 +148,9 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
         Some(directory) => walk(directory)?,
         None => {
             let files = matches.get_many::<PathBuf>("files").unwrap_or_default();
-            files.map(|f| (f.to_string_lossy().into_owned(), f.clone())).collect()
+            files
+                .map(|f| (f.to_string_lossy().into_owned(), f.clone()))
+                .collect()
         }
     };
     let client = connect::client(matches)?;
@@ -132,7 +158,10 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
     let failed = results.iter().filter(|r| r.2.is_err()).count();
     say(output, &results)?;
     if let Some((key, _, Err(error))) = results.iter().find(|r| r.2.is_err()) {
-        let error = anyhow::Error::new(error.clone()).context(format!("{failed} of {} not stored, first {key}", results.len()));
+        let error = anyhow::Error::new(error.clone()).context(format!(
+            "{failed} of {} not stored, first {key}",
+            results.len()
+        ));
         return Err(error);
     }
     Ok(ExitStatus::Ok)
@@ -141,7 +170,10 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
 fn read(file: &str) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     if file == "-" {
-        std::io::stdin().lock().read_to_end(&mut bytes).context("cannot read standard input")?;
+        std::io::stdin()
+            .lock()
+            .read_to_end(&mut bytes)
+            .context("cannot read standard input")?;
     } else {
         bytes = std::fs::read(file).with_context(|| format!("cannot read {file}"))?;
     }
@@ -214,7 +246,8 @@ fn put_batch(
 ) -> anyhow::Result<Vec<Said>> {
     let mut contents = Vec::with_capacity(batch.len());
     for (key, path) in batch {
-        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let bytes =
+            std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         contents.push((format!("{prefix}{key}"), bytes));
     }
     let slices: Vec<[LocalSlice; 1]> = contents
@@ -234,7 +267,11 @@ fn put_batch(
     drop(requests);
     let sizes: Vec<u64> = contents.iter().map(|(_, b)| b.len() as u64).collect();
     let keys = contents.into_iter().map(|(key, _)| key);
-    Ok(keys.zip(sizes).zip(outcomes).map(|((k, s), o)| (k, s, o)).collect())
+    Ok(keys
+        .zip(sizes)
+        .zip(outcomes)
+        .map(|((k, s), o)| (k, s, o))
+        .collect())
 }
 
 /// A progress bar on a terminal, nothing elsewhere.
@@ -245,7 +282,9 @@ pub(super) fn progress(total: u64) -> ProgressBar {
         ProgressDrawTarget::hidden()
     };
     let bar = ProgressBar::with_draw_target(Some(total), target);
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {bytes_per_sec}") {
+    if let Ok(style) =
+        ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {bytes_per_sec}")
+    {
         bar.set_style(style);
     }
     bar

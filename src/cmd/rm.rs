@@ -11,9 +11,23 @@ pub(super) fn command() -> Command {
         Command::new("rm")
             .about("Remove keys; returns when the nodes have forgotten them")
             .arg(Arg::new("keys").value_name("KEY").num_args(1..))
-            .arg(Arg::new("regex").long("regex").value_name("REGEX").help("Remove every key that matches"))
-            .arg(Arg::new("all").long("all").action(ArgAction::SetTrue).help("Remove every key of the tenant"))
-            .group(ArgGroup::new("what").args(["keys", "regex", "all"]).required(true))
+            .arg(
+                Arg::new("regex")
+                    .long("regex")
+                    .value_name("REGEX")
+                    .help("Remove every key that matches"),
+            )
+            .arg(
+                Arg::new("all")
+                    .long("all")
+                    .action(ArgAction::SetTrue)
+                    .help("Remove every key of the tenant"),
+            )
+            .group(
+                ArgGroup::new("what")
+                    .args(["keys", "regex", "all"])
+                    .required(true),
+            )
             .arg(
                 Arg::new("force")
                     .long("force")
@@ -36,7 +50,10 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
             Err(e) => format!("{e}"),
         };
         if output == Output::Json {
-            let all = keys.iter().zip(&results).map(|(k, r)| ((*k).clone(), json!(said(r))));
+            let all = keys
+                .iter()
+                .zip(&results)
+                .map(|(k, r)| ((*k).clone(), json!(said(r))));
             print::json(&serde_json::Value::Object(all.collect()))?;
         } else {
             for (key, result) in keys.iter().zip(&results) {
@@ -44,19 +61,33 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
             }
         }
         let all = results.iter().all(Result::is_ok);
-        return Ok(if all { ExitStatus::Ok } else { ExitStatus::Negative });
+        return Ok(if all {
+            ExitStatus::Ok
+        } else {
+            ExitStatus::Negative
+        });
     }
-    let regex = matches.get_one::<String>("regex").map_or("", String::as_str);
+    let regex = matches
+        .get_one::<String>("regex")
+        .map_or("", String::as_str);
     if regex.is_empty() && !matches.get_flag("all") {
-        return Err(super::UsageError("--regex: empty; use --all to remove everything".to_owned()).into());
+        return Err(
+            super::UsageError("--regex: empty; use --all to remove everything".to_owned()).into(),
+        );
     }
     let (removed, kept) = client.remove_matching(regex, force)?;
     if output == Output::Json {
         print::json(&json!({"removed": removed, "kept_leased": kept}))?;
     } else if kept > 0 {
-        print::line(&format!("{removed} removed, {kept} kept: leased by readers (--force removes them too)"))?;
+        print::line(&format!(
+            "{removed} removed, {kept} kept: leased by readers (--force removes them too)"
+        ))?;
     } else {
         print::line(&format!("{removed} removed"))?;
     }
-    Ok(if kept == 0 { ExitStatus::Ok } else { ExitStatus::Negative })
+    Ok(if kept == 0 {
+        ExitStatus::Ok
+    } else {
+        ExitStatus::Negative
+    })
 }

@@ -17,7 +17,9 @@ pub(crate) fn token(file: Option<&str>) -> anyhow::Result<Option<Token>> {
             .with_context(|| format!("cannot read the token file {path}"))?;
         return Ok(Some(token));
     }
-    Ok(std::env::var("MOONCAKE_TOKEN").ok().and_then(|t| Token::new(&t)))
+    Ok(std::env::var("MOONCAKE_TOKEN")
+        .ok()
+        .and_then(|t| Token::new(&t)))
 }
 
 /// Sets up logging as configured.
@@ -51,7 +53,11 @@ pub(crate) fn trust_line(address: SocketAddr, secured: bool) -> String {
 /// The runtime of a server process: few workers, since data and control lanes have threads of their own.
 pub(crate) fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 4))
+        .worker_threads(
+            std::thread::available_parallelism()
+                .map_or(2, usize::from)
+                .clamp(2, 4),
+        )
         .enable_all()
         .build()
 }
@@ -59,8 +65,10 @@ pub(crate) fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 /// Waits for SIGTERM or SIGINT.
 pub(crate) async fn terminated() {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
+    let (Ok(mut term), Ok(mut int)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
         return std::future::pending().await;
     };
     tokio::select! {

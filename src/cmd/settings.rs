@@ -25,7 +25,9 @@ pub(crate) fn add(command: Command, settings: &'static [Setting]) -> Command {
                 .help("Print every setting with its value and where it came from, and stop"),
         )
         .arg(output());
-    settings.iter().fold(command, |command, setting| command.arg(flag(setting)))
+    settings
+        .iter()
+        .fold(command, |command, setting| command.arg(flag(setting)))
 }
 
 /// `--output text|json`.
@@ -66,7 +68,10 @@ fn flag(setting: &'static Setting) -> Arg {
         arg = arg.alias(*alias);
     }
     if matches!(setting.kind, Kind::Flag) {
-        arg = arg.num_args(0..=1).require_equals(true).default_missing_value("true");
+        arg = arg
+            .num_args(0..=1)
+            .require_equals(true)
+            .default_missing_value("true");
     }
     arg
 }
@@ -81,7 +86,12 @@ pub(crate) fn resolved(
         .filter_map(|s| Some((s.name, matches.get_one::<String>(s.name)?.clone())))
         .collect();
     let file = matches.get_one::<PathBuf>("config");
-    resolve(settings, file.map(PathBuf::as_path), |n| std::env::var(n).ok(), &flags)
+    resolve(
+        settings,
+        file.map(PathBuf::as_path),
+        |n| std::env::var(n).ok(),
+        &flags,
+    )
 }
 
 /// Whether `--print-config` was given.

@@ -29,24 +29,53 @@ pub(super) fn show(key: &str, d: &Description, output: Output) -> std::io::Resul
     if output == Output::Json {
         return print::json(&document(key, d));
     }
-    let checksum = if d.has_checksum { format!("crc32c {:08x}", d.checksum) } else { "none".to_owned() };
-    let left = |ms: u64| if ms == 0 { "no".to_owned() } else { format!("{:.1} s left", ms as f64 / 1000.0) };
-    let pin = if d.hard_pin { "hard".to_owned() } else { left(d.soft_pin_left_ms) };
+    let checksum = if d.has_checksum {
+        format!("crc32c {:08x}", d.checksum)
+    } else {
+        "none".to_owned()
+    };
+    let left = |ms: u64| {
+        if ms == 0 {
+            "no".to_owned()
+        } else {
+            format!("{:.1} s left", ms as f64 / 1000.0)
+        }
+    };
+    let pin = if d.hard_pin {
+        "hard".to_owned()
+    } else {
+        left(d.soft_pin_left_ms)
+    };
     for (name, value) in [
         ("key", key.to_owned()),
-        ("size", format!("{} ({} bytes)", ByteSize(d.size_bytes), d.size_bytes)),
+        (
+            "size",
+            format!("{} ({} bytes)", ByteSize(d.size_bytes), d.size_bytes),
+        ),
         ("version", d.version.to_string()),
         ("checksum", checksum),
         ("lease", left(d.lease_left_ms)),
         ("pin", pin),
-        ("group", if d.group.is_empty() { "none".to_owned() } else { d.group.clone() }),
+        (
+            "group",
+            if d.group.is_empty() {
+                "none".to_owned()
+            } else {
+                d.group.clone()
+            },
+        ),
     ] {
         print::line(&format!("{name:<9} {value}"))?;
     }
     let mut table = Columns::new(&["REPLICA", "SEGMENT", ">OFFSET", "STATE"]);
     for (number, r) in d.replicas.iter().enumerate() {
         let number = number.to_string();
-        table.row(&[number, r.segment_name.clone(), r.offset.to_string(), r.state.clone()]);
+        table.row(&[
+            number,
+            r.segment_name.clone(),
+            r.offset.to_string(),
+            r.state.clone(),
+        ]);
     }
     table.print()
 }

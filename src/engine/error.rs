@@ -93,8 +93,12 @@ impl TransferError {
         let peer = peer.to_owned();
         match error.kind() {
             K::TimedOut | K::WouldBlock => Self::Timeout { peer },
-            K::ConnectionRefused | K::HostUnreachable | K::NetworkUnreachable | K::NotFound
-            | K::AddrNotAvailable | K::PermissionDenied => Self::Unreachable {
+            K::ConnectionRefused
+            | K::HostUnreachable
+            | K::NetworkUnreachable
+            | K::NotFound
+            | K::AddrNotAvailable
+            | K::PermissionDenied => Self::Unreachable {
                 peer,
                 reason: error.to_string(),
             },

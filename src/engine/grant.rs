@@ -90,15 +90,28 @@ mod tests {
         assert!(grant.allows(Access::Read, &keys));
         assert!(!grant.allows(Access::Write, &keys));
         for change in [
-            Grant { incarnation: 8, ..grant },
+            Grant {
+                incarnation: 8,
+                ..grant
+            },
             Grant { offset: 0, ..grant },
-            Grant { length: 256, ..grant },
+            Grant {
+                length: 256,
+                ..grant
+            },
             Grant { term: 4, ..grant },
-            Grant { expires_unix_ms: u64::MAX / 2, ..grant },
+            Grant {
+                expires_unix_ms: u64::MAX / 2,
+                ..grant
+            },
         ] {
             assert!(!change.allows(Access::Read, &keys), "{change:?}");
         }
-        let old = Grant { expires_unix_ms: unix_ms() - 60_000, ..grant }.signed(Access::Read, &keys);
+        let old = Grant {
+            expires_unix_ms: unix_ms() - 60_000,
+            ..grant
+        }
+        .signed(Access::Read, &keys);
         assert!(!old.allows(Access::Read, &keys));
         assert!(grant.covers(64, 128) && grant.covers(100, 1));
         assert!(!grant.covers(63, 1) && !grant.covers(64, 129) && !grant.covers(u64::MAX, 2));

@@ -124,7 +124,8 @@ impl SegmentHost {
         if !grant.allows(opcode.access(), &self.keys) {
             return Err(TransferError::GrantRefused);
         }
-        let word_fits = word.is_none_or(|w| w.offset.is_multiple_of(8) && grant.covers(w.offset, 8));
+        let word_fits =
+            word.is_none_or(|w| w.offset.is_multiple_of(8) && grant.covers(w.offset, 8));
         if !grant.covers(offset, length)
             || !word_fits
             || segment.memory.range(grant.offset, grant.length).is_none()

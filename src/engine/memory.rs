@@ -124,9 +124,8 @@ impl Memory {
         };
         if pages == PageKind::Small {
             // SAFETY: advice on our own mapping changes no contents.
-            let _ = unsafe {
-                rustix::mm::madvise(base.as_ptr().cast(), length, Advice::LinuxHugepage)
-            };
+            let _ =
+                unsafe { rustix::mm::madvise(base.as_ptr().cast(), length, Advice::LinuxHugepage) };
         }
         Ok(memory)
     }

@@ -55,7 +55,11 @@ impl EngineConfig {
         Self {
             client,
             keys,
-            transports: vec![TransportKind::Loopback, TransportKind::Shm, TransportKind::Tcp],
+            transports: vec![
+                TransportKind::Loopback,
+                TransportKind::Shm,
+                TransportKind::Tcp,
+            ],
             connect_timeout: Duration::from_secs(1),
             lanes_per_transfer: (cores / 4).clamp(1, 4),
             slice_threshold: 16 << 20,
@@ -136,8 +140,14 @@ impl TransferEngine {
                     && (Arc::ptr_eq(&r.peer, &first.peer) || r.peer.node == first.peer.node)
             };
             let most = transport::frame::ITEMS_MAX;
-            let count = requests[start..].iter().take(most).take_while(|r| same(r)).count();
-            begun.groups.push(self.start_group(&requests[start..start + count], deadline));
+            let count = requests[start..]
+                .iter()
+                .take(most)
+                .take_while(|r| same(r))
+                .count();
+            begun
+                .groups
+                .push(self.start_group(&requests[start..start + count], deadline));
             start += count;
         }
         begun
@@ -276,7 +286,10 @@ impl TransferEngine {
 
     /// The transport that would be tried first for a peer.
     pub fn path(&self, peer: &Peer) -> Option<TransportKind> {
-        self.transports.iter().find(|t| t.reaches(peer)).map(|t| t.kind())
+        self.transports
+            .iter()
+            .find(|t| t.reaches(peer))
+            .map(|t| t.kind())
     }
 }
 

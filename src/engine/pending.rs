@@ -65,18 +65,20 @@ impl Submitter {
         let table = Arc::new((Mutex::new(Table { slots: Vec::new() }), Condvar::new()));
         for _ in 0..threads.max(1) {
             let (engine, queue, table) = (engine.clone(), queue.clone(), table.clone());
-            std::thread::Builder::new().name("transfer".into()).spawn(move || {
-                loop {
-                    let job = queue.lock().recv();
-                    let Ok(job) = job else { return };
-                    let results = engine.transfer(&job.requests, job.deadline);
-                    let mut locked = table.0.lock();
-                    if let Some(slot) = locked.slots.get_mut(job.id.slot as usize) {
-                        slot.1 = Slot::Done(results);
+            std::thread::Builder::new()
+                .name("transfer".into())
+                .spawn(move || {
+                    loop {
+                        let job = queue.lock().recv();
+                        let Ok(job) = job else { return };
+                        let results = engine.transfer(&job.requests, job.deadline);
+                        let mut locked = table.0.lock();
+                        if let Some(slot) = locked.slots.get_mut(job.id.slot as usize) {
+                            slot.1 = Slot::Done(results);
+                        }
+                        table.1.notify_all();
                     }
-                    table.1.notify_all();
-                }
-            })?;
+                })?;
         }
         Ok(Self { table, jobs, most })
     }
@@ -91,7 +93,10 @@ impl Submitter {
         deadline: Instant,
     ) -> Result<BatchId, BatchError> {
         let mut table = self.table.0.lock();
-        let free = table.slots.iter().position(|(_, s)| matches!(s, Slot::Free));
+        let free = table
+            .slots
+            .iter()
+            .position(|(_, s)| matches!(s, Slot::Free));
         let slot = match free {
             Some(slot) => slot,
             None if table.slots.len() < self.most => {
@@ -123,7 +128,11 @@ impl Submitter {
     ///
     /// # Errors
     /// `Unknown`, `NotDone`.
-    pub fn collect(&self, id: BatchId, deadline: Instant) -> Result<Vec<TransferResult>, BatchError> {
+    pub fn collect(
+        &self,
+        id: BatchId,
+        deadline: Instant,
+    ) -> Result<Vec<TransferResult>, BatchError> {
         let mut table = self.table.0.lock();
         loop {
             let entry = table

@@ -1,6 +1,8 @@
 //! The pool as real processes: one master, three nodes, clients over tcp and shared memory, and `kill -9` of each part.
 //! The names in the tests are those of docs/invariants.md.
 
+#![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
+
 mod pool;
 
 use std::sync::Arc;
@@ -30,18 +32,36 @@ fn round_trips_over_tcp_and_shared_memory() {
     for kind in [TransportKind::Tcp, TransportKind::Shm] {
         let client = pool.client_over(kind);
         let other = pool.client();
-        for (n, size) in [1usize, 63, 64, 4096, 65_536, 1 << 20, 9_000_001].into_iter().enumerate() {
+        for (n, size) in [1usize, 63, 64, 4096, 65_536, 1 << 20, 9_000_001]
+            .into_iter()
+            .enumerate()
+        {
             let key = format!("{}-{size}", kind.name());
             let bytes = pattern(size, n as u64);
             let options = copies(1 + n as u32 % 3);
             let outcome = client.put_bytes(key.as_bytes(), &bytes, &options).unwrap();
-            assert_eq!(outcome, PutOutcome::Stored { replicas: options.replicas });
-            assert_eq!(client.get(key.as_bytes()).map(Blob), Ok(Blob(bytes.clone())));
+            assert_eq!(
+                outcome,
+                PutOutcome::Stored {
+                    replicas: options.replicas
+                }
+            );
+            assert_eq!(
+                client.get(key.as_bytes()).map(Blob),
+                Ok(Blob(bytes.clone()))
+            );
             assert_eq!(other.get(key.as_bytes()).map(Blob), Ok(Blob(bytes.clone())));
             assert_eq!(put(&other, &key, b"other").unwrap(), PutOutcome::Existed);
-            assert_eq!(other.get(key.as_bytes()).map(Blob), Ok(Blob(bytes.clone())), "a put of an existing key writes nothing");
+            assert_eq!(
+                other.get(key.as_bytes()).map(Blob),
+                Ok(Blob(bytes.clone())),
+                "a put of an existing key writes nothing"
+            );
         }
-        let borrowed = pool.client().borrow(format!("{}-65536", kind.name()).as_bytes()).unwrap();
+        let borrowed = pool
+            .client()
+            .borrow(format!("{}-65536", kind.name()).as_bytes())
+            .unwrap();
         assert_eq!(borrowed.len(), 65_536);
         // SAFETY: mapped as long as `borrowed` lives; nobody removes it meanwhile.
         let seen = unsafe { std::slice::from_raw_parts(borrowed.as_ptr(), 65_536) };
@@ -66,7 +86,10 @@ fn batches_with_mixed_outcomes() {
     let mut requests: Vec<PutRequest<'_>> = keys
         .iter()
         .zip(&slices)
-        .map(|(k, s)| PutRequest { key: k.as_bytes(), source: s })
+        .map(|(k, s)| PutRequest {
+            key: k.as_bytes(),
+            source: s,
+        })
         .collect();
     requests[5].key = b"";
     let outcomes = client.put(&requests, &PutOptions::default());
@@ -87,7 +110,10 @@ fn batches_with_mixed_outcomes() {
     let requests: Vec<GetRequest<'_>> = keys
         .iter()
         .zip(&targets)
-        .map(|(k, t)| GetRequest { key: k.as_bytes(), target: t })
+        .map(|(k, t)| GetRequest {
+            key: k.as_bytes(),
+            target: t,
+        })
         .collect();
     let results = client.get_into(&requests);
     for (n, result) in results.into_iter().enumerate() {
@@ -111,14 +137,26 @@ fn d1_d2_a_killed_master_loses_nothing_and_brings_nothing_back() {
         let options = PutOptions {
             replicas: 1 + n as u32 % 2,
             hard_pin: n == 5,
-            group: if n % 7 == 0 { "g".into() } else { String::new() },
+            group: if n % 7 == 0 {
+                "g".into()
+            } else {
+                String::new()
+            },
             ..PutOptions::default()
         };
-        client.put_bytes(format!("k{n}").as_bytes(), &pattern(3000, n), &options).unwrap();
+        client
+            .put_bytes(format!("k{n}").as_bytes(), &pattern(3000, n), &options)
+            .unwrap();
     }
     let gone: Vec<String> = (0..300).step_by(3).map(|n| format!("k{n}")).collect();
     let keys: Vec<&[u8]> = gone.iter().map(String::as_bytes).collect();
-    assert!(client.remove(&keys, true).unwrap().iter().all(Result::is_ok));
+    assert!(
+        client
+            .remove(&keys, true)
+            .unwrap()
+            .iter()
+            .all(Result::is_ok)
+    );
     for round in 0..3 {
         pool.restart_master();
         // No hand: the same client, and a new one.
@@ -140,7 +178,10 @@ fn d1_d2_a_killed_master_loses_nothing_and_brings_nothing_back() {
 
 #[test]
 fn d1_master_killed_under_load() {
-    let rounds = std::env::var("MOONCAKE_TEST_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(4u32);
+    let rounds = std::env::var("MOONCAKE_TEST_ROUNDS")
+        .ok()
+        .and_then(|r| r.parse().ok())
+        .unwrap_or(4u32);
     let mut pool = Pool::start(3, "256MiB", &[]);
     let stop = Arc::new(AtomicBool::new(false));
     let writers: Vec<_> = (0..3u64)
@@ -151,9 +192,12 @@ fn d1_master_killed_under_load() {
                 let mut n = 0u64;
                 while !stop.load(Ordering::Relaxed) {
                     let key = format!("w{w}-{n}");
-                    let size = if n % 10 == 0 { 100_000 } else { 700 };
-                    let options = copies(1 + (n % 5 == 0) as u32);
-                    if client.put_bytes(key.as_bytes(), &pattern(size, w << 40 | n), &options).is_ok() {
+                    let size = if n.is_multiple_of(10) { 100_000 } else { 700 };
+                    let options = copies(1 + u32::from(n.is_multiple_of(5)));
+                    if client
+                        .put_bytes(key.as_bytes(), &pattern(size, w << 40 | n), &options)
+                        .is_ok()
+                    {
                         acknowledged.push((key, size, w << 40 | n));
                     }
                     n += 1;
@@ -179,7 +223,11 @@ fn d1_master_killed_under_load() {
     let mut total = 0;
     for writer in writers {
         for (key, size, seed) in writer.join().unwrap() {
-            assert_eq!(reader.get(key.as_bytes()).map(Blob), Ok(Blob(pattern(size, seed))), "D1: {key}");
+            assert_eq!(
+                reader.get(key.as_bytes()).map(Blob),
+                Ok(Blob(pattern(size, seed))),
+                "D1: {key}"
+            );
             total += 1;
         }
     }
@@ -193,19 +241,37 @@ fn f1_a_killed_node_costs_no_wait_and_is_unmounted() {
     let mut pool = Pool::start(3, "64MiB", &["--client-ttl", "2s"]);
     let client = pool.client_over(TransportKind::Tcp);
     for n in 0..60u64 {
-        client.put_bytes(format!("k{n}").as_bytes(), &pattern(5000, n), &copies(2)).unwrap();
-        client.put_bytes(format!("s{n}").as_bytes(), &pattern(500, n), &PutOptions::default()).unwrap();
+        client
+            .put_bytes(format!("k{n}").as_bytes(), &pattern(5000, n), &copies(2))
+            .unwrap();
+        client
+            .put_bytes(
+                format!("s{n}").as_bytes(),
+                &pattern(500, n),
+                &PutOptions::default(),
+            )
+            .unwrap();
     }
     pool.nodes[0].kill();
     let start = Instant::now();
     for n in 0..60u64 {
-        assert_eq!(client.get(format!("k{n}").as_bytes()).map(Blob), Ok(Blob(pattern(5000, n))));
+        assert_eq!(
+            client.get(format!("k{n}").as_bytes()).map(Blob),
+            Ok(Blob(pattern(5000, n)))
+        );
     }
-    assert!(start.elapsed() < Duration::from_secs(2), "failover without waiting: {:?}", start.elapsed());
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "failover without waiting: {:?}",
+        start.elapsed()
+    );
     // New puts do not fail either.
     for n in 0..30u64 {
         put(&client, &format!("n{n}"), &pattern(900, n)).unwrap();
-        assert_eq!(client.get(format!("n{n}").as_bytes()).map(Blob), Ok(Blob(pattern(900, n))));
+        assert_eq!(
+            client.get(format!("n{n}").as_bytes()).map(Blob),
+            Ok(Blob(pattern(900, n)))
+        );
     }
     let mut lost = 0;
     for n in 0..60u64 {
@@ -215,7 +281,10 @@ fn f1_a_killed_node_costs_no_wait_and_is_unmounted() {
             Err(other) => panic!("{other}"),
         }
     }
-    assert!((1..60).contains(&lost), "single copies of that node are gone, the others are not: {lost}");
+    assert!(
+        (1..60).contains(&lost),
+        "single copies of that node are gone, the others are not: {lost}"
+    );
     eventually("unmounted after client-ttl", Duration::from_secs(6), || {
         client.segments().unwrap().len() == 2
     });
@@ -231,13 +300,25 @@ fn a_stopped_node_comes_back_with_what_it_has() {
         put(&client, &format!("k{n}"), &pattern(800, n)).unwrap();
     }
     pool.nodes[0].signal("-STOP");
-    eventually("unmounted", Duration::from_secs(8), || client.segments().unwrap().len() == 1);
+    eventually("unmounted", Duration::from_secs(8), || {
+        client.segments().unwrap().len() == 1
+    });
     pool.nodes[0].signal("-CONT");
     eventually("mounted again", Duration::from_secs(8), || {
-        client.segments().unwrap().iter().filter(|s| s.state == "ok").count() == 2
+        client
+            .segments()
+            .unwrap()
+            .iter()
+            .filter(|s| s.state == "ok")
+            .count()
+            == 2
     });
     for n in 0..40u64 {
-        assert_eq!(client.get(format!("k{n}").as_bytes()).map(Blob), Ok(Blob(pattern(800, n))), "k{n}");
+        assert_eq!(
+            client.get(format!("k{n}").as_bytes()).map(Blob),
+            Ok(Blob(pattern(800, n))),
+            "k{n}"
+        );
     }
 }
 
@@ -250,7 +331,15 @@ fn r2_a_killed_writer_leaves_nothing_readable_and_its_space_returns() {
     std::fs::write(&file, pattern(150 << 20, 1)).unwrap();
     let file = file.to_str().unwrap();
     for transport in ["tcp", "shm"] {
-        let arguments = ["put", "big", file, "--master", &pool.address, "--transport", transport];
+        let arguments = [
+            "put",
+            "big",
+            file,
+            "--master",
+            &pool.address,
+            "--transport",
+            transport,
+        ];
         let mut writer = Server::start(&arguments);
         eventually("the put began", Duration::from_secs(10), || {
             client.overview().unwrap().used_bytes > 100 << 20
@@ -258,7 +347,10 @@ fn r2_a_killed_writer_leaves_nothing_readable_and_its_space_returns() {
         writer.kill();
         if client.exist(&[b"big"]).unwrap()[0] {
             // It was done before the kill: then it must be whole.
-            assert_eq!(client.get(b"big").map(Blob), Ok(Blob(pattern(150 << 20, 1))));
+            assert_eq!(
+                client.get(b"big").map(Blob),
+                Ok(Blob(pattern(150 << 20, 1)))
+            );
             assert!(client.remove(&[b"big"], true).unwrap()[0].is_ok());
         } else {
             assert_eq!(client.get(b"big"), Err(StoreError::NotFound));
@@ -269,7 +361,10 @@ fn r2_a_killed_writer_leaves_nothing_readable_and_its_space_returns() {
         });
     }
     // And the key is free for others at once.
-    assert_eq!(put(&client, "big", b"small").unwrap(), PutOutcome::Stored { replicas: 1 });
+    assert_eq!(
+        put(&client, "big", b"small").unwrap(),
+        PutOutcome::Stored { replicas: 1 }
+    );
 }
 
 #[test]
@@ -285,8 +380,12 @@ fn q1_a_full_pool_takes_every_put_and_keeps_what_is_pinned() {
         ..PutOptions::default()
     };
     for n in 0..4u64 {
-        client.put_bytes(format!("pin{n}").as_bytes(), &pattern(500_000, n), &pinned).unwrap();
-        client.put_bytes(format!("soft{n}").as_bytes(), &pattern(100_000, n), &soft).unwrap();
+        client
+            .put_bytes(format!("pin{n}").as_bytes(), &pattern(500_000, n), &pinned)
+            .unwrap();
+        client
+            .put_bytes(format!("soft{n}").as_bytes(), &pattern(100_000, n), &soft)
+            .unwrap();
     }
     for n in 0..600u64 {
         put(&client, &format!("k{n}"), &pattern(300_000 + n as usize, n)).unwrap();
@@ -294,8 +393,16 @@ fn q1_a_full_pool_takes_every_put_and_keeps_what_is_pinned() {
     let overview = client.overview().unwrap();
     assert!(overview.evicted_objects > 300, "{overview:?}");
     for n in 0..4u64 {
-        assert_eq!(client.get(format!("pin{n}").as_bytes()).map(Blob), Ok(Blob(pattern(500_000, n))), "L1");
-        assert_eq!(client.get(format!("soft{n}").as_bytes()).map(Blob), Ok(Blob(pattern(100_000, n))), "soft pins go last");
+        assert_eq!(
+            client.get(format!("pin{n}").as_bytes()).map(Blob),
+            Ok(Blob(pattern(500_000, n))),
+            "L1"
+        );
+        assert_eq!(
+            client.get(format!("soft{n}").as_bytes()).map(Blob),
+            Ok(Blob(pattern(100_000, n))),
+            "soft pins go last"
+        );
     }
     // What is still there is right.
     let mut left = 0;
@@ -323,13 +430,26 @@ fn l1_leased_objects_stay_and_a_put_without_space_ends_in_bounded_time() {
     }
     let start = Instant::now();
     let outcome = put(&client, "large", &pattern(8 << 20, 1));
-    assert!(matches!(outcome, Err(StoreError::NoSpace { .. })), "{outcome:?}");
-    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    assert!(
+        matches!(outcome, Err(StoreError::NoSpace { .. })),
+        "{outcome:?}"
+    );
+    assert!(
+        start.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        start.elapsed()
+    );
     for (n, key) in held.iter().enumerate() {
-        assert_eq!(client.get(key.as_bytes()).map(Blob), Ok(Blob(pattern(1 << 20, n as u64))));
+        assert_eq!(
+            client.get(key.as_bytes()).map(Blob),
+            Ok(Blob(pattern(1 << 20, n as u64)))
+        );
     }
     let outcome = put(&client, "larger", &pattern(20 << 20, 1));
-    assert!(matches!(outcome, Err(StoreError::TooLarge { .. })), "{outcome:?}");
+    assert!(
+        matches!(outcome, Err(StoreError::TooLarge { .. })),
+        "{outcome:?}"
+    );
 }
 
 #[test]
@@ -341,7 +461,11 @@ fn r1_concurrent_writers_and_readers_of_one_key() {
     // Each value is one byte repeated: any mix is visible.
     let writers: Vec<_> = (1..4u8)
         .map(|w| {
-            let kind = if w % 2 == 0 { TransportKind::Tcp } else { TransportKind::Shm };
+            let kind = if w % 2 == 0 {
+                TransportKind::Tcp
+            } else {
+                TransportKind::Shm
+            };
             let (client, stop) = (pool.client_over(kind), stop.clone());
             std::thread::spawn(move || {
                 let mut value = w;
@@ -351,7 +475,9 @@ fn r1_concurrent_writers_and_readers_of_one_key() {
                         upsert: value % 2 == 0,
                         ..PutOptions::default()
                     };
-                    client.put_bytes(b"contended", &vec![value; SIZE], &upsert).unwrap();
+                    client
+                        .put_bytes(b"contended", &vec![value; SIZE], &upsert)
+                        .unwrap();
                     if value % 16 == 0 {
                         let _ = client.remove(&[b"contended"], true).unwrap();
                     }
@@ -368,7 +494,10 @@ fn r1_concurrent_writers_and_readers_of_one_key() {
                     match client.get(b"contended") {
                         Ok(bytes) => {
                             assert_eq!(bytes.len(), SIZE);
-                            assert!(bytes.iter().all(|b| *b == bytes[0]), "R1: a mix of two puts");
+                            assert!(
+                                bytes.iter().all(|b| *b == bytes[0]),
+                                "R1: a mix of two puts"
+                            );
                             reads.fetch_add(1, Ordering::Relaxed);
                         }
                         Err(StoreError::NotFound) => {}
@@ -434,7 +563,15 @@ fn r1_readers_during_eviction_see_their_object_or_none() {
 #[test]
 fn groups_tenants_upsert_preferred_segment() {
     let pool = Pool::start_on("127.0.0.1", 1, "32MiB", &[], &["--name", "left"]);
-    let right = Server::start(&["node", "--master", &pool.address, "--memory", "32MiB", "--name", "right"]);
+    let right = Server::start(&[
+        "node",
+        "--master",
+        &pool.address,
+        "--memory",
+        "32MiB",
+        "--name",
+        "right",
+    ]);
     right.line("in service");
     let client = pool.client();
     for n in 0..10 {
@@ -442,8 +579,13 @@ fn groups_tenants_upsert_preferred_segment() {
             preferred_segments: vec!["right".into()],
             ..PutOptions::default()
         };
-        client.put_bytes(format!("p{n}").as_bytes(), b"x", &options).unwrap();
-        assert_eq!(client.stat(format!("p{n}").as_bytes()).unwrap().replicas[0].segment_name, "right");
+        client
+            .put_bytes(format!("p{n}").as_bytes(), b"x", &options)
+            .unwrap();
+        assert_eq!(
+            client.stat(format!("p{n}").as_bytes()).unwrap().replicas[0].segment_name,
+            "right"
+        );
     }
     let mut config = pool.config();
     config.tenant = "other".into();
@@ -459,10 +601,15 @@ fn groups_tenants_upsert_preferred_segment() {
         upsert: true,
         ..PutOptions::default()
     };
-    client.put_bytes(b"p1", &pattern(50_000, 3), &upsert).unwrap();
+    client
+        .put_bytes(b"p1", &pattern(50_000, 3), &upsert)
+        .unwrap();
     assert_eq!(client.get(b"p1").map(Blob), Ok(Blob(pattern(50_000, 3))));
     assert_eq!(client.list("p", "", 0, 100).unwrap().objects.len(), 10);
-    assert_eq!(client.list("", "^p[0-4]$", 0, 100).unwrap().objects.len(), 5);
+    assert_eq!(
+        client.list("", "^p[0-4]$", 0, 100).unwrap().objects.len(),
+        5
+    );
     assert!(client.list("", "(", 0, 100).is_err());
     assert_eq!(client.remove_matching("^p[0-4]$", true).unwrap().0, 5);
 }
@@ -472,7 +619,9 @@ fn a_node_leaves_cleanly_on_sigterm() {
     let mut pool = Pool::start(2, "32MiB", &[]);
     let client = pool.client();
     for n in 0..50u64 {
-        client.put_bytes(format!("k{n}").as_bytes(), &pattern(1000, n), &copies(2)).unwrap();
+        client
+            .put_bytes(format!("k{n}").as_bytes(), &pattern(1000, n), &copies(2))
+            .unwrap();
     }
     pool.nodes[0].signal("-TERM");
     let start = Instant::now();
@@ -480,7 +629,10 @@ fn a_node_leaves_cleanly_on_sigterm() {
     assert!(start.elapsed() < Duration::from_secs(8));
     assert_eq!(client.segments().unwrap().len(), 1);
     for n in 0..50u64 {
-        assert_eq!(client.get(format!("k{n}").as_bytes()).map(Blob), Ok(Blob(pattern(1000, n))));
+        assert_eq!(
+            client.get(format!("k{n}").as_bytes()).map(Blob),
+            Ok(Blob(pattern(1000, n)))
+        );
     }
 }
 
@@ -502,7 +654,10 @@ fn trust_on_every_door() {
     let out = with_token(&["put", "k", one.to_str().unwrap()]);
     assert!(out.status.success(), "{}", stderr(&out));
     assert_eq!(stdout(&with_token(&["get", "k"])), "one");
-    assert_eq!(stdout(&with_token(&["get", "k", "--transport", "tcp"])), "one");
+    assert_eq!(
+        stdout(&with_token(&["get", "k", "--transport", "tcp"])),
+        "one"
+    );
     // Without, and with another one: RPC, HTTP.
     for arguments in [&["get", "k"][..], &["ls"], &["inspect"]] {
         let out = pool.call(arguments);
@@ -513,7 +668,11 @@ fn trust_on_every_door() {
     let http = |path: &str, header: &str| {
         use std::io::{Read, Write};
         let mut stream = std::net::TcpStream::connect(&pool.address).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n").unwrap();
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n"
+        )
+        .unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         answer
@@ -526,7 +685,12 @@ fn trust_on_every_door() {
     let stranger = Server::start(&["node", "--master", &pool.address, "--memory", "8MiB"]);
     std::thread::sleep(Duration::from_millis(600));
     drop(stranger);
-    assert_eq!(stdout(&with_token(&["inspect", "segments"])).lines().count(), 2);
+    assert_eq!(
+        stdout(&with_token(&["inspect", "segments"]))
+            .lines()
+            .count(),
+        2
+    );
 }
 
 #[test]
@@ -548,9 +712,16 @@ fn strangers_on_the_masters_port_harm_nobody() {
     lane.write_all(&u32::MAX.to_le_bytes()).unwrap();
     let mut rest = Vec::new();
     let _ = lane.read_to_end(&mut rest);
-    for garbage in [&b"\0\0\0\0"[..], b"MKLANE\r\nshort", b"PRI * HTTP/2.0\r\n\r\nXX", &[0xA5; 4096]] {
+    for garbage in [
+        &b"\0\0\0\0"[..],
+        b"MKLANE\r\nshort",
+        b"PRI * HTTP/2.0\r\n\r\nXX",
+        &[0xA5; 4096],
+    ] {
         let mut stream = std::net::TcpStream::connect(&pool.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(1)))
+            .unwrap();
         stream.write_all(garbage).unwrap();
         let _ = stream.shutdown(std::net::Shutdown::Write);
         let _ = stream.read_to_end(&mut Vec::new());
@@ -563,8 +734,16 @@ fn mooncake_lane(address: &str) -> std::net::TcpStream {
     use mooncake::base::handshake::{LaneKind, connect};
     use mooncake::base::{id::Id128, trust::ClusterKeys};
     let mut stream = std::net::TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-    connect(&mut stream, LaneKind::Control, Id128::random(), &ClusterKeys::derive(None)).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    connect(
+        &mut stream,
+        LaneKind::Control,
+        Id128::random(),
+        &ClusterKeys::derive(None),
+    )
+    .unwrap();
     stream
 }
 
@@ -579,20 +758,79 @@ fn bad_situations_are_one_line_with_the_right_code() {
     let data_address = pool.client().segments().unwrap()[0].address.clone();
     let long = "k".repeat(4097);
     let cases: Vec<(Vec<&str>, i32, &str)> = vec![
-        (vec!["get", "absent", "--master", &pool.address], 1, "object not found"),
-        (vec!["stat", "absent", "--master", &pool.address], 1, "object not found"),
-        (vec!["put", "k", big, "--master", &pool.address], 1, "largest one has 16777216"),
-        (vec!["put", &long, big, "--master", &pool.address], 2, "a key has 1 to 4096 bytes, this one has 4097"),
-        (vec!["get", "", "--master", &pool.address], 2, "a key has 1 to 4096 bytes"),
-        (vec!["get", "k", "-o", "/nonexistent/dir/f", "--master", &pool.address], 2, "cannot write /nonexistent/dir/f"),
-        (vec!["get", "k", "-o", "/", "--master", &pool.address], 2, "directory"),
-        (vec!["put", "k", "/nonexistent", "--master", &pool.address], 2, "cannot read /nonexistent"),
-        (vec!["get", "k", "--master", "127.0.0.1:1"], 3, "master 127.0.0.1:1"),
-        (vec!["get", "k", "--master", &data_address], 3, "check that the address is a Control port"),
-        (vec!["get", "k", "--master", "no.such.host.invalid:1"], 3, "no.such.host.invalid"),
+        (
+            vec!["get", "absent", "--master", &pool.address],
+            1,
+            "object not found",
+        ),
+        (
+            vec!["stat", "absent", "--master", &pool.address],
+            1,
+            "object not found",
+        ),
+        (
+            vec!["put", "k", big, "--master", &pool.address],
+            1,
+            "largest one has 16777216",
+        ),
+        (
+            vec!["put", &long, big, "--master", &pool.address],
+            2,
+            "a key has 1 to 4096 bytes, this one has 4097",
+        ),
+        (
+            vec!["get", "", "--master", &pool.address],
+            2,
+            "a key has 1 to 4096 bytes",
+        ),
+        (
+            vec![
+                "get",
+                "k",
+                "-o",
+                "/nonexistent/dir/f",
+                "--master",
+                &pool.address,
+            ],
+            2,
+            "cannot write /nonexistent/dir/f",
+        ),
+        (
+            vec!["get", "k", "-o", "/", "--master", &pool.address],
+            2,
+            "directory",
+        ),
+        (
+            vec!["put", "k", "/nonexistent", "--master", &pool.address],
+            2,
+            "cannot read /nonexistent",
+        ),
+        (
+            vec!["get", "k", "--master", "127.0.0.1:1"],
+            3,
+            "master 127.0.0.1:1",
+        ),
+        (
+            vec!["get", "k", "--master", &data_address],
+            3,
+            "check that the address is a Control port",
+        ),
+        (
+            vec!["get", "k", "--master", "no.such.host.invalid:1"],
+            3,
+            "no.such.host.invalid",
+        ),
         (vec!["master", "--port", port], 2, "cannot listen on"),
-        (vec!["node", "--master", &pool.address, "--memory", "900TiB"], 2, "larger than this machine's memory"),
-        (vec!["rm", "--regex", "(", "--master", &pool.address], 2, "regex"),
+        (
+            vec!["node", "--master", &pool.address, "--memory", "900TiB"],
+            2,
+            "larger than this machine's memory",
+        ),
+        (
+            vec!["rm", "--regex", "(", "--master", &pool.address],
+            2,
+            "regex",
+        ),
     ];
     for (arguments, code, text) in cases {
         let out = call(&arguments);
@@ -602,4 +840,22 @@ fn bad_situations_are_one_line_with_the_right_code() {
         assert_eq!(error.trim().lines().count(), 1, "{arguments:?}: {error}");
     }
     assert!(stdout(&pool.call(&["inspect"])).contains("objects    0"));
+}
+
+/// A few milliseconds per cell: that the measurements run, compare and print; the figures are nobody's.
+#[test]
+fn bench_runs_beside_redis() {
+    let arguments = [
+        "bench", "store", "--sizes", "4KiB,1MiB", "--batches", "1,8", "--rounds", "1", "--time", "10ms",
+        "--memory", "512MiB", "--vs", "redis", "--output", "json",
+    ];
+    let out = call(&arguments);
+    assert!(out.status.success(), "{} (redis-server installed?)", stderr(&out));
+    let text = stdout(&out);
+    for word in ["\"redis\"", "\"memcpy\"", "\"tcp stream\"", "\"echo\"", "same-host", "local"] {
+        assert!(text.contains(word), "{word}");
+    }
+    let out = call(&["bench", "master", "--objects", "2000", "--rounds", "1"]);
+    assert!(out.status.success(), "{}", stderr(&out));
+    assert!(stdout(&out).contains(" 0 failed"), "{}", stdout(&out));
 }

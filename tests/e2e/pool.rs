@@ -30,7 +30,9 @@ fn command(arguments: &[&str]) -> Command {
 /// Where servers log: a file per process below `MOONCAKE_TEST_LOGS`, else nowhere.
 fn log() -> Stdio {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let Ok(directory) = std::env::var("MOONCAKE_TEST_LOGS") else { return Stdio::null() };
+    let Ok(directory) = std::env::var("MOONCAKE_TEST_LOGS") else {
+        return Stdio::null();
+    };
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let path = format!("{directory}/{}-{number}.log", std::process::id());
     std::fs::File::create(path).map_or_else(|_| Stdio::null(), Stdio::from)
@@ -59,7 +61,10 @@ impl Server {
         let end = Instant::now() + Duration::from_secs(20);
         loop {
             let left = end.saturating_duration_since(Instant::now());
-            let line = self.lines.recv_timeout(left).unwrap_or_else(|_| panic!("no line with {text:?}"));
+            let line = self
+                .lines
+                .recv_timeout(left)
+                .unwrap_or_else(|_| panic!("no line with {text:?}"));
             if line.contains(text) {
                 return line;
             }
@@ -73,7 +78,13 @@ impl Server {
 
     pub(crate) fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        assert!(
+            Command::new("kill")
+                .args([signal, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
     }
 
     pub(crate) fn wait(&mut self) -> i32 {
@@ -108,8 +119,10 @@ impl Pool {
         master_arguments: &[&str],
         node_arguments: &[&str],
     ) -> Self {
-        let mut arguments: Vec<String> =
-            ["--metrics-port", "off", "--bind", host].iter().map(|s| (*s).to_owned()).collect();
+        let mut arguments: Vec<String> = ["--metrics-port", "off", "--bind", host]
+            .iter()
+            .map(|s| (*s).to_owned())
+            .collect();
         arguments.extend(master_arguments.iter().map(|s| (*s).to_owned()));
         let (master, address) = start_master("0", &arguments);
         let mut pool = Self {
@@ -129,7 +142,15 @@ impl Pool {
     }
 
     fn add_node_with(&mut self, host: &str, memory: &str, more: &[&str]) {
-        let mut arguments = vec!["node", "--master", &self.address, "--memory", memory, "--bind", host];
+        let mut arguments = vec![
+            "node",
+            "--master",
+            &self.address,
+            "--memory",
+            memory,
+            "--bind",
+            host,
+        ];
         arguments.extend_from_slice(more);
         let node = Server::start(&arguments);
         node.line("in service");

@@ -15,7 +15,9 @@ const ECHO_BYTES: usize = 64;
 const STREAM_BYTES: usize = 128 << 10;
 
 pub(super) fn peer_command() -> Command {
-    Command::new("peer").about("The other end of bare TCP figures").hide(true)
+    Command::new("peer")
+        .about("The other end of bare TCP figures")
+        .hide(true)
 }
 
 /// Serves bare echoes and streams until killed: a connection's first byte says which.

@@ -57,17 +57,28 @@ struct Step {
 
 fn name(n: u64) -> String {
     // About as long as an engine's block key.
-    format!("model@tp0:kv:{:032x}", u128::from(n).wrapping_mul(0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835))
+    format!(
+        "model@tp0:kv:{:032x}",
+        u128::from(n).wrapping_mul(0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835)
+    )
 }
 
 pub(super) fn run(matches: &ArgMatches) -> Outcome {
-    let mut counts: Vec<u64> = matches.get_many::<u64>("objects").unwrap_or_default().copied().collect();
+    let mut counts: Vec<u64> = matches
+        .get_many::<u64>("objects")
+        .unwrap_or_default()
+        .copied()
+        .collect();
     counts.sort_unstable();
     let rounds = matches.get_one::<u32>("rounds").copied().unwrap_or(5);
     let most = counts.last().copied().unwrap_or(10_000);
     let master = MasterProcess::start(ByteSize::ZERO, &["--eviction-high-watermark-ratio", "1.0"])?;
     // One byte objects take 128 bytes of a segment.
-    let memory = ByteSize((most * 128 * 5 / 4).max(256 << 20).next_multiple_of(2 << 20));
+    let memory = ByteSize(
+        (most * 128 * 5 / 4)
+            .max(256 << 20)
+            .next_multiple_of(2 << 20),
+    );
     let _node = rig::node(&master.address, memory, &[])?;
     let client = open(&master.address)?;
     wait_for_segments(&client, 1)?;
@@ -93,8 +104,17 @@ fn open(master: &str) -> anyhow::Result<PoolClient> {
 
 fn wait_for_segments(client: &PoolClient, count: usize) -> anyhow::Result<Duration> {
     let begun = Instant::now();
-    while client.segments()?.iter().filter(|s| s.state == "ok").count() < count {
-        anyhow::ensure!(begun.elapsed() < Duration::from_secs(30), "the node did not come into service");
+    while client
+        .segments()?
+        .iter()
+        .filter(|s| s.state == "ok")
+        .count()
+        < count
+    {
+        anyhow::ensure!(
+            begun.elapsed() < Duration::from_secs(30),
+            "the node did not come into service"
+        );
         std::thread::sleep(Duration::from_millis(1));
     }
     Ok(begun.elapsed())
@@ -111,8 +131,13 @@ fn fill(client: &PoolClient, from: u64, to: u64) -> anyhow::Result<Spread> {
     while at < to {
         let end = (at + 512).min(to);
         let keys: Vec<String> = (at..end).map(name).collect();
-        let requests: Vec<PutRequest<'_>> =
-            keys.iter().map(|k| PutRequest { key: k.as_bytes(), source: &source }).collect();
+        let requests: Vec<PutRequest<'_>> = keys
+            .iter()
+            .map(|k| PutRequest {
+                key: k.as_bytes(),
+                source: &source,
+            })
+            .collect();
         let begun = Instant::now();
         for outcome in client.put(&requests, &options) {
             outcome?;
@@ -144,10 +169,12 @@ fn step(
 ) -> anyhow::Result<Step> {
     let (mut exist, mut exist_clients, mut single, mut locate) = (vec![], vec![], vec![], vec![]);
     // Prepared batches: what is measured is the master and the wire, not the formatting of keys.
-    let batches: Vec<wire::Operation> =
-        (0..64).map(|b| exist_operation(b * 104_729, EXIST_BATCH, objects)).collect();
-    let singles: Vec<Vec<wire::Operation>> =
-        (0..PIPELINE as u64).map(|n| vec![exist_operation(n * 15_485_863, 1, objects)]).collect();
+    let batches: Vec<wire::Operation> = (0..64)
+        .map(|b| exist_operation(b * 104_729, EXIST_BATCH, objects))
+        .collect();
+    let singles: Vec<Vec<wire::Operation>> = (0..PIPELINE as u64)
+        .map(|n| vec![exist_operation(n * 15_485_863, 1, objects)])
+        .collect();
     let located: Vec<wire::Operation> = batches
         .iter()
         .map(|op| match &op.kind {
@@ -201,7 +228,9 @@ fn parallel(master: &str, clients: usize, batches: &[wire::Operation]) -> anyhow
         };
         let threads: Vec<_> = (0..clients).map(|_| scope.spawn(run)).collect();
         for thread in threads {
-            thread.join().map_err(|_| anyhow::anyhow!("a client failed"))??;
+            thread
+                .join()
+                .map_err(|_| anyhow::anyhow!("a client failed"))??;
         }
         Ok(())
     })?;
@@ -223,7 +252,9 @@ fn pipelined(master: &str, singles: &[Vec<wire::Operation>]) -> anyhow::Result<f
         };
         let threads: Vec<_> = (0..PIPELINERS).map(|_| scope.spawn(run)).collect();
         for thread in threads {
-            thread.join().map_err(|_| anyhow::anyhow!("a client failed"))??;
+            thread
+                .join()
+                .map_err(|_| anyhow::anyhow!("a client failed"))??;
         }
         Ok(())
     })?;
@@ -256,8 +287,13 @@ fn eviction() -> anyhow::Result<(u64, u64, u64)> {
     let (mut failed, mut done) = (0, 0);
     for round in 0..2000u64 {
         let keys: Vec<String> = (0..32).map(|n| name(round * 32 + n)).collect();
-        let requests: Vec<PutRequest<'_>> =
-            keys.iter().map(|k| PutRequest { key: k.as_bytes(), source: &source }).collect();
+        let requests: Vec<PutRequest<'_>> = keys
+            .iter()
+            .map(|k| PutRequest {
+                key: k.as_bytes(),
+                source: &source,
+            })
+            .collect();
         for outcome in client.put(&requests, &PutOptions::default()) {
             failed += u64::from(outcome.is_err());
             done += 1;
@@ -293,7 +329,12 @@ fn show(
     }
     let million = |s: &Spread| {
         let scale = |x: f64| x / 1e6;
-        Spread { median: scale(s.median), min: scale(s.min), max: scale(s.max) }.text(2)
+        Spread {
+            median: scale(s.median),
+            min: scale(s.min),
+            max: scale(s.max),
+        }
+        .text(2)
     };
     let mut table = Columns::new(&[
         ">OBJECTS",
@@ -318,7 +359,13 @@ fn show(
         ]);
     }
     table.print()?;
-    print::line(&format!("master listens after {} ms; a 4 GiB node is in service after {} ms", master.text(1), node.text(1)))?;
-    print::line(&format!("eviction: {done} puts of 16 KiB into 256 MiB, {failed} failed; a shard was held for at most {hold} us"))?;
+    print::line(&format!(
+        "master listens after {} ms; a 4 GiB node is in service after {} ms",
+        master.text(1),
+        node.text(1)
+    ))?;
+    print::line(&format!(
+        "eviction: {done} puts of 16 KiB into 256 MiB, {failed} failed; a shard was held for at most {hold} us"
+    ))?;
     Ok(())
 }

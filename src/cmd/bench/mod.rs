@@ -17,7 +17,9 @@ use super::{ExitStatus, Outcome};
 
 pub(super) fn command() -> Command {
     Command::new("bench")
-        .about("Measure: put, get and exist beside the machine's limits and Redis; the master alone")
+        .about(
+            "Measure: put, get and exist beside the machine's limits and Redis; the master alone",
+        )
         .subcommand_required(true)
         .arg_required_else_help(true)
         .subcommand(store::command())

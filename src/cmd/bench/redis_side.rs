@@ -37,8 +37,10 @@ impl RedisSide {
     /// Stores a working set under `get:<size>:<n>`.
     pub(super) fn fill(&mut self, size: usize, count: usize, value: &[u8]) -> anyhow::Result<()> {
         for n in 0..count {
-            let stored: () =
-                redis::cmd("SET").arg(key(size, n)).arg(&value[..size]).query(&mut self.connection)?;
+            let stored: () = redis::cmd("SET")
+                .arg(key(size, n))
+                .arg(&value[..size])
+                .query(&mut self.connection)?;
             let () = stored;
         }
         Ok(())
@@ -49,7 +51,12 @@ impl RedisSide {
         Ok(())
     }
 
-    pub(super) fn run(&mut self, cell: &Cell, value: &[u8], time: Duration) -> anyhow::Result<Sample> {
+    pub(super) fn run(
+        &mut self,
+        cell: &Cell,
+        value: &[u8],
+        time: Duration,
+    ) -> anyhow::Result<Sample> {
         let (size, batch, set) = (cell.size, cell.batch, cell.working_set());
         Sample::take(time, || {
             let mut pipeline = Pipeline::new();
@@ -57,7 +64,10 @@ impl RedisSide {
                 let n = self.next as usize;
                 self.next += 1;
                 match cell.op {
-                    Op::Put => pipeline.cmd("SET").arg(format!("put:{size}:{n}")).arg(&value[..size]),
+                    Op::Put => pipeline
+                        .cmd("SET")
+                        .arg(format!("put:{size}:{n}"))
+                        .arg(&value[..size]),
                     Op::Get => pipeline.cmd("GET").arg(key(size, n % set)),
                     Op::Exist => pipeline.cmd("EXISTS").arg(key(size, n % set)),
                 };
@@ -75,7 +85,10 @@ impl RedisSide {
                 }
                 Op::Exist => {
                     let found: Vec<u8> = pipeline.query(&mut self.connection)?;
-                    anyhow::ensure!(found.iter().all(|f| *f == 1), "redis lost part of the working set");
+                    anyhow::ensure!(
+                        found.iter().all(|f| *f == 1),
+                        "redis lost part of the working set"
+                    );
                     0
                 }
             };

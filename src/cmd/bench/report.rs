@@ -33,7 +33,11 @@ impl Row {
     }
 
     fn value(&self, s: &Sample) -> f64 {
-        if self.by_bytes { s.gigabytes_per_second() } else { s.items_per_second() }
+        if self.by_bytes {
+            s.gigabytes_per_second()
+        } else {
+            s.items_per_second()
+        }
     }
 
     /// Ours against another side, round by round: throughput, or for a bare echo the time of one call.
@@ -47,7 +51,17 @@ impl Row {
 }
 
 const HEADINGS: [&str; 11] = [
-    "OP", ">SIZE", ">BATCH", "PATH", "SIDE", ">GB/s", ">KEYS/s", ">p50 us", ">p99 us", ">OURS/SIDE", "RANGE",
+    "OP",
+    ">SIZE",
+    ">BATCH",
+    "PATH",
+    "SIDE",
+    ">GB/s",
+    ">KEYS/s",
+    ">p50 us",
+    ">p99 us",
+    ">OURS/SIDE",
+    "RANGE",
 ];
 
 fn cells(rows: &[Row]) -> Vec<Vec<String>> {
@@ -57,7 +71,14 @@ fn cells(rows: &[Row]) -> Vec<Vec<String>> {
             let over = |f: &dyn Fn(&Sample) -> f64| Spread::of(side.samples.iter().map(f)).median;
             let rate = row.rate(side);
             let (ratio, range) = match number {
-                0 => (String::new(), format!("{:.2}-{:.2}", rate.min / rate.median, rate.max / rate.median)),
+                0 => (
+                    String::new(),
+                    format!(
+                        "{:.2}-{:.2}",
+                        rate.min / rate.median,
+                        rate.max / rate.median
+                    ),
+                ),
                 _ => {
                     let ratio = row.ratio(side);
                     let what = if side.name == "echo" { " x time" } else { " x" };
@@ -74,7 +95,11 @@ fn cells(rows: &[Row]) -> Vec<Vec<String>> {
                 row.batch.to_string(),
                 row.path.to_owned(),
                 side.name.clone(),
-                if bytes > 0.0 { format!("{bytes:.2}") } else { String::new() },
+                if bytes > 0.0 {
+                    format!("{bytes:.2}")
+                } else {
+                    String::new()
+                },
                 format!("{:.0}", over(&Sample::items_per_second)),
                 format!("{:.1}", over(&|s: &Sample| s.microseconds(0.5))),
                 format!("{:.1}", over(&|s: &Sample| s.microseconds(0.99))),
@@ -131,7 +156,10 @@ pub(super) fn export(rows: &[Row], path: &Path, heading: &str) -> anyhow::Result
     writeln!(file, "{heading}\n")?;
     let headings: Vec<&str> = HEADINGS.iter().map(|h| h.trim_start_matches('>')).collect();
     writeln!(file, "| {} |", headings.join(" | "))?;
-    let rule: Vec<&str> = HEADINGS.iter().map(|h| if h.starts_with('>') { "---:" } else { "---" }).collect();
+    let rule: Vec<&str> = HEADINGS
+        .iter()
+        .map(|h| if h.starts_with('>') { "---:" } else { "---" })
+        .collect();
     writeln!(file, "| {} |", rule.join(" | "))?;
     for line in cells(rows) {
         writeln!(file, "| {} |", line.join(" | "))?;

@@ -16,9 +16,14 @@ pub(super) struct Process {
 
 impl Process {
     fn start(mut command: Command) -> anyhow::Result<Self> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
         let name = command.get_program().to_string_lossy().into_owned();
-        let mut child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot start {name}"))?;
         let stdout = child.stdout.take().context("no stdout")?;
         let mut lines = BufReader::new(stdout);
         let mut first_line = String::new();
@@ -47,8 +52,14 @@ impl Process {
 
     fn words(&self, after: &str) -> anyhow::Result<String> {
         let words: Vec<&str> = self.first_line.split_whitespace().collect();
-        let at = words.iter().position(|w| *w == after).context("unexpected first line")?;
-        Ok(words.get(at + 1).context("unexpected first line")?.to_string())
+        let at = words
+            .iter()
+            .position(|w| *w == after)
+            .context("unexpected first line")?;
+        Ok(words
+            .get(at + 1)
+            .context("unexpected first line")?
+            .to_string())
     }
 }
 
@@ -82,8 +93,20 @@ pub(super) struct MasterProcess {
 impl MasterProcess {
     pub(super) fn start(memory: ByteSize, more: &[&str]) -> anyhow::Result<Self> {
         let memory = memory.0.to_string();
-        let mut arguments = vec!["master", "--port", "0", "--metrics-port", "off", "--memory", &memory];
-        arguments.extend_from_slice(&["--recovery-grace", "0ms", "--enable-metric-reporting=false"]);
+        let mut arguments = vec![
+            "master",
+            "--port",
+            "0",
+            "--metrics-port",
+            "off",
+            "--memory",
+            &memory,
+        ];
+        arguments.extend_from_slice(&[
+            "--recovery-grace",
+            "0ms",
+            "--enable-metric-reporting=false",
+        ]);
         arguments.extend_from_slice(more);
         let begun = Instant::now();
         let process = ourselves(&arguments)?;
@@ -117,10 +140,26 @@ pub(super) fn redis(url: &str, memory: ByteSize) -> anyhow::Result<(Option<Proce
     if let Some(address) = url.strip_prefix("redis://") {
         return Ok((None, format!("redis://{address}")));
     }
-    let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let port = std::net::TcpListener::bind("127.0.0.1:0")?
+        .local_addr()?
+        .port();
     let mut command = Command::new("redis-server");
-    command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]);
-    command.args(["--maxmemory", &memory.0.to_string(), "--maxmemory-policy", "allkeys-lru"]);
+    command.args([
+        "--port",
+        &port.to_string(),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+    ]);
+    command.args([
+        "--maxmemory",
+        &memory.0.to_string(),
+        "--maxmemory-policy",
+        "allkeys-lru",
+    ]);
     let process = Process::start(command).context(
         "--vs redis: no redis-server was found; install it (Debian: redis-server) or give --vs redis://HOST:PORT",
     )?;

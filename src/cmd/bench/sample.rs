@@ -77,6 +77,9 @@ impl Spread {
     }
 
     pub(super) fn text(&self, digits: usize) -> String {
-        format!("{:.digits$} [{:.digits$}-{:.digits$}]", self.median, self.min, self.max)
+        format!(
+            "{:.digits$} [{:.digits$}-{:.digits$}]",
+            self.median, self.min, self.max
+        )
     }
 }

@@ -123,16 +123,28 @@ pub(super) fn command() -> Command {
         .arg(settings::output())
 }
 
-fn parsed<T>(matches: &ArgMatches, name: &str, parse: impl Fn(&str) -> Option<T>) -> anyhow::Result<Vec<T>> {
+fn parsed<T>(
+    matches: &ArgMatches,
+    name: &str,
+    parse: impl Fn(&str) -> Option<T>,
+) -> anyhow::Result<Vec<T>> {
     let texts = matches.get_many::<String>(name).unwrap_or_default();
     texts
-        .map(|text| parse(text).ok_or_else(|| UsageError(format!("--{name}: `{text}` is not one")).into()))
+        .map(|text| {
+            parse(text).ok_or_else(|| UsageError(format!("--{name}: `{text}` is not one")).into())
+        })
         .collect()
 }
 
 fn cells(matches: &ArgMatches) -> anyhow::Result<Vec<Cell>> {
-    let sizes = parsed(matches, "sizes", |t| ByteSize::parse(t).ok().filter(|s| s.0 > 0 && s.0 <= 1 << 30))?;
-    let batches = parsed(matches, "batches", |t| t.parse::<usize>().ok().filter(|n| (1..=1024).contains(n)))?;
+    let sizes = parsed(matches, "sizes", |t| {
+        ByteSize::parse(t)
+            .ok()
+            .filter(|s| s.0 > 0 && s.0 <= 1 << 30)
+    })?;
+    let batches = parsed(matches, "batches", |t| {
+        t.parse::<usize>().ok().filter(|n| (1..=1024).contains(n))
+    })?;
     let paths = parsed(matches, "paths", |t| match t {
         "local" => Some(Path::Local),
         "same-host" => Some(Path::SameHost),
@@ -152,7 +164,12 @@ fn cells(matches: &ArgMatches) -> anyhow::Result<Vec<Cell>> {
                 for batch in &batches {
                     let size = size.0 as usize;
                     let batch = (*batch).min((CALL_BYTES / size).max(1));
-                    let cell = Cell { op: *op, size, batch, path };
+                    let cell = Cell {
+                        op: *op,
+                        size,
+                        batch,
+                        path,
+                    };
                     // Exist does not depend on the size or the data path: once is enough.
                     let again = cells.iter().any(|c| {
                         (c.op, c.batch) == (cell.op, cell.batch)
@@ -178,7 +195,8 @@ struct Ours {
 
 impl Ours {
     fn slices(&mut self, cell: &Cell) -> Vec<[LocalSlice; 1]> {
-        self.buffers.resize_with(cell.batch.max(self.buffers.len()), Vec::new);
+        self.buffers
+            .resize_with(cell.batch.max(self.buffers.len()), Vec::new);
         self.buffers[..cell.batch]
             .iter_mut()
             .map(|b| {
@@ -191,14 +209,22 @@ impl Ours {
 
     /// Writes through the whole pool once, so that no measured put is the first to touch a page from here.
     fn walk(&mut self, memory: ByteSize) -> anyhow::Result<()> {
-        let cell = Cell { op: Op::Put, size: 1 << 20, batch: 16, path: Path::Local };
+        let cell = Cell {
+            op: Op::Put,
+            size: 1 << 20,
+            batch: 16,
+            path: Path::Local,
+        };
         let slices = self.slices(&cell);
         for call in 0..memory.0 >> 24 {
             let keys: Vec<String> = (0..16).map(|n| format!("walk:{call}:{n}")).collect();
             let requests: Vec<PutRequest<'_>> = keys
                 .iter()
                 .zip(&slices)
-                .map(|(key, source)| PutRequest { key: key.as_bytes(), source })
+                .map(|(key, source)| PutRequest {
+                    key: key.as_bytes(),
+                    source,
+                })
                 .collect();
             for outcome in self.client.put(&requests, &PutOptions::default()) {
                 outcome?;
@@ -213,12 +239,16 @@ impl Ours {
         let options = PutOptions::default();
         for n in 0..cell.working_set() {
             let bytes = pattern(cell.size, n);
-            self.client.put_bytes(key(cell.size, n).as_bytes(), &bytes, &options)?;
+            self.client
+                .put_bytes(key(cell.size, n).as_bytes(), &bytes, &options)?;
         }
         // Verified before anything is timed.
         for n in (0..cell.working_set()).step_by(97) {
             let got = self.client.get(key(cell.size, n).as_bytes())?;
-            anyhow::ensure!(got == pattern(cell.size, n), "a get returned other bytes than were put");
+            anyhow::ensure!(
+                got == pattern(cell.size, n),
+                "a get returned other bytes than were put"
+            );
         }
         Ok(())
     }
@@ -247,7 +277,10 @@ impl Ours {
                     let requests: Vec<PutRequest<'_>> = keys
                         .iter()
                         .zip(&slices)
-                        .map(|(key, source)| PutRequest { key: key.as_bytes(), source })
+                        .map(|(key, source)| PutRequest {
+                            key: key.as_bytes(),
+                            source,
+                        })
                         .collect();
                     for outcome in self.client.put(&requests, &options) {
                         outcome?;
@@ -257,7 +290,10 @@ impl Ours {
                     let requests: Vec<GetRequest<'_>> = keys
                         .iter()
                         .zip(&slices)
-                        .map(|(key, target)| GetRequest { key: key.as_bytes(), target })
+                        .map(|(key, target)| GetRequest {
+                            key: key.as_bytes(),
+                            target,
+                        })
                         .collect();
                     for outcome in self.client.get_into(&requests) {
                         anyhow::ensure!(outcome? == cell.size as u64, "short read");
@@ -279,7 +315,10 @@ impl Ours {
         let slices = self.slices(cell);
         for n in 0..cell.working_set() {
             let key = key(cell.size, n);
-            let request = GetRequest { key: key.as_bytes(), target: &slices[0] };
+            let request = GetRequest {
+                key: key.as_bytes(),
+                target: &slices[0],
+            };
             for outcome in self.client.get_into(&[request]) {
                 outcome?;
             }
@@ -317,13 +356,17 @@ struct Sides {
 pub(super) fn run(matches: &ArgMatches) -> Outcome {
     let cells = cells(matches)?;
     let text = |name: &str| matches.get_one::<String>(name).map_or("", String::as_str);
-    let memory = ByteSize::parse(text("memory")).map_err(|e| UsageError(format!("--memory: {e}")))?;
+    let memory =
+        ByteSize::parse(text("memory")).map_err(|e| UsageError(format!("--memory: {e}")))?;
     let time = parse_duration(text("time"), Duration::from_millis(1))
         .map_err(|e| UsageError(format!("--time: {e}")))?;
     let rounds = matches.get_one::<u32>("rounds").copied().unwrap_or(5);
     let vs = matches.get_one::<String>("vs").map(String::as_str);
     if let Some(vs) = vs.filter(|v| *v != "redis" && !v.starts_with("redis://")) {
-        return Err(UsageError(format!("--vs: `{vs}` is neither `redis` nor redis://HOST:PORT")).into());
+        return Err(UsageError(format!(
+            "--vs: `{vs}` is neither `redis` nor redis://HOST:PORT"
+        ))
+        .into());
     }
     let runtime = serve::runtime()?;
     let _entered = runtime.enter();
@@ -338,12 +381,16 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
         bar.inc(1);
     }
     bar.finish_and_clear();
-    let output = matches.get_one("output").copied().unwrap_or(print::Output::Text);
+    let output = matches
+        .get_one("output")
+        .copied()
+        .unwrap_or(print::Output::Text);
     report::show(&rows, output)?;
     if let Some(path) = matches.get_one::<PathBuf>("export") {
         let arguments: Vec<String> = std::env::args().skip(1).collect();
         let heading = format!("`mooncake {}`", arguments.join(" "));
-        report::export(&rows, path, &heading).with_context(|| format!("cannot write {}", path.display()))?;
+        report::export(&rows, path, &heading)
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(ExitStatus::Ok)
 }

@@ -127,7 +127,9 @@ fn soon() -> Instant {
 }
 
 fn pattern(n: usize, seed: u8) -> Vec<u8> {
-    (0..n).map(|i| (i as u8).wrapping_mul(31) ^ (i >> 8) as u8 ^ seed).collect()
+    (0..n)
+        .map(|i| (i as u8).wrapping_mul(31) ^ (i >> 8) as u8 ^ seed)
+        .collect()
 }
 
 fn one(engine: &TransferEngine, request: TransferRequest) -> TransferResult {
@@ -156,30 +158,52 @@ fn round_trip(world: &World, engine: &TransferEngine) {
 fn words(world: &World, engine: &TransferEngine) {
     let mut source = [vec![0u8; 8], pattern(100, 2)];
     let mut write = world.request(Opcode::Write, 1024, &mut source);
-    write.word = Some(Word { offset: 1024, value: 77 });
+    write.word = Some(Word {
+        offset: 1024,
+        value: 77,
+    });
     one(engine, write).unwrap();
     assert!(world.memory.word_is(1024, 77));
     let mut target = [vec![0u8; 108]];
     let mut read = world.request(Opcode::Read, 1024, &mut target);
-    read.word = Some(Word { offset: 1024, value: 77 });
+    read.word = Some(Word {
+        offset: 1024,
+        value: 77,
+    });
     one(engine, read.clone()).unwrap();
-    read.word = Some(Word { offset: 1024, value: 78 });
+    read.word = Some(Word {
+        offset: 1024,
+        value: 78,
+    });
     assert_eq!(one(engine, read.clone()), Err(TransferError::Changed));
-    read.word = Some(Word { offset: 1028, value: 78 });
-    assert_eq!(one(engine, read), Err(TransferError::OutOfBounds), "misaligned");
+    read.word = Some(Word {
+        offset: 1028,
+        value: 78,
+    });
+    assert_eq!(
+        one(engine, read),
+        Err(TransferError::OutOfBounds),
+        "misaligned"
+    );
 }
 
 fn gate(world: &World, engine: &TransferEngine) {
     let mut buffer = [vec![0u8; 64]];
     let good = world.request(Opcode::Read, 0, &mut buffer);
-    let with = |grant: Grant| TransferRequest { grant, ..good.clone() };
+    let with = |grant: Grant| TransferRequest {
+        grant,
+        ..good.clone()
+    };
     // Shared memory trusts the mapping for reads; its gate is the socket. The other transports ask for each request.
     if engine.path(&world.peer) != Some(TransportKind::Shm) {
         let mut forged = good.grant;
         forged.mac[3] ^= 1;
         assert_eq!(one(engine, with(forged)), Err(TransferError::GrantRefused));
         let write_only = world.grant(Access::Write, 0, 64);
-        assert_eq!(one(engine, with(write_only)), Err(TransferError::GrantRefused));
+        assert_eq!(
+            one(engine, with(write_only)),
+            Err(TransferError::GrantRefused)
+        );
         let expired = Grant {
             expires_unix_ms: unix_ms() - 120_000,
             ..good.grant
@@ -200,11 +224,17 @@ fn gate(world: &World, engine: &TransferEngine) {
     assert_eq!(one(engine, outside), Err(TransferError::OutOfBounds));
     let mut short = good.clone();
     short.length = 32;
-    assert!(matches!(one(engine, short), Err(TransferError::Invalid { .. })));
+    assert!(matches!(
+        one(engine, short),
+        Err(TransferError::Invalid { .. })
+    ));
     // A write under a forged grant is refused on every transport, and publishes nothing.
     let mut write = world.request(Opcode::Write, 4096, &mut buffer);
     write.grant.mac[0] ^= 1;
-    write.word = Some(Word { offset: 4096, value: 4 });
+    write.word = Some(Word {
+        offset: 4096,
+        value: 4,
+    });
     assert_eq!(one(engine, write), Err(TransferError::GrantRefused));
     assert!(!world.memory.word_is(4096, 4));
     one(engine, good).unwrap();
@@ -215,7 +245,10 @@ fn notifies(world: &World, engine: &TransferEngine) {
     let mut source = [vec![0; 8], pattern(56, 3)];
     let mut write = world.request(Opcode::Write, 8192, &mut source);
     write.notify = b"hello".to_vec();
-    write.word = Some(Word { offset: 8192, value: 5 });
+    write.word = Some(Word {
+        offset: 8192,
+        value: 5,
+    });
     one(engine, write.clone()).unwrap();
     {
         let notes = world.sink.notes.lock();
@@ -225,8 +258,14 @@ fn notifies(world: &World, engine: &TransferEngine) {
         assert_eq!(notes[0].1, b"hello");
     }
     write.notify = b"no".to_vec();
-    write.word = Some(Word { offset: 8192, value: 6 });
-    assert_eq!(one(engine, write.clone()), Err(TransferError::NotifyRefused));
+    write.word = Some(Word {
+        offset: 8192,
+        value: 6,
+    });
+    assert_eq!(
+        one(engine, write.clone()),
+        Err(TransferError::NotifyRefused)
+    );
     assert!(!world.memory.word_is(8192, 6), "refused, so not published");
     // Without data: notify and publish only.
     write.notify = b"later".to_vec();
@@ -245,7 +284,11 @@ fn batches(world: &World, engine: &TransferEngine) {
     requests[10].grant.mac[0] ^= 1;
     let results = engine.transfer(&requests, soon());
     for (i, result) in results.iter().enumerate() {
-        let expected = if i == 10 { Err(TransferError::GrantRefused) } else { Ok(()) };
+        let expected = if i == 10 {
+            Err(TransferError::GrantRefused)
+        } else {
+            Ok(())
+        };
         assert_eq!(result, &expected, "{i}");
     }
     let mut targets: Vec<[Vec<u8>; 1]> = (0..64).map(|_| [vec![0; 5000]]).collect();
@@ -254,10 +297,17 @@ fn batches(world: &World, engine: &TransferEngine) {
         .enumerate()
         .map(|(i, t)| world.request(Opcode::Read, 1 << 20 | (i as u64) << 13, t))
         .collect();
-    requests[20].word = Some(Word { offset: requests[20].offset, value: 1 });
+    requests[20].word = Some(Word {
+        offset: requests[20].offset,
+        value: 1,
+    });
     let results = engine.transfer(&requests, soon());
     for (i, result) in results.iter().enumerate() {
-        let expected = if i == 20 { Err(TransferError::Changed) } else { Ok(()) };
+        let expected = if i == 20 {
+            Err(TransferError::Changed)
+        } else {
+            Ok(())
+        };
         assert_eq!(result, &expected, "{i}");
         if i != 10 && i != 20 {
             assert_eq!(targets[i][0], sources[i][0], "{i}");
@@ -302,7 +352,10 @@ fn shm() {
     drop(engine);
     let end = soon();
     while *world.sink.writers.lock() != 0 {
-        assert!(Instant::now() < end, "the node learns that the writer is gone");
+        assert!(
+            Instant::now() < end,
+            "the node learns that the writer is gone"
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -356,11 +409,17 @@ fn a_failing_path_is_replaced_by_the_next() {
 #[test]
 fn a_dropped_request_costs_one_deadline() {
     let world = World::new("127.0.0.1:0");
-    let engine = over(&world, vec![Arc::new(Faulty::new(tcp_transport(&world), [Fault::Drop]))]);
+    let engine = over(
+        &world,
+        vec![Arc::new(Faulty::new(tcp_transport(&world), [Fault::Drop]))],
+    );
     let mut target = [vec![0; 64]];
     let request = world.request(Opcode::Read, 0, &mut target);
     let start = Instant::now();
-    let result = engine.transfer(&[request], start + Duration::from_millis(200)).pop().unwrap();
+    let result = engine
+        .transfer(&[request], start + Duration::from_millis(200))
+        .pop()
+        .unwrap();
     assert!(matches!(result, Err(TransferError::Timeout { .. })));
     assert!(start.elapsed() < Duration::from_secs(1));
 }
@@ -373,15 +432,26 @@ fn slices_over_lanes() {
     config.lanes_per_transfer = 4;
     config.slice_threshold = 1 << 20;
     let engine = TransferEngine::open(config);
-    let mut source = [vec![0; 8], pattern(5 << 20, 1), pattern(777, 4), pattern(3 << 20, 2)];
+    let mut source = [
+        vec![0; 8],
+        pattern(5 << 20, 1),
+        pattern(777, 4),
+        pattern(3 << 20, 2),
+    ];
     let mut write = world.request(Opcode::Write, 4096, &mut source);
-    write.word = Some(Word { offset: 4096, value: 42 });
+    write.word = Some(Word {
+        offset: 4096,
+        value: 42,
+    });
     write.notify = b"sliced".to_vec();
     one(&engine, write).unwrap();
     assert_eq!(world.sink.notes.lock().len(), 1);
     let mut target = [vec![0; (8 << 20) + 777 + 8]];
     let mut read = world.request(Opcode::Read, 4096, &mut target);
-    read.word = Some(Word { offset: 4096, value: 42 });
+    read.word = Some(Word {
+        offset: 4096,
+        value: 42,
+    });
     one(&engine, read).unwrap();
     assert_eq!(target[0][8..], source[1..].concat());
 }
@@ -411,7 +481,10 @@ fn peers_that_are_not_there_and_wrong_tokens() {
     let engine = TransferEngine::open(config);
     let start = Instant::now();
     let error = one(&engine, request).unwrap_err();
-    assert!(matches!(error, TransferError::Unreachable { .. }), "{error}");
+    assert!(
+        matches!(error, TransferError::Unreachable { .. }),
+        "{error}"
+    );
     assert!(start.elapsed() < Duration::from_secs(1));
 }
 
@@ -455,7 +528,12 @@ fn lanes_beyond_the_limit_are_turned_away() {
 fn garbage_on_the_data_port_harms_nobody() {
     use std::io::{Read, Write};
     let world = World::new("127.0.0.1:0");
-    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xFF; 200], b"MKLANE\r\n", b""] {
+    for garbage in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        &[0xFF; 200],
+        b"MKLANE\r\n",
+        b"",
+    ] {
         let mut stream = std::net::TcpStream::connect(world.server.address()).unwrap();
         stream.write_all(garbage).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
@@ -477,7 +555,10 @@ fn submitted_batches() {
     let ids: Vec<_> = (0..4)
         .map(|_| submitter.submit(vec![write.clone()], soon()).unwrap())
         .collect();
-    assert_eq!(submitter.submit(vec![write.clone()], soon()), Err(BatchError::Full));
+    assert_eq!(
+        submitter.submit(vec![write.clone()], soon()),
+        Err(BatchError::Full)
+    );
     for id in &ids {
         assert_eq!(submitter.collect(*id, soon()), Ok(vec![Ok(())]));
         assert_eq!(submitter.collect(*id, soon()), Err(BatchError::Unknown));

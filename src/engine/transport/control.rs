@@ -51,7 +51,9 @@ impl ControlSocket {
 
     /// Whether the next message has arrived whole already.
     pub fn has_message(&self) -> bool {
-        self.socket.peek_u32().is_some_and(|length| self.socket.buffered() >= 4 + length as usize)
+        self.socket
+            .peek_u32()
+            .is_some_and(|length| self.socket.buffered() >= 4 + length as usize)
     }
 
     /// Sends bytes that begin with their length.
@@ -59,7 +61,8 @@ impl ControlSocket {
     /// # Errors
     /// From the system, `TimedOut` at the deadline.
     pub fn send(&mut self, framed: &[u8], deadline: Instant) -> io::Result<()> {
-        self.socket.write_all_from(framed, &[], Until::Deadline(deadline))
+        self.socket
+            .write_all_from(framed, &[], Until::Deadline(deadline))
     }
 
     /// The next message.
@@ -83,7 +86,12 @@ impl ControlSocket {
         self.message(most, Until::Deadline(deadline), deadline)
     }
 
-    fn message(&mut self, most: usize, until: Until, deadline: Instant) -> io::Result<Option<Bytes>> {
+    fn message(
+        &mut self,
+        most: usize,
+        until: Until,
+        deadline: Instant,
+    ) -> io::Result<Option<Bytes>> {
         if !self.socket.need(4, until)? {
             return Ok(None);
         }

@@ -43,7 +43,10 @@ impl Faulty {
     }
 }
 
-#[deny(clippy::missing_trait_methods, reason = "a new method must not bypass the faults")]
+#[deny(
+    clippy::missing_trait_methods,
+    reason = "a new method must not bypass the faults"
+)]
 impl Transport for Faulty {
     fn kind(&self) -> TransportKind {
         self.inner.kind()

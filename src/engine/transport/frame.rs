@@ -144,7 +144,11 @@ pub(crate) fn encode_request(
     with_word: bool,
 ) {
     let payload: u64 = if operation == Operation::Write && with_data {
-        requests.iter().filter(|r| r.has_data()).map(|r| r.length).sum()
+        requests
+            .iter()
+            .filter(|r| r.has_data())
+            .map(|r| r.length)
+            .sum()
     } else {
         0
     };
@@ -361,7 +365,10 @@ mod tests {
             offset: 8,
             length: 100,
             local: smallvec![local],
-            word: Some(Word { offset: 16, value: 9 }),
+            word: Some(Word {
+                offset: 16,
+                value: 9,
+            }),
             notify,
         }
     }
@@ -373,7 +380,10 @@ mod tests {
         encode_request(&mut out, Operation::Write, 77, &requests, true, true);
         let (head, meta) = out.split_first_chunk().unwrap();
         let header = decode_request(head).unwrap();
-        assert_eq!((header.items, header.payload_bytes, header.id), (2, 200, 77));
+        assert_eq!(
+            (header.items, header.payload_bytes, header.id),
+            (2, 200, 77)
+        );
         let mut items = Vec::new();
         decode_items(&header, meta, &mut items).unwrap();
         assert_eq!(items[0].grant, requests[0].grant);

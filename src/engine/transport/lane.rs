@@ -141,8 +141,8 @@ impl LanePool {
 
     fn open(&self, address: &str, deadline: Instant) -> Result<Socket, TransferError> {
         let timeout = self.identity.connect_timeout.min(time_left(deadline));
-        let mut socket = (self.connect)(address, timeout)
-            .map_err(|e| TransferError::from_io(address, &e))?;
+        let mut socket =
+            (self.connect)(address, timeout).map_err(|e| TransferError::from_io(address, &e))?;
         let mut timed = Timed {
             socket: &mut socket,
             deadline: Instant::now() + timeout,
@@ -210,8 +210,12 @@ pub(crate) fn send(
             what: "more requests than one frame may carry",
         });
     }
-    let sources: smallvec::SmallVec<[LocalSlice; 8]> = if operation == Operation::Write && with_data {
-        requests.iter().flat_map(|r| r.local.iter().copied()).collect()
+    let sources: smallvec::SmallVec<[LocalSlice; 8]> = if operation == Operation::Write && with_data
+    {
+        requests
+            .iter()
+            .flat_map(|r| r.local.iter().copied())
+            .collect()
     } else {
         smallvec::SmallVec::new()
     };
@@ -250,7 +254,9 @@ pub(crate) fn receive(
         return Err(wrong("reply to another request"));
     }
     if reply.status != Status::Ok as u8 {
-        return Err(Status::result(reply.status, &peer).err().unwrap_or(wrong("status")));
+        return Err(Status::result(reply.status, &peer)
+            .err()
+            .unwrap_or(wrong("status")));
     }
     if reply.items != requests.len() {
         return Err(wrong("number of items"));

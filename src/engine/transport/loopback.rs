@@ -81,7 +81,11 @@ struct Copying<'a> {
 
 impl InFlight for Copying<'_> {
     fn finish(self: Box<Self>, results: &mut Vec<TransferResult>) {
-        results.extend(self.requests.iter().map(|r| one(&self.host, self.client, r)));
+        results.extend(
+            self.requests
+                .iter()
+                .map(|r| one(&self.host, self.client, r)),
+        );
     }
 }
 
@@ -114,7 +118,9 @@ pub(super) fn copy_out(memory: &Memory, r: &TransferRequest) -> TransferResult {
     if !unchanged() {
         return Err(TransferError::Changed);
     }
-    let mut source = memory.range(r.offset, r.length).ok_or(TransferError::OutOfBounds)?;
+    let mut source = memory
+        .range(r.offset, r.length)
+        .ok_or(TransferError::OutOfBounds)?;
     for target in &r.local {
         // SAFETY: source: in bounds, lengths add up (`check`); target: promise of LocalSlice::new. The bytes may change
         // under the copy; then the word differs afterwards and they are not used.
@@ -123,12 +129,18 @@ pub(super) fn copy_out(memory: &Memory, r: &TransferRequest) -> TransferResult {
             source = source.add(target.length);
         }
     }
-    if unchanged() { Ok(()) } else { Err(TransferError::Changed) }
+    if unchanged() {
+        Ok(())
+    } else {
+        Err(TransferError::Changed)
+    }
 }
 
 /// Copies the local slices into a range; nothing for a request without data.
 pub(super) fn copy_in(memory: &Memory, r: &TransferRequest) -> TransferResult {
-    let mut target = memory.range(r.offset, r.length).ok_or(TransferError::OutOfBounds)?;
+    let mut target = memory
+        .range(r.offset, r.length)
+        .ok_or(TransferError::OutOfBounds)?;
     for source in &r.local {
         // SAFETY: target: in bounds, granted for writing to this caller alone; source: promise of LocalSlice::new.
         unsafe {

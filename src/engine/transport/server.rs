@@ -69,7 +69,8 @@ impl OpenLane {
     fn quiet(&self) -> bool {
         let mut byte = [0u8; 1];
         let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
-        let waiting = matches!(rustix::net::recv(&self.fd, &mut byte[..], flags), Ok((n, _)) if n > 0);
+        let waiting =
+            matches!(rustix::net::recv(&self.fd, &mut byte[..], flags), Ok((n, _)) if n > 0);
         !waiting && !self.busy.load(Ordering::Acquire)
     }
 }
@@ -143,7 +144,10 @@ impl DataServer {
     pub fn quiet(&self, client: Id128) -> bool {
         let quiet = || {
             let lanes = self.shared.lanes.lock();
-            lanes.values().filter(|l| l.client == client).all(OpenLane::quiet)
+            lanes
+                .values()
+                .filter(|l| l.client == client)
+                .all(OpenLane::quiet)
         };
         // Twice: a lane that had taken a frame off its socket and not yet said so has said so by then.
         quiet() && {
@@ -372,7 +376,13 @@ impl ServedLane<'_> {
         let mut payload = 0;
         for item in &self.items {
             let checked = host
-                .check(Opcode::Read, &item.grant, item.offset, item.length, item.word)
+                .check(
+                    Opcode::Read,
+                    &item.grant,
+                    item.offset,
+                    item.length,
+                    item.word,
+                )
                 .and_then(|segment| {
                     match item.word {
                         Some(w) if !segment.memory.word_is(w.offset, w.value) => {
@@ -408,7 +418,13 @@ impl ServedLane<'_> {
             }
         }
         self.reply.clear();
-        frame::encode_reply(&mut self.reply, Status::Ok, header.items, payload, header.id);
+        frame::encode_reply(
+            &mut self.reply,
+            Status::Ok,
+            header.items,
+            payload,
+            header.id,
+        );
         self.reply.extend_from_slice(&statuses);
         // Small replies leave in one piece: copied, re-checked, sent with the verdict.
         if payload <= 32 << 10 {
@@ -433,7 +449,10 @@ impl ServedLane<'_> {
             self.push_verdicts(&segments);
             self.socket.write_all_from(&self.reply, &[], until)?;
         }
-        self.shared.counters.read_bytes.fetch_add(payload, Ordering::Relaxed);
+        self.shared
+            .counters
+            .read_bytes
+            .fetch_add(payload, Ordering::Relaxed);
         Ok(())
     }
 
@@ -477,8 +496,17 @@ impl ServedLane<'_> {
         let host = &self.shared.host;
         let length = if item.has_data { item.length } else { 0 };
         let checked = host
-            .check(Opcode::Write, &item.grant, item.offset, item.length, item.word)
-            .and_then(|segment| host.enter_write(item.grant.term).map(|pass| (segment, pass)))
+            .check(
+                Opcode::Write,
+                &item.grant,
+                item.offset,
+                item.length,
+                item.word,
+            )
+            .and_then(|segment| {
+                host.enter_write(item.grant.term)
+                    .map(|pass| (segment, pass))
+            })
             .and_then(|(segment, pass)| {
                 let pointer = segment
                     .memory
@@ -520,9 +548,10 @@ impl ServedLane<'_> {
     fn attach(&mut self, header: &RequestHeader, until: Until) -> io::Result<()> {
         let wanted = self.items.first().copied();
         let segment = match wanted {
-            Some(item) if self.same_host => {
-                self.shared.host.segment(item.grant.segment, item.grant.incarnation)
-            }
+            Some(item) if self.same_host => self
+                .shared
+                .host
+                .segment(item.grant.segment, item.grant.incarnation),
             _ => Err(TransferError::Invalid {
                 what: "attach needs a Unix socket and an item",
             }),

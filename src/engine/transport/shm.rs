@@ -143,7 +143,14 @@ impl ShmTransport {
             word: None,
             notify: Vec::new(),
         };
-        lane::send(&mut lane, Operation::Attach, &[request], false, false, deadline)?;
+        lane::send(
+            &mut lane,
+            Operation::Attach,
+            &[request],
+            false,
+            false,
+            deadline,
+        )?;
         let (head, fd) = receive_fd(lane.socket()?, deadline)
             .map_err(|e| TransferError::from_io(address, &e))?;
         let reply = frame::decode_reply(&head).map_err(|what| TransferError::Protocol {
@@ -223,7 +230,11 @@ impl Transport for ShmTransport {
             mappings.push(self.mapping(peer, r.grant.segment, r.grant.incarnation, deadline)?);
         }
         let recording = if requests[0].opcode == Opcode::Write {
-            let total: u64 = requests.iter().filter(|r| r.has_data()).map(|r| r.length).sum();
+            let total: u64 = requests
+                .iter()
+                .filter(|r| r.has_data())
+                .map(|r| r.length)
+                .sum();
             let inline = total <= INLINE_BYTES;
             let mut lane = self.lanes.take(&peer.shm_socket, deadline, false)?;
             let send = |lane: &mut Lane| {
@@ -276,9 +287,9 @@ impl InFlight for Copying<'_> {
     fn finish(mut self: Box<Self>, results: &mut Vec<TransferResult>) {
         let outcomes = match self.recording.take() {
             None => self.read(),
-            Some(recording) => self.write(recording).unwrap_or_else(|error| {
-                self.requests.iter().map(|_| Err(error.clone())).collect()
-            }),
+            Some(recording) => self
+                .write(recording)
+                .unwrap_or_else(|error| self.requests.iter().map(|_| Err(error.clone())).collect()),
         };
         results.extend(outcomes);
     }
@@ -298,7 +309,11 @@ impl Copying<'_> {
     }
 
     fn write(&self, recording: Recording) -> Result<Vec<TransferResult>, TransferError> {
-        let Recording { mut lane, id, inline } = recording;
+        let Recording {
+            mut lane,
+            id,
+            inline,
+        } = recording;
         let mut results = lane::receive(&mut lane, id, self.requests, self.deadline)?;
         if inline {
             lane.done();
@@ -325,7 +340,14 @@ impl Copying<'_> {
                     ..self.requests[*index].clone()
                 })
                 .collect();
-            let id = lane::send(&mut lane, Operation::Write, &requests, false, true, self.deadline)?;
+            let id = lane::send(
+                &mut lane,
+                Operation::Write,
+                &requests,
+                false,
+                true,
+                self.deadline,
+            )?;
             let published = lane::receive(&mut lane, id, &requests, self.deadline)?;
             for (index, outcome) in publish.into_iter().zip(published) {
                 results[index] = outcome;

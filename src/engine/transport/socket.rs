@@ -101,10 +101,7 @@ impl Socket {
         )
     }
 
-    fn wait<T>(
-        until: Until,
-        mut progress: impl FnMut() -> Result<T, Errno>,
-    ) -> io::Result<T> {
+    fn wait<T>(until: Until, mut progress: impl FnMut() -> Result<T, Errno>) -> io::Result<T> {
         loop {
             match progress() {
                 Ok(value) => return Ok(value),

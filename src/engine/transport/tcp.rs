@@ -33,7 +33,9 @@ impl TcpTransport {
         deadline: Instant,
         fresh: bool,
     ) -> Result<(Lane, u64), TransferError> {
-        let mut lane = self.lanes.take(&requests[0].peer.address, deadline, fresh)?;
+        let mut lane = self
+            .lanes
+            .take(&requests[0].peer.address, deadline, fresh)?;
         let operation = match requests[0].opcode {
             Opcode::Read => Operation::Read,
             Opcode::Write => Operation::Write,

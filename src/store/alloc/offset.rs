@@ -77,7 +77,11 @@ impl OffsetAllocator {
         if length == 0 || !offset.is_multiple_of(ALIGNMENT) {
             return false;
         }
-        let Some((start, found)) = self.by_offset.range(..=offset).next_back().map(|(s, l)| (*s, *l))
+        let Some((start, found)) = self
+            .by_offset
+            .range(..=offset)
+            .next_back()
+            .map(|(s, l)| (*s, *l))
         else {
             return false;
         };
@@ -105,7 +109,11 @@ impl OffsetAllocator {
         if length == 0 || end > self.size || !offset.is_multiple_of(ALIGNMENT) {
             return Err(wrong);
         }
-        let before = self.by_offset.range(..=offset).next_back().map(|(s, l)| (*s, *l));
+        let before = self
+            .by_offset
+            .range(..=offset)
+            .next_back()
+            .map(|(s, l)| (*s, *l));
         let after = self.by_offset.range(offset..).next().map(|(s, l)| (*s, *l));
         if before.is_some_and(|(s, l)| s + l > offset) || after.is_some_and(|(s, _)| s < end) {
             return Err(wrong);
@@ -176,7 +184,7 @@ mod tests {
             for (kind, at, cells) in ops {
                 match kind {
                     0 => if let Some(offset) = a.allocate(cells * 64) {
-                        for c in 0..cells { 
+                        for c in 0..cells {
                             let i = (offset / 64 + c) as usize;
                             prop_assert!(!used[i]);
                             used[i] = true;

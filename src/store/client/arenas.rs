@@ -81,7 +81,9 @@ pub(crate) enum Wish {
 impl Arenas {
     /// A place for an object of `size` payload bytes in a segment.
     pub(crate) fn place(&self, segment: &SegmentRef, size: u64) -> Wish {
-        let Some(bytes) = footprint(size) else { return Wish::No };
+        let Some(bytes) = footprint(size) else {
+            return Wish::No;
+        };
         if bytes > MOST_BYTES / OBJECT_SHARE {
             return Wish::No;
         }
@@ -89,8 +91,8 @@ impl Arenas {
         let state = &mut *state;
         let slot = segment.slot;
         if let Some(arena) = state.open.get_mut(&slot) {
-            let fresh = arena.opened.elapsed() < LIFETIME
-                && arena.grant.incarnation == segment.incarnation;
+            let fresh =
+                arena.opened.elapsed() < LIFETIME && arena.grant.incarnation == segment.incarnation;
             let end = arena.grant.offset + arena.grant.length;
             if fresh && arena.cursor + bytes <= end && arena.next_version < arena.versions_end {
                 let place = Place {
@@ -114,7 +116,11 @@ impl Arenas {
             let wanted = state.wanted.entry(slot).or_insert(FIRST_BYTES);
             *wanted = (*wanted * 2).min(MOST_BYTES);
         }
-        if state.resting.get(&slot).is_some_and(|at| at.elapsed() < REST) {
+        if state
+            .resting
+            .get(&slot)
+            .is_some_and(|at| at.elapsed() < REST)
+        {
             return Wish::No;
         }
         let wanted = *state.wanted.get(&slot).unwrap_or(&FIRST_BYTES);

@@ -53,8 +53,8 @@ impl ControlLink {
         connect_timeout: Duration,
         patience: Duration,
     ) -> Result<Self, StoreError> {
-        let (host, port) = split_host_port(master, 50051)
-            .map_err(|what| StoreError::InvalidParams { what })?;
+        let (host, port) =
+            split_host_port(master, 50051).map_err(|what| StoreError::InvalidParams { what })?;
         Ok(Self {
             master: join_host_port(&host, port),
             me,
@@ -152,7 +152,12 @@ impl ControlLink {
         self.send_framed(framed, deadline, false)
     }
 
-    fn send_framed(&self, framed: Vec<u8>, deadline: Instant, fresh: bool) -> Result<Sent, StoreError> {
+    fn send_framed(
+        &self,
+        framed: Vec<u8>,
+        deadline: Instant,
+        fresh: bool,
+    ) -> Result<Sent, StoreError> {
         let (mut lane, reused) = self.take(deadline, fresh)?;
         match lane.send(&framed, deadline) {
             Ok(()) => Ok(Sent {
@@ -237,7 +242,9 @@ impl ControlLink {
 
     /// An answer to another question.
     pub(crate) fn surprise(&self) -> StoreError {
-        self.unreachable("it answered something else than was asked: use the same release on both sides")
+        self.unreachable(
+            "it answered something else than was asked: use the same release on both sides",
+        )
     }
 }
 
@@ -265,7 +272,9 @@ impl ControlLink {
         lane.send(&framed, deadline).map_err(|e| self.failed(&e))?;
         let mut answered = 0;
         for _ in 0..count {
-            let message = lane.receive(BATCH_BYTES_MAX, deadline).map_err(|e| self.failed(&e))?;
+            let message = lane
+                .receive(BATCH_BYTES_MAX, deadline)
+                .map_err(|e| self.failed(&e))?;
             let batch = ReplyBatch::decode(message).map_err(|_| self.surprise())?;
             answered += batch.replies.len() as u64;
         }

@@ -54,7 +54,11 @@ impl PoolClient {
         self.get_into_by(requests, self.deadline())
     }
 
-    fn get_into_by(&self, requests: &[GetRequest<'_>], deadline: Instant) -> Vec<Result<u64, StoreError>> {
+    fn get_into_by(
+        &self,
+        requests: &[GetRequest<'_>],
+        deadline: Instant,
+    ) -> Vec<Result<u64, StoreError>> {
         let now = Instant::now();
         let mut readings: Vec<Reading<'_>> = requests
             .iter()
@@ -85,7 +89,10 @@ impl PoolClient {
                 }
             }
         }
-        readings.into_iter().map(|r| r.outcome.unwrap_or(Err(StoreError::NotFound))).collect()
+        readings
+            .into_iter()
+            .map(|r| r.outcome.unwrap_or(Err(StoreError::NotFound)))
+            .collect()
     }
 
     fn locate_missing(&self, readings: &mut [Reading<'_>], deadline: Instant) {
@@ -127,7 +134,10 @@ impl PoolClient {
         loop {
             let operation = operation::Kind::Locate(wire::Locate {
                 tenant: self.config.tenant.clone(),
-                keys: keys.iter().map(|k| bytes::Bytes::copy_from_slice(k)).collect(),
+                keys: keys
+                    .iter()
+                    .map(|k| bytes::Bytes::copy_from_slice(k))
+                    .collect(),
             });
             let asked = Instant::now();
             let reply::Kind::Locate(found) = self.control.ask(operation, deadline)? else {
@@ -205,7 +215,10 @@ impl PoolClient {
             let r = &readings[*index];
             if let Some(location) = &r.location {
                 let replica = &location.replicas[r.tried];
-                batch.push((*index, read_request(location, replica, header, r.request.target)));
+                batch.push((
+                    *index,
+                    read_request(location, replica, header, r.request.target),
+                ));
             }
         }
         // Requests for one peer next to each other go out as one frame.
@@ -230,7 +243,9 @@ impl PoolClient {
         header: &[u8; HEADER_BYTES as usize],
         deadline: Instant,
     ) {
-        let Some(location) = r.location.clone() else { return };
+        let Some(location) = r.location.clone() else {
+            return;
+        };
         let replica = &location.replicas[r.tried];
         let result = result.and_then(|()| {
             let expected = ObjectHeader {
@@ -239,7 +254,11 @@ impl PoolClient {
                 key_hash: r.hash,
                 checksum: None,
             };
-            if expected.matches(header) { Ok(()) } else { Err(TransferError::Changed) }
+            if expected.matches(header) {
+                Ok(())
+            } else {
+                Err(TransferError::Changed)
+            }
         });
         match result {
             Ok(()) => {
@@ -247,7 +266,8 @@ impl PoolClient {
                 match verified {
                     Ok(()) => r.outcome = Some(Ok(location.size)),
                     Err(error) => {
-                        r.attempts.push(format!("{}: {error}", replica.segment.name));
+                        r.attempts
+                            .push(format!("{}: {error}", replica.segment.name));
                         r.tried += 1;
                         if r.tried >= location.replicas.len() {
                             r.outcome = Some(Err(error));
@@ -257,11 +277,14 @@ impl PoolClient {
             }
             // Other bytes lie there: the object was replaced, removed, evicted, or is not published yet. Ask again.
             Err(
-                error @ (TransferError::Changed | TransferError::Stale | TransferError::GrantRefused),
+                error @ (TransferError::Changed
+                | TransferError::Stale
+                | TransferError::GrantRefused),
             ) => {
                 self.locations.forget(r.hash, &r.qualified);
                 r.location = None;
-                r.attempts.push(format!("{}: {error}", replica.segment.name));
+                r.attempts
+                    .push(format!("{}: {error}", replica.segment.name));
                 match CHANGED_PAUSES.get(r.changes) {
                     Some(pause) if Instant::now() + *pause < deadline => {
                         std::thread::sleep(*pause);
@@ -271,7 +294,8 @@ impl PoolClient {
                 }
             }
             Err(error) => {
-                r.attempts.push(format!("{}: {error}", replica.segment.name));
+                r.attempts
+                    .push(format!("{}: {error}", replica.segment.name));
                 if error.is_path_failure() {
                     self.report(&replica.segment, &error.to_string());
                     self.locations.forget(r.hash, &r.qualified);
@@ -341,7 +365,10 @@ impl PoolClient {
         if let Some(found) = self.locations.get(hash, &qualified, Instant::now()) {
             return Ok(found);
         }
-        let found = self.locate(&[key], deadline)?.pop().unwrap_or(Err(StoreError::NotFound))?;
+        let found = self
+            .locate(&[key], deadline)?
+            .pop()
+            .unwrap_or(Err(StoreError::NotFound))?;
         self.locations.put(hash, &qualified, found.clone());
         Ok(found)
     }
@@ -352,7 +379,10 @@ impl PoolClient {
     /// `NotFound`, and whatever keeps it from being located.
     pub fn reader(&self, key: &[u8]) -> Result<ObjectReader<'_>, StoreError> {
         let deadline = self.deadline();
-        let location = self.locate(&[key], deadline)?.pop().unwrap_or(Err(StoreError::NotFound))?;
+        let location = self
+            .locate(&[key], deadline)?
+            .pop()
+            .unwrap_or(Err(StoreError::NotFound))?;
         Ok(ObjectReader {
             client: self,
             location,
@@ -376,7 +406,9 @@ impl PoolClient {
             let location = self.locate_cached(key, deadline)?;
             for replica in &location.replicas {
                 let (segment, grant) = (&replica.segment, &replica.grant);
-                let mapped = self.engine.map(&segment.peer, grant.segment, grant.incarnation);
+                let mapped = self
+                    .engine
+                    .map(&segment.peer, grant.segment, grant.incarnation);
                 let Some(memory) = mapped else { continue };
                 let borrowed = Borrowed {
                     memory,
@@ -404,7 +436,9 @@ fn read_request(
 ) -> TransferRequest {
     // SAFETY: the header buffer lives until the transfer has returned.
     let mut local: SmallVec<[LocalSlice; 2]> =
-        [unsafe { LocalSlice::new(header.as_mut_ptr(), header.len()) }].into_iter().collect();
+        [unsafe { LocalSlice::new(header.as_mut_ptr(), header.len()) }]
+            .into_iter()
+            .collect();
     let mut left = location.size as usize;
     for slice in target {
         let n = slice.length.min(left);
@@ -533,7 +567,9 @@ impl Borrowed {
     }
     /// Whether everything read through the pointer so far was this object.
     pub fn is_valid(&self) -> bool {
-        self.memory.range(self.offset, HEADER_BYTES + self.size).is_some()
+        self.memory
+            .range(self.offset, HEADER_BYTES + self.size)
+            .is_some()
             && self.memory.word_is(self.offset, self.version)
     }
 }

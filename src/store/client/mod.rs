@@ -67,7 +67,11 @@ impl ClientConfig {
             master: master.to_owned(),
             token: None,
             tenant: String::new(),
-            transports: vec![TransportKind::Loopback, TransportKind::Shm, TransportKind::Tcp],
+            transports: vec![
+                TransportKind::Loopback,
+                TransportKind::Shm,
+                TransportKind::Tcp,
+            ],
             timeout: Duration::from_secs(10),
             transfer_timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(1),
@@ -166,7 +170,10 @@ impl PoolClient {
     }
 
     fn ask_view(&self, known_epoch: u64, deadline: Instant) -> Result<wire::ViewReply, StoreError> {
-        match self.control.ask(operation::Kind::View(wire::View { known_epoch }), deadline)? {
+        match self
+            .control
+            .ask(operation::Kind::View(wire::View { known_epoch }), deadline)?
+        {
             reply::Kind::View(view) => Ok(view),
             _ => Err(self.control.surprise()),
         }
@@ -194,7 +201,10 @@ impl PoolClient {
         loop {
             let exist = operation::Kind::Exist(wire::Exist {
                 tenant: self.config.tenant.clone(),
-                keys: keys.iter().map(|k| bytes::Bytes::copy_from_slice(k)).collect(),
+                keys: keys
+                    .iter()
+                    .map(|k| bytes::Bytes::copy_from_slice(k))
+                    .collect(),
             });
             let reply::Kind::Exist(found) = self.control.ask(exist, deadline)? else {
                 return Err(self.control.surprise());
@@ -215,13 +225,20 @@ impl PoolClient {
     ///
     /// # Errors
     /// For the call as a whole.
-    pub fn remove(&self, keys: &[&[u8]], force: bool) -> Result<Vec<Result<(), StoreError>>, StoreError> {
+    pub fn remove(
+        &self,
+        keys: &[&[u8]],
+        force: bool,
+    ) -> Result<Vec<Result<(), StoreError>>, StoreError> {
         let deadline = self.deadline();
         self.locations.clear();
         loop {
             let remove = operation::Kind::Remove(wire::Remove {
                 tenant: self.config.tenant.clone(),
-                keys: keys.iter().map(|k| bytes::Bytes::copy_from_slice(k)).collect(),
+                keys: keys
+                    .iter()
+                    .map(|k| bytes::Bytes::copy_from_slice(k))
+                    .collect(),
                 force,
             });
             let reply::Kind::Codes(codes) = self.control.ask(remove, deadline)? else {
@@ -236,7 +253,13 @@ impl PoolClient {
             }
             let results = codes.codes.iter();
             return Ok(results
-                .map(|c| if *c == 0 { Ok(()) } else { Err(StoreError::from_code(*c)) })
+                .map(|c| {
+                    if *c == 0 {
+                        Ok(())
+                    } else {
+                        Err(StoreError::from_code(*c))
+                    }
+                })
                 .collect());
         }
     }
@@ -263,7 +286,13 @@ impl PoolClient {
     ///
     /// # Errors
     /// An invalid regex, master unreachable.
-    pub fn list(&self, prefix: &str, regex: &str, cursor: u64, limit: u32) -> Result<ListPage, StoreError> {
+    pub fn list(
+        &self,
+        prefix: &str,
+        regex: &str,
+        cursor: u64,
+        limit: u32,
+    ) -> Result<ListPage, StoreError> {
         let list = operation::Kind::List(wire::List {
             tenant: self.config.tenant.clone(),
             prefix: prefix.to_owned(),
@@ -291,7 +320,9 @@ impl PoolClient {
             match self.control.ask(stat, deadline) {
                 Ok(reply::Kind::Description(description)) => return Ok(description),
                 Ok(_) => return Err(self.control.surprise()),
-                Err(StoreError::Rebuilding) if Instant::now() + Duration::from_millis(25) < deadline => {
+                Err(StoreError::Rebuilding)
+                    if Instant::now() + Duration::from_millis(25) < deadline =>
+                {
                     std::thread::sleep(Duration::from_millis(25));
                 }
                 Err(error) => return Err(error),
@@ -316,7 +347,10 @@ impl PoolClient {
     /// # Errors
     /// Master unreachable.
     pub fn overview(&self) -> Result<wire::OverviewReply, StoreError> {
-        match self.control.ask(operation::Kind::Overview(wire::Overview {}), self.deadline())? {
+        match self.control.ask(
+            operation::Kind::Overview(wire::Overview {}),
+            self.deadline(),
+        )? {
             reply::Kind::Overview(overview) => Ok(overview),
             _ => Err(self.control.surprise()),
         }
@@ -337,7 +371,10 @@ impl PoolClient {
     ///
     /// # Errors
     /// Master unreachable.
-    pub fn execute(&self, operations: Vec<wire::Operation>) -> Result<Vec<wire::Reply>, StoreError> {
+    pub fn execute(
+        &self,
+        operations: Vec<wire::Operation>,
+    ) -> Result<Vec<wire::Reply>, StoreError> {
         self.control.call(operations, self.deadline())
     }
 
@@ -364,7 +401,10 @@ impl Drop for PoolClient {
         }
         let close = |arena| operation::Kind::ArenaClose(wire::ArenaClose { arena }).into();
         let soon = Instant::now() + Duration::from_millis(300);
-        if let Err(error) = self.control.call(closable.into_iter().map(close).collect(), soon) {
+        if let Err(error) = self
+            .control
+            .call(closable.into_iter().map(close).collect(), soon)
+        {
             tracing::debug!(%error, "arenas were not given back; the master takes them");
         }
     }

@@ -100,15 +100,17 @@ impl PoolClient {
     /// Stores objects; one outcome per request, in order. Objects given in one call are a prefix chain, heads first.
     pub fn put(&self, requests: &[PutRequest<'_>], options: &PutOptions) -> Vec<PutResult> {
         let deadline = self.deadline();
-        let mut writings: Vec<Writing<'_>> =
-            requests.iter().map(|r| self.prepare(r)).collect();
-        let small = options.replicas <= 1 && options.preferred_segments.is_empty() && !options.upsert;
+        let mut writings: Vec<Writing<'_>> = requests.iter().map(|r| self.prepare(r)).collect();
+        let small =
+            options.replicas <= 1 && options.preferred_segments.is_empty() && !options.upsert;
         if small && self.config.arenas {
             self.put_by_arena(&mut writings, options, deadline);
         }
         self.put_in_two_phases(&mut writings, options, deadline);
         let finished = writings.into_iter();
-        finished.map(|w| w.outcome.unwrap_or(Err(StoreError::NotFound))).collect()
+        finished
+            .map(|w| w.outcome.unwrap_or(Err(StoreError::NotFound)))
+            .collect()
     }
 
     /// Stores one object from memory.
@@ -122,14 +124,17 @@ impl PoolClient {
             key,
             source: &source,
         };
-        self.put(&[request], options).pop().unwrap_or(Err(StoreError::NotFound))
+        self.put(&[request], options)
+            .pop()
+            .unwrap_or(Err(StoreError::NotFound))
     }
 
     fn prepare<'a>(&self, request: &'a PutRequest<'a>) -> Writing<'a> {
         let mut qualified = Vec::with_capacity(request.key.len() + 1);
         let size: u64 = request.source.iter().map(|s| s.len() as u64).sum();
-        let mut outcome =
-            key::qualify(&self.config.tenant, request.key, &mut qualified).err().map(Err);
+        let mut outcome = key::qualify(&self.config.tenant, request.key, &mut qualified)
+            .err()
+            .map(Err);
         if size == 0 {
             outcome = Some(Err(StoreError::InvalidParams {
                 what: "an object has at least 1 byte".to_owned(),
@@ -160,8 +165,9 @@ impl PoolClient {
         for w in writings.iter_mut().filter(|w| w.outcome.is_none()) {
             w.place = self.find_place(w.hash, w.size, deadline);
         }
-        let mut placed: Vec<usize> =
-            (0..writings.len()).filter(|i| writings[*i].place.is_some()).collect();
+        let mut placed: Vec<usize> = (0..writings.len())
+            .filter(|i| writings[*i].place.is_some())
+            .collect();
         if placed.is_empty() {
             return;
         }
@@ -189,7 +195,14 @@ impl PoolClient {
                     segment: place.segment.clone(),
                     grant: place.grant,
                 };
-                Some(write_request(w, &replica, place.offset, place.version, header, options))
+                Some(write_request(
+                    w,
+                    &replica,
+                    place.offset,
+                    place.version,
+                    header,
+                    options,
+                ))
             })
             .collect();
         let attempt = deadline.min(Instant::now() + self.config.transfer_timeout);
@@ -202,7 +215,11 @@ impl PoolClient {
                     _ => return Err(self.control.surprise()),
                 }
             }
-            if codes.len() == placed.len() { Ok(codes) } else { Err(self.control.surprise()) }
+            if codes.len() == placed.len() {
+                Ok(codes)
+            } else {
+                Err(self.control.surprise())
+            }
         });
         self.settle_arena(writings, &placed, options, &written, committed, deadline);
     }
@@ -210,7 +227,11 @@ impl PoolClient {
     fn find_place(&self, hash: u64, size: u64, deadline: Instant) -> Option<Place> {
         // Twice: the first wish may open an arena.
         for _ in 0..2 {
-            if self.view().epoch != self.control.epoch.load(std::sync::atomic::Ordering::Acquire)
+            if self.view().epoch
+                != self
+                    .control
+                    .epoch
+                    .load(std::sync::atomic::Ordering::Acquire)
                 || self.view().epoch == 0
             {
                 self.refresh_view(deadline).ok()?;
@@ -239,7 +260,8 @@ impl PoolClient {
                             let grant = opened.range.as_ref()?.grant(segment.node_segment)?;
                             let first = opened.first_version;
                             let versions = first..first + u64::from(opened.version_count);
-                            self.arenas.opened(opened.arena, segment.clone(), grant, versions);
+                            self.arenas
+                                .opened(opened.arena, segment.clone(), grant, versions);
                         }
                         _ => {
                             self.arenas.refused(segment.slot);
@@ -275,7 +297,10 @@ impl PoolClient {
                 unsettled: revoke.is_some_and(|u| u[position]),
                 group: String::new(),
             };
-            match operations.last_mut().filter(|(arena, _)| *arena == place.arena) {
+            match operations
+                .last_mut()
+                .filter(|(arena, _)| *arena == place.arena)
+            {
                 Some((_, commit)) => commit.items.push(item),
                 None => {
                     let commit = wire::ArenaCommit {
@@ -289,7 +314,9 @@ impl PoolClient {
             }
         }
         let commits = operations.into_iter();
-        commits.map(|(_, c)| operation::Kind::ArenaCommit(c).into()).collect()
+        commits
+            .map(|(_, c)| operation::Kind::ArenaCommit(c).into())
+            .collect()
     }
 
     fn settle_arena(
@@ -398,11 +425,17 @@ impl PoolClient {
 
     // ------------------------------------------------------------------ two phases
 
-    fn put_in_two_phases(&self, writings: &mut [Writing<'_>], options: &PutOptions, deadline: Instant) {
+    fn put_in_two_phases(
+        &self,
+        writings: &mut [Writing<'_>],
+        options: &PutOptions,
+        deadline: Instant,
+    ) {
         // A replica that cannot be written makes its node suspect; the next attempt is placed elsewhere.
         for _ in 0..3 {
-            let open: Vec<usize> =
-                (0..writings.len()).filter(|i| writings[*i].outcome.is_none()).collect();
+            let open: Vec<usize> = (0..writings.len())
+                .filter(|i| writings[*i].outcome.is_none())
+                .collect();
             if open.is_empty() {
                 return;
             }
@@ -462,7 +495,8 @@ impl PoolClient {
             }
             for (number, r) in slot.replicas.iter().enumerate() {
                 let segment = view.get(r.segment, r.incarnation);
-                let Some((segment, grant)) = segment.and_then(|s| Some((s, r.grant(s.node_segment)?)))
+                let Some((segment, grant)) =
+                    segment.and_then(|s| Some((s, r.grant(s.node_segment)?)))
                 else {
                     continue;
                 };
@@ -474,7 +508,10 @@ impl PoolClient {
             }
         }
         targets.sort_by_key(|(_, _, _, r)| r.segment.peer.node);
-        let headers: Vec<Header> = targets.iter().map(|(i, ..)| writings[*i].header()).collect();
+        let headers: Vec<Header> = targets
+            .iter()
+            .map(|(i, ..)| writings[*i].header())
+            .collect();
         let requests: Vec<TransferRequest> = targets
             .iter()
             .zip(&headers)
@@ -506,7 +543,10 @@ impl PoolClient {
                 written: 0,
                 unsettled: 0,
             };
-            let own = targets.iter().zip(results).filter(|((_, v, ..), _)| *v == slot.version);
+            let own = targets
+                .iter()
+                .zip(results)
+                .filter(|((_, v, ..), _)| *v == slot.version);
             for ((_, _, number, replica), result) in own {
                 match result {
                     Ok(()) => end.written |= 1 << number,
@@ -523,8 +563,9 @@ impl PoolClient {
             return Ok(());
         }
         let items: Vec<wire::PutFinish> = ends.iter().map(|(_, e)| *e).collect();
-        let reply::Kind::Codes(codes) =
-            self.control.ask(operation::Kind::PutEnd(wire::PutEnd { items }), deadline)?
+        let reply::Kind::Codes(codes) = self
+            .control
+            .ask(operation::Kind::PutEnd(wire::PutEnd { items }), deadline)?
         else {
             return Err(self.control.surprise());
         };

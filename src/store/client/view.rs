@@ -60,7 +60,9 @@ impl PoolView {
 
     /// The segment of a slot, if it is the incarnation meant.
     pub(crate) fn get(&self, slot: u32, incarnation: u64) -> Option<&Arc<SegmentRef>> {
-        self.by_slot.get(&slot).filter(|s| s.incarnation == incarnation)
+        self.by_slot
+            .get(&slot)
+            .filter(|s| s.incarnation == incarnation)
     }
 
     /// The segment where a small object with this key hash goes: rendezvous hashing over those in service, so that every

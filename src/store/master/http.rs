@@ -100,16 +100,22 @@ async fn query_key(State(master): Shared, Query(params): Params) -> Response {
         ..Access::default()
     };
     let hash = key::hash(&qualified);
-    let found = master.state.locate(&view, hash, &qualified, &access, |object| {
-        let replica = |r: &super::object::Replica| {
-            let segment = view.get(r.segment as usize)?.as_ref()?;
-            Some(json!({
-                "size_": object.size, "buffer_address_": r.offset, "protocol_": "tcp",
-                "transport_endpoint_": segment.node.address,
-            }))
-        };
-        object.replicas.iter().filter_map(replica).collect::<Vec<_>>()
-    });
+    let found = master
+        .state
+        .locate(&view, hash, &qualified, &access, |object| {
+            let replica = |r: &super::object::Replica| {
+                let segment = view.get(r.segment as usize)?.as_ref()?;
+                Some(json!({
+                    "size_": object.size, "buffer_address_": r.offset, "protocol_": "tcp",
+                    "transport_endpoint_": segment.node.address,
+                }))
+            };
+            object
+                .replicas
+                .iter()
+                .filter_map(replica)
+                .collect::<Vec<_>>()
+        });
     match found {
         Some(data) => answer(StatusCode::OK, &json!({"success": true, "data": data})),
         None => missing(),
@@ -130,7 +136,12 @@ async fn all_keys(State(master): Shared) -> Response {
 
 async fn all_segments(State(master): Shared) -> Response {
     let view = master.state.segments.view();
-    plain(view.iter().flatten().map(|s| format!("{}\n", s.name)).collect())
+    plain(
+        view.iter()
+            .flatten()
+            .map(|s| format!("{}\n", s.name))
+            .collect(),
+    )
 }
 
 async fn segments_detail(State(master): Shared) -> Response {
@@ -166,7 +177,10 @@ async fn query_segment(State(master): Shared, Query(params): Params) -> Response
     match found {
         Some(s) => {
             let used = s.allocator.lock().used();
-            plain(format!("{wanted}\nUsed(bytes): {used}\nCapacity(bytes) : {}\n", s.size))
+            plain(format!(
+                "{wanted}\nUsed(bytes): {used}\nCapacity(bytes) : {}\n",
+                s.size
+            ))
         }
         None => (StatusCode::INTERNAL_SERVER_ERROR, "Failed to query segment").into_response(),
     }
@@ -184,7 +198,10 @@ async fn remove_all(State(master): Shared, Query(params): Params) -> Response {
         ..OperationBatch::default()
     };
     let done = tokio::task::spawn_blocking(move || operations::execute(&master, batch)).await;
-    let reply = done.ok().and_then(|mut batch| batch.replies.pop()).and_then(|r| r.kind);
+    let reply = done
+        .ok()
+        .and_then(|mut batch| batch.replies.pop())
+        .and_then(|r| r.kind);
     match reply {
         Some(reply::Kind::Removed(r)) if r.code == 0 => answer(
             StatusCode::OK,

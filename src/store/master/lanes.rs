@@ -12,8 +12,8 @@ use prost::Message;
 use super::{Master, operations};
 use crate::base::handshake::{self, LaneKind};
 use crate::base::id::Id128;
-use crate::store::wire::{BATCH_BYTES_MAX, OperationBatch};
 use crate::engine::transport::control::ControlSocket;
+use crate::store::wire::{BATCH_BYTES_MAX, OperationBatch};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const FRAME_TIMEOUT: Duration = Duration::from_secs(30);

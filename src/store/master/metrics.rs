@@ -13,6 +13,8 @@ use super::Master;
 use super::state::Counters;
 
 type Labels = Vec<(String, String)>;
+/// A counter of the registry and the state's counter it follows.
+type Mirrored = (Counter, fn(&Counters) -> &AtomicU64);
 
 pub(crate) struct Metrics {
     registry: Registry,
@@ -26,7 +28,7 @@ pub(crate) struct Metrics {
     hold: Gauge,
     segment_allocated: Family<Labels, Gauge>,
     segment_capacity: Family<Labels, Gauge>,
-    mirrored: Vec<(Counter, fn(&Counters) -> &AtomicU64)>,
+    mirrored: Vec<Mirrored>,
 }
 
 impl Metrics {
@@ -64,23 +66,32 @@ impl Metrics {
         };
         let batches = counter("mooncake_master_batches", "Batches carried out");
         let exist_items = counter("master_batch_exist_key_items", "Keys asked for by exist");
-        let mirrored: Vec<(Counter, fn(&Counters) -> &AtomicU64)> = vec![
+        let mirrored: Vec<Mirrored> = vec![
             (counter("mem_cache_hit_nums", "Keys located"), |c| &c.hits),
-            (counter("mooncake_master_misses", "Keys not found by locate"), |c| &c.misses),
-            (counter("mooncake_master_puts", "Objects completed"), |c| &c.puts),
             (
-                counter("master_put_start_alloc_failures", "Puts that found no space"),
+                counter("mooncake_master_misses", "Keys not found by locate"),
+                |c| &c.misses,
+            ),
+            (counter("mooncake_master_puts", "Objects completed"), |c| {
+                &c.puts
+            }),
+            (
+                counter(
+                    "master_put_start_alloc_failures",
+                    "Puts that found no space",
+                ),
                 |c| &c.put_failures,
             ),
-            (counter("mooncake_master_removed", "Objects removed"), |c| &c.removed),
+            (counter("mooncake_master_removed", "Objects removed"), |c| {
+                &c.removed
+            }),
             (
                 counter("master_successful_evictions", "Objects evicted"),
                 |c| &c.evicted_objects,
             ),
-            (
-                counter("master_evicted_size_bytes", "Bytes evicted"),
-                |c| &c.evicted_bytes,
-            ),
+            (counter("master_evicted_size_bytes", "Bytes evicted"), |c| {
+                &c.evicted_bytes
+            }),
             (
                 counter("master_attempted_evictions", "Rounds of eviction"),
                 |c| &c.eviction_rounds,
@@ -116,14 +127,19 @@ impl Metrics {
         self.capacity.set(overview.capacity_bytes as i64);
         self.clients.set(overview.clients as i64);
         let counters = &master.state.counters;
-        self.hold.set(counters.eviction_hold_max_ns.load(Ordering::Relaxed) as i64);
+        self.hold
+            .set(counters.eviction_hold_max_ns.load(Ordering::Relaxed) as i64);
         self.segment_allocated.clear();
         self.segment_capacity.clear();
         for segment in master.state.segments.view().iter().flatten() {
             let labels = vec![("segment".to_owned(), segment.name.clone())];
             let used = segment.allocator.lock().used();
-            self.segment_allocated.get_or_create(&labels).set(used as i64);
-            self.segment_capacity.get_or_create(&labels).set(segment.size as i64);
+            self.segment_allocated
+                .get_or_create(&labels)
+                .set(used as i64);
+            self.segment_capacity
+                .get_or_create(&labels)
+                .set(segment.size as i64);
         }
         for (counter, source) in &self.mirrored {
             let now = source(counters).load(Ordering::Relaxed);

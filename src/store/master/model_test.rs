@@ -1,1 +1,299 @@
-//! tmp
+//! The master's state against a naive model, with fake nodes that keep what they were told: random puts, upserts, removals,
+//! evictions, node losses and returns. After every step the index equals the model, and at the end an index rebuilt from
+//! the nodes equals the live one.
+
+use std::collections::{BTreeMap, HashMap};
+
+use proptest::prelude::*;
+
+use super::config::MasterConfig;
+use super::eviction::{Access, PolicyKind};
+use super::object::Attributes;
+use super::puts::{PutOptions, Written};
+use super::rebuild::Reported;
+use super::segments::Offer;
+use super::state::{MasterState, Presence};
+use crate::base::clock::Millis;
+use crate::base::id::Id128;
+use crate::store::model::error::StoreError;
+use crate::store::model::header::footprint;
+use crate::store::model::key;
+
+const SEGMENT: u64 = 64 << 10;
+
+/// What a node would hold: entries by offset.
+#[derive(Clone, Default)]
+struct FakeNode {
+    entries: BTreeMap<u64, (Box<[u8]>, u64, u64)>,
+}
+
+struct World {
+    state: MasterState,
+    nodes: Vec<(Id128, u64, FakeNode)>,
+    now: u64,
+    /// key → (version, size)
+    model: HashMap<Vec<u8>, (u64, u64)>,
+}
+
+fn config(policy: PolicyKind) -> MasterConfig {
+    MasterConfig {
+        recovery_grace: std::time::Duration::ZERO,
+        lease_ttl: std::time::Duration::from_millis(100),
+        policy,
+        ..MasterConfig::default()
+    }
+}
+
+fn qualified(n: u8) -> Vec<u8> {
+    let mut out = Vec::new();
+    key::qualify("", format!("key-{n}").as_bytes(), &mut out).unwrap();
+    out
+}
+
+fn register(state: &MasterState, id: Id128, incarnation: u64, node: &FakeNode, now: Millis) {
+    let offer = Offer {
+        incarnation,
+        name: format!("s{incarnation}"),
+        size: SEGMENT,
+        page_kind: String::new(),
+    };
+    let address = format!("host:{incarnation}");
+    let mut registration = state.register(id, "n", &address, "h", "", &[offer], now);
+    for (offset, (key, version, size)) in &node.entries {
+        let entry = Reported {
+            key: key.clone(),
+            node_segment: 0,
+            offset: *offset,
+            size: *size,
+            written: Written {
+                version: *version,
+                checksum: None,
+            },
+            attributes: Attributes::default(),
+            pending: None,
+        };
+        state.adopt(&mut registration, entry, now);
+    }
+    state.registered(registration);
+}
+
+impl World {
+    fn new(policy: PolicyKind) -> Self {
+        let state = MasterState::new(config(policy), Millis(1000));
+        let mut nodes = Vec::new();
+        for n in 1..=3 {
+            let id = Id128 { high: n, low: n };
+            register(&state, id, n, &FakeNode::default(), Millis(1000));
+            nodes.push((id, n, FakeNode::default()));
+        }
+        Self {
+            state,
+            nodes,
+            now: 1000,
+            model: HashMap::new(),
+        }
+    }
+
+    /// Nodes carry out their drops, at once or later.
+    fn deliver(&mut self) {
+        for (id, _, fake) in &mut self.nodes {
+            let Some(node) = self.state.segments.node(*id) else {
+                continue;
+            };
+            while let Some((sequence, drops)) = { node.drops.lock().take(4096) } {
+                for drop in drops {
+                    if fake
+                        .entries
+                        .get(&drop.offset)
+                        .is_some_and(|e| e.1 == drop.version)
+                    {
+                        fake.entries.remove(&drop.offset);
+                    }
+                }
+                self.state.drops_acked(&node, sequence);
+            }
+        }
+    }
+
+    fn put(&mut self, n: u8, size: u64, replicas: usize, upsert: bool, written: u64) {
+        let key = qualified(n);
+        let options = PutOptions {
+            replica_num: replicas,
+            ..PutOptions::default()
+        };
+        let now = Millis(self.now);
+        let started = self
+            .state
+            .put_start(&key, size, &options, upsert, true, Id128::NONE, now);
+        let (version, places) = match started {
+            Ok(started) => started,
+            Err(StoreError::Exists) => {
+                assert!(!upsert && self.model.contains_key(&key));
+                return;
+            }
+            Err(StoreError::NoSpace { .. } | StoreError::SegmentNotFound) => {
+                self.state.make_room(size, now);
+                return;
+            }
+            Err(other) => panic!("{other}"),
+        };
+        let mut kept = 0;
+        for (i, place) in places.iter().enumerate() {
+            if written & (1 << i) == 0 {
+                continue;
+            }
+            kept += 1;
+            let incarnation = self.state.segments.get(place.segment).unwrap().incarnation;
+            let (_, _, fake) = self.nodes.iter_mut().find(|n| n.1 == incarnation).unwrap();
+            let end = place.offset + footprint(size).unwrap();
+            let clash = fake.entries.range(..end).next_back();
+            if let Some((at, (_, _, other))) = clash {
+                assert!(
+                    at + footprint(*other).unwrap() <= place.offset,
+                    "A1/D2: placed over an object"
+                );
+            }
+            fake.entries
+                .insert(place.offset, (key.clone().into(), version, size));
+        }
+        let ended = self.state.put_end(version, None, written, 0, now);
+        if kept == 0 {
+            assert!(ended.is_err());
+        } else {
+            ended.unwrap();
+            self.model.insert(key, (version, size));
+        }
+    }
+
+    /// What the index has, as the model would hold it.
+    fn index(state: &MasterState) -> HashMap<Vec<u8>, (u64, u64)> {
+        let mut all = HashMap::new();
+        state.walk(0, usize::MAX, |o| {
+            assert!(!o.replicas.is_empty());
+            all.insert(o.key.to_vec(), (o.version, o.size));
+            true
+        });
+        all
+    }
+
+    fn check(&mut self) {
+        let index = Self::index(&self.state);
+        // Eviction may have taken objects; nothing else may differ.
+        for (key, value) in &index {
+            assert_eq!(
+                self.model.get(key),
+                Some(value),
+                "the index has what nobody put"
+            );
+        }
+        let missing = self.model.len() - index.len();
+        let evicted = self
+            .state
+            .counters
+            .evicted_objects
+            .load(std::sync::atomic::Ordering::Relaxed);
+        assert!(missing as u64 <= evicted, "an object left without eviction");
+        self.model = index;
+        assert_eq!(
+            self.state
+                .objects
+                .load(std::sync::atomic::Ordering::Relaxed) as usize,
+            self.model.len()
+        );
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Put(u8, u64, usize, bool, u64),
+    Remove(u8),
+    Exist(u8),
+    Evict(u64),
+    Deliver,
+    Wait(u64),
+    Return(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (0u8..30, 1u64..9000, 1usize..4, any::<bool>(), 0u64..8)
+            .prop_map(|(k, s, r, u, w)| Step::Put(k, s, r, u, w)),
+        2 => (0u8..30).prop_map(Step::Remove),
+        2 => (0u8..30).prop_map(Step::Exist),
+        1 => (1u64..40_000).prop_map(Step::Evict),
+        2 => Just(Step::Deliver),
+        1 => (0u64..200).prop_map(Step::Wait),
+        1 => (0usize..3).prop_map(Step::Return),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+    #[test]
+    fn index_equals_model_and_rebuild_equals_live(
+        steps in proptest::collection::vec(step(), 1..120),
+        lru in any::<bool>(),
+    ) {
+        let mut world = World::new(if lru { PolicyKind::Lru } else { PolicyKind::Sieve });
+        for step in steps {
+            let now = Millis(world.now);
+            match step {
+                Step::Put(k, size, replicas, upsert, written) => world.put(k, size, replicas, upsert, written),
+                Step::Remove(k) => {
+                    let key = qualified(k);
+                    let removed = world.state.remove(&key, true, now);
+                    prop_assert_eq!(removed.is_ok(), world.model.remove(&key).is_some());
+                }
+                Step::Exist(k) => {
+                    let key = qualified(k);
+                    let view = world.state.segments.view();
+                    let access = Access { now, ..Access::default() };
+                    let found = world.state.exist(&view, key::hash(&key), &key, &access);
+                    prop_assert_eq!(found == Presence::Readable, world.model.contains_key(&key));
+                }
+                Step::Evict(bytes) => {
+                    let leased: Vec<Vec<u8>> = world
+                        .model
+                        .keys()
+                        .filter(|k| {
+                            world.state.peek(key::hash(k), k, |o| o.leased_until() > now) == Some(true)
+                        })
+                        .cloned()
+                        .collect();
+                    world.state.evict(bytes, now);
+                    for key in leased {
+                        let there = world.state.peek(key::hash(&key), &key, |_| ()).is_some();
+                        prop_assert!(there, "L1: a leased object was evicted");
+                    }
+                }
+                Step::Deliver => world.deliver(),
+                Step::Wait(ms) => world.now += ms,
+                // The node's session broke and it registers again at the same master, drops still queued.
+                Step::Return(n) => {
+                    let (id, incarnation, fake) = world.nodes[n].clone();
+                    let node = world.state.segments.node(id).unwrap();
+                    world.state.lost(&node);
+                    register(&world.state, id, incarnation, &fake, now);
+                }
+            }
+            world.check();
+        }
+        world.deliver();
+        // A new master, from what the nodes report alone.
+        let rebuilt = MasterState::new(config(PolicyKind::Sieve), Millis(0));
+        for (id, incarnation, fake) in &world.nodes {
+            register(&rebuilt, *id, *incarnation, fake, Millis(0));
+        }
+        prop_assert_eq!(World::index(&rebuilt), World::index(&world.state), "rebuild = live");
+        let used = |s: &MasterState| s.capacity().1;
+        prop_assert_eq!(used(&rebuilt), used(&world.state), "no range is lost or counted twice");
+        // And everything can go again.
+        rebuilt.remove_where(true, Millis(0), |_| true);
+        for node in rebuilt.segments.nodes() {
+            while let Some((sequence, _)) = { node.drops.lock().take(4096) } {
+                rebuilt.drops_acked(&node, sequence);
+            }
+        }
+        prop_assert_eq!(used(&rebuilt), 0);
+    }
+}

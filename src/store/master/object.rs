@@ -55,13 +55,19 @@ impl Object {
 
     /// End of the lease, the group's included.
     pub(crate) fn leased_until(&self) -> Millis {
-        let group = self.group.as_ref().map_or(0, |g| g.lease_until.load(Ordering::Relaxed));
+        let group = self
+            .group
+            .as_ref()
+            .map_or(0, |g| g.lease_until.load(Ordering::Relaxed));
         self.lease_until.max(Millis(group))
     }
 
     /// Invariant L1: what is leased or pinned is not evicted.
     pub(crate) fn evictable(&self, now: Millis, soft_pinned_too: bool) -> bool {
-        let group_pins = self.group.as_ref().map_or(0, |g| g.hard_pins.load(Ordering::Relaxed));
+        let group_pins = self
+            .group
+            .as_ref()
+            .map_or(0, |g| g.hard_pins.load(Ordering::Relaxed));
         !self.hard_pin
             && group_pins == 0
             && self.leased_until() <= now

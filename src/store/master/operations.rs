@@ -56,9 +56,16 @@ pub(crate) fn execute(master: &Master, batch: wire::OperationBatch) -> wire::Rep
         deadline: started + state.patience(batch.deadline_ms),
         scratch: Vec::new(),
     };
-    let replies = batch.operations.into_iter().map(|op| call.one(op)).collect();
+    let replies = batch
+        .operations
+        .into_iter()
+        .map(|op| call.one(op))
+        .collect();
     master.metrics.batches.inc();
-    master.metrics.batch_seconds.observe(started.elapsed().as_secs_f64());
+    master
+        .metrics
+        .batch_seconds
+        .observe(started.elapsed().as_secs_f64());
     wire::ReplyBatch {
         id: batch.id,
         term: state.term(),
@@ -78,7 +85,10 @@ fn code(result: Result<(), StoreError>) -> i32 {
 impl Call<'_> {
     fn one(&mut self, operation: wire::Operation) -> wire::Reply {
         let Some(kind) = operation.kind else {
-            return wire::Reply::refused(-1012, "unknown operation: the client is newer than this master".into());
+            return wire::Reply::refused(
+                -1012,
+                "unknown operation: the client is newer than this master".into(),
+            );
         };
         let result = match kind {
             Op::Exist(op) => self.exist(&op),
@@ -118,7 +128,10 @@ impl Call<'_> {
         for (depth, bytes) in op.keys.iter().enumerate() {
             let hash = self.key(&op.tenant, bytes)?;
             access.depth = depth as u32;
-            let presence = self.master.state.exist(&self.view, hash, &self.scratch, &access);
+            let presence = self
+                .master
+                .state
+                .exist(&self.view, hash, &self.scratch, &access);
             access.parent = hash;
             results.push(presence as u8);
         }
@@ -143,11 +156,18 @@ impl Call<'_> {
         for (depth, bytes) in op.keys.iter().enumerate() {
             let hash = self.key(&op.tenant, bytes)?;
             access.depth = depth as u32;
-            let found = self.master.state.locate(&self.view, hash, &self.scratch, &access, |o| {
-                self.location(o, expires, lease)
-            });
+            let found = self
+                .master
+                .state
+                .locate(&self.view, hash, &self.scratch, &access, |o| {
+                    self.location(o, expires, lease)
+                });
             access.parent = hash;
-            let counter = if found.is_some() { &mut hits } else { &mut misses };
+            let counter = if found.is_some() {
+                &mut hits
+            } else {
+                &mut misses
+            };
             *counter += 1;
             locations.push(found.unwrap_or_else(|| wire::Location {
                 code: match self.master.state.absence(self.now) {
@@ -216,8 +236,10 @@ impl Call<'_> {
                 hard_pin: config.hard_pin,
                 soft_pin_ttl_ms: config.soft_pin_ttl_ms,
                 group: config.group,
-                data_type: u8::try_from(config.data_type).map_err(|_| StoreError::InvalidParams {
-                    what: "data_type is 0 to 255".to_owned(),
+                data_type: u8::try_from(config.data_type).map_err(|_| {
+                    StoreError::InvalidParams {
+                        what: "data_type is 0 to 255".to_owned(),
+                    }
                 })?,
             },
             preferred: config.preferred_segments,
@@ -231,7 +253,11 @@ impl Call<'_> {
         let group = options.attributes.group.clone();
         let mut slots = Vec::with_capacity(op.items.len());
         for item in &op.items {
-            let own = if item.group.is_empty() { &group } else { &item.group };
+            let own = if item.group.is_empty() {
+                &group
+            } else {
+                &item.group
+            };
             options.attributes.group.clone_from(own);
             let slot = match self.key(&op.tenant, &item.key) {
                 Ok(_) => self.allocate(item.size_bytes, &options, op.upsert),
@@ -246,15 +272,27 @@ impl Call<'_> {
     }
 
     /// Allocates for the key in `scratch`, evicting and waiting until the deadline.
-    fn allocate(&mut self, size: u64, options: &PutOptions, upsert: bool) -> Result<wire::PutSlot, StoreError> {
+    fn allocate(
+        &mut self,
+        size: u64,
+        options: &PutOptions,
+        upsert: bool,
+    ) -> Result<wire::PutSlot, StoreError> {
         let state = &self.master.state;
         let begun = Instant::now();
         loop {
             let seen = *state.progress.count.lock();
             let now = Millis::now();
             let partial = begun.elapsed() >= PARTIAL_AFTER || Instant::now() >= self.deadline;
-            let allocated =
-                state.put_start(&self.scratch, size, options, upsert, partial, self.client, now);
+            let allocated = state.put_start(
+                &self.scratch,
+                size,
+                options,
+                upsert,
+                partial,
+                self.client,
+                now,
+            );
             match allocated {
                 Ok((version, replicas)) => {
                     // The view may have grown since the batch began.
@@ -283,7 +321,10 @@ impl Call<'_> {
                     let soon = Instant::now() + Duration::from_millis(10);
                     let mut count = state.progress.count.lock();
                     if *count == seen {
-                        state.progress.changed.wait_until(&mut count, soon.min(self.deadline));
+                        state
+                            .progress
+                            .changed
+                            .wait_until(&mut count, soon.min(self.deadline));
                     }
                 }
                 Err(error) => {
@@ -301,7 +342,13 @@ impl Call<'_> {
         let mut replaced = false;
         let end = |item: &wire::PutFinish| {
             let checksum = item.has_checksum.then_some(item.checksum);
-            let ended = state.put_end(item.version, checksum, item.written, item.unsettled, self.now);
+            let ended = state.put_end(
+                item.version,
+                checksum,
+                item.written,
+                item.unsettled,
+                self.now,
+            );
             replaced |= ended == Ok(true);
             code(ended.map(|_| ()))
         };
@@ -320,12 +367,10 @@ impl Call<'_> {
     }
 
     fn arena_open(&mut self, op: &wire::ArenaOpen) -> wire::Reply {
-        let opened = self.master.state.arena_open(
-            op.segment,
-            op.incarnation,
-            op.wanted_bytes,
-            self.client,
-        );
+        let opened =
+            self.master
+                .state
+                .arena_open(op.segment, op.incarnation, op.wanted_bytes, self.client);
         let reply = match opened {
             Ok((arena, replica, length, versions)) => {
                 let expires = unix_ms() + WRITE_GRANT.as_millis() as u64;
@@ -351,7 +396,11 @@ impl Call<'_> {
         let group = attributes.group.clone();
         let mut results = Vec::with_capacity(op.items.len());
         for item in &op.items {
-            let own = if item.group.is_empty() { &group } else { &item.group };
+            let own = if item.group.is_empty() {
+                &group
+            } else {
+                &item.group
+            };
             attributes.group.clone_from(own);
             let result = self.key(&op.tenant, &item.key).and_then(|_| {
                 let state = &self.master.state;
@@ -396,7 +445,12 @@ impl Call<'_> {
             if barrier.reached() {
                 return Ok(());
             }
-            if state.progress.changed.wait_until(&mut count, self.deadline).timed_out() {
+            if state
+                .progress
+                .changed
+                .wait_until(&mut count, self.deadline)
+                .timed_out()
+            {
                 return Err(StoreError::Timeout {
                     what: format!(
                         "removed, but not confirmed by {}: it may come back if that node outlives this master",
@@ -426,8 +480,10 @@ impl Call<'_> {
 
     fn remove_matching(&mut self, op: &wire::RemoveMatching) -> Result<wire::Reply, StoreError> {
         let filter = KeyFilter::new(&op.tenant, "", &op.regex)?;
-        let (count, kept) =
-            self.master.state.remove_where(op.force, self.now, |o| filter.key_of(o).is_some());
+        let (count, kept) = self
+            .master
+            .state
+            .remove_where(op.force, self.now, |o| filter.key_of(o).is_some());
         let settled = self.settle();
         Ok(Re::Removed(wire::Removed {
             code: code(settled),
@@ -463,7 +519,10 @@ impl Call<'_> {
 
     fn stat(&mut self, op: &wire::Stat) -> Result<wire::Reply, StoreError> {
         let hash = self.key(&op.tenant, &op.key)?;
-        let found = self.master.state.peek(hash, &self.scratch, |o| self.describe(o));
+        let found = self
+            .master
+            .state
+            .peek(hash, &self.scratch, |o| self.describe(o));
         match found {
             Some(description) => Ok(Re::Description(description).into()),
             None if self.master.state.recovering(self.now) => Err(StoreError::Rebuilding),
@@ -482,7 +541,12 @@ impl Call<'_> {
                     segment_name: segment.name.clone(),
                     node: segment.node.name.clone(),
                     offset: r.offset,
-                    state: if segment.node.readable() { "complete" } else { "lost" }.to_owned(),
+                    state: if segment.node.readable() {
+                        "complete"
+                    } else {
+                        "lost"
+                    }
+                    .to_owned(),
                 })
             })
             .collect();
@@ -496,7 +560,9 @@ impl Call<'_> {
             lease_left_ms: o.leased_until().since(self.now),
             soft_pin_left_ms: o.soft_pin_until.since(self.now),
             hard_pin: o.hard_pin,
-            group: group.map_or_else(String::new, |(_, g)| String::from_utf8_lossy(g).into_owned()),
+            group: group.map_or_else(String::new, |(_, g)| {
+                String::from_utf8_lossy(g).into_owned()
+            }),
             data_type: u32::from(o.data_type),
             replicas,
         }
@@ -508,7 +574,10 @@ impl Call<'_> {
         let changed = epoch != op.known_epoch;
         let segments = if changed {
             let view = state.segments.view();
-            view.iter().flatten().map(|s| segment_view(s, self.now)).collect()
+            view.iter()
+                .flatten()
+                .map(|s| segment_view(s, self.now))
+                .collect()
         } else {
             Vec::new()
         };
@@ -523,7 +592,10 @@ impl Call<'_> {
     /// A client could not read or write there: the node is avoided for a while.
     fn report_failure(&mut self, op: &wire::ReportFailure) -> wire::Reply {
         let state = &self.master.state;
-        let Some(segment) = state.segments.get(op.segment).filter(|s| s.incarnation == op.incarnation)
+        let Some(segment) = state
+            .segments
+            .get(op.segment)
+            .filter(|s| s.incarnation == op.incarnation)
         else {
             return codes(vec![StoreError::SegmentNotFound.code()]);
         };
@@ -537,7 +609,10 @@ impl Call<'_> {
 }
 
 /// What the master tells of one segment.
-pub(crate) fn segment_view(s: &Arc<super::segments::SegmentState>, now: Millis) -> wire::SegmentView {
+pub(crate) fn segment_view(
+    s: &Arc<super::segments::SegmentState>,
+    now: Millis,
+) -> wire::SegmentView {
     let allocator = s.allocator.lock();
     wire::SegmentView {
         segment: s.slot,
@@ -593,7 +668,11 @@ impl KeyFilter {
                     })?,
             ),
         };
-        let tenant = if tenant == key::DEFAULT_TENANT { "" } else { tenant };
+        let tenant = if tenant == key::DEFAULT_TENANT {
+            ""
+        } else {
+            tenant
+        };
         Ok(Self {
             tenant: tenant.to_owned(),
             prefix: prefix.as_bytes().to_vec(),

@@ -41,8 +41,12 @@ pub(crate) fn candidates(
     host_id: &str,
     now: Millis,
 ) -> Vec<Arc<SegmentState>> {
-    let mut all: Vec<Arc<SegmentState>> =
-        view.iter().flatten().filter(|s| s.placeable()).cloned().collect();
+    let mut all: Vec<Arc<SegmentState>> = view
+        .iter()
+        .flatten()
+        .filter(|s| s.placeable())
+        .cloned()
+        .collect();
     all.shuffle(&mut rand::rng());
     let free_permille = |s: &SegmentState| {
         let allocator = s.allocator.lock();
@@ -57,7 +61,9 @@ pub(crate) fn candidates(
         }),
     }
     let wanted = |s: &SegmentState| {
-        let by_name = preferred.iter().position(|p| *p == s.name || *p == s.node.name);
+        let by_name = preferred
+            .iter()
+            .position(|p| *p == s.name || *p == s.node.name);
         by_name.unwrap_or(preferred.len())
     };
     all.sort_by_key(|s| (s.node.suspect(now), wanted(s)));

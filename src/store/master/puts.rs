@@ -82,6 +82,7 @@ impl MasterState {
     }
 
     /// Phase one: ranges on up to `replica_num` nodes. `partial` accepts fewer than could be had with more space.
+    #[expect(clippy::too_many_arguments, reason = "the fields of a put, once")]
     pub(crate) fn put_start(
         &self,
         qualified: &[u8],
@@ -250,7 +251,15 @@ impl MasterState {
         }
         let written = Written { version, checksum };
         let replicas = good.clone();
-        let done = self.complete(put.key, put.size, good, &put.attributes, &written, put.upsert, now);
+        let done = self.complete(
+            put.key,
+            put.size,
+            good,
+            &put.attributes,
+            &written,
+            put.upsert,
+            now,
+        );
         if done == Err(StoreError::Exists) {
             self.drop_replicas(&replicas, put.size, version);
         }
@@ -303,7 +312,9 @@ impl MasterState {
             self.forget(&object);
             return Err(StoreError::SegmentNotFound);
         }
-        let taken = shard.get(hash, &object.key).map(|o| (o.version, o.has_checksum));
+        let taken = shard
+            .get(hash, &object.key)
+            .map(|o| (o.version, o.has_checksum));
         match taken {
             // The same put again, over another lane or after a restart of the master that has it from the node.
             Some((version, _)) if version == written.version => {
@@ -356,7 +367,11 @@ impl MasterState {
             size,
             version: written.version,
             lease_until: Millis(0),
-            soft_pin_until: if ttl == 0 { Millis(0) } else { Millis(now.0 + ttl) },
+            soft_pin_until: if ttl == 0 {
+                Millis(0)
+            } else {
+                Millis(now.0 + ttl)
+            },
             replicas,
             checksum: written.checksum.unwrap_or(0),
             has_checksum: written.checksum.is_some(),
@@ -410,7 +425,12 @@ impl MasterState {
         }
     }
 
-    fn join_group(&self, qualified: &[u8], hash: u64, attributes: &Attributes) -> Option<Arc<Group>> {
+    fn join_group(
+        &self,
+        qualified: &[u8],
+        hash: u64,
+        attributes: &Attributes,
+    ) -> Option<Arc<Group>> {
         if attributes.group.is_empty() {
             return None;
         }
@@ -436,11 +456,20 @@ impl MasterState {
     }
 
     /// Gives up a put; see [`MasterState::discard`].
-    pub(crate) fn put_revoke(&self, version: u64, settled: bool, now: Millis) -> Result<(), StoreError> {
+    pub(crate) fn put_revoke(
+        &self,
+        version: u64,
+        settled: bool,
+        now: Millis,
+    ) -> Result<(), StoreError> {
         let put = {
             let mut pending = self.pending_shard(version).lock();
             let ending = pending.get(&version).is_none_or(|p| p.ending);
-            if ending { None } else { pending.remove(&version) }
+            if ending {
+                None
+            } else {
+                pending.remove(&version)
+            }
         };
         let put = put.ok_or(StoreError::InvalidWrite {
             what: "an unfinished put of this version",
@@ -462,11 +491,8 @@ impl MasterState {
             .get(slot)
             .filter(|s| s.incarnation == incarnation && s.placeable())
             .ok_or(StoreError::SegmentNotFound)?;
-        let length = wanted
-            .min(ARENA_BYTES_MAX)
-            .min(segment.size / ARENA_SHARE)
-            / ALIGNMENT
-            * ALIGNMENT;
+        let length =
+            wanted.min(ARENA_BYTES_MAX).min(segment.size / ARENA_SHARE) / ALIGNMENT * ALIGNMENT;
         let no_space = StoreError::NoSpace {
             wanted_bytes: wanted,
         };
@@ -499,7 +525,10 @@ impl MasterState {
     }
 
     /// Makes a part of an arena an object.
-    #[expect(clippy::too_many_arguments, reason = "the fields of an arena item, once")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the fields of an arena item, once"
+    )]
     pub(crate) fn arena_commit(
         &self,
         arena_id: u64,
@@ -512,10 +541,17 @@ impl MasterState {
         now: Millis,
     ) -> Result<(), StoreError> {
         let unknown = StoreError::InvalidWrite { what: "this arena" };
-        let arena = self.arenas.lock().get(&arena_id).cloned().ok_or(unknown.clone())?;
-        let bytes = footprint(size).filter(|_| size > 0).ok_or(StoreError::InvalidParams {
-            what: "size of an arena item".to_owned(),
-        })?;
+        let arena = self
+            .arenas
+            .lock()
+            .get(&arena_id)
+            .cloned()
+            .ok_or(unknown.clone())?;
+        let bytes = footprint(size)
+            .filter(|_| size > 0)
+            .ok_or(StoreError::InvalidParams {
+                what: "size of an arena item".to_owned(),
+            })?;
         let segment = {
             let mut arena = arena.lock();
             if arena.closed || arena.client != client {
@@ -543,16 +579,30 @@ impl MasterState {
         }
         let replica = Replica { segment, offset };
         let replicas: Replicas = [replica].into_iter().collect();
-        let done = self.complete(qualified.into(), size, replicas, attributes, written, false, now);
+        let done = self.complete(
+            qualified.into(),
+            size,
+            replicas,
+            attributes,
+            written,
+            false,
+            now,
+        );
         if done == Err(StoreError::Exists) {
             // The writer may still be writing: it takes the item back when it has ended.
-            arena.lock().refused.insert(written.version, (replica, size));
+            arena
+                .lock()
+                .refused
+                .insert(written.version, (replica, size));
         }
         done.map(|_| ())
     }
 
     /// Takes back an item: its commit was refused, or its data did not arrive. See [`MasterState::discard`].
-    #[expect(clippy::too_many_arguments, reason = "the fields of an arena item, once")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the fields of an arena item, once"
+    )]
     pub(crate) fn arena_revoke(
         &self,
         arena_id: u64,
@@ -565,7 +615,12 @@ impl MasterState {
         now: Millis,
     ) -> Result<(), StoreError> {
         let unknown = StoreError::InvalidWrite { what: "this arena" };
-        let arena = self.arenas.lock().get(&arena_id).cloned().ok_or(unknown.clone())?;
+        let arena = self
+            .arenas
+            .lock()
+            .get(&arena_id)
+            .cloned()
+            .ok_or(unknown.clone())?;
         let mut arena = arena.lock();
         if arena.closed || arena.client != client || !arena.versions.contains(&version) {
             return Err(unknown);
@@ -594,7 +649,12 @@ impl MasterState {
     /// The client promises to write no more: what it did not fill is freed.
     pub(crate) fn arena_close(&self, arena_id: u64, client: Id128) -> Result<(), StoreError> {
         let unknown = StoreError::InvalidWrite { what: "this arena" };
-        let arena = self.arenas.lock().get(&arena_id).cloned().ok_or(unknown.clone())?;
+        let arena = self
+            .arenas
+            .lock()
+            .get(&arena_id)
+            .cloned()
+            .ok_or(unknown.clone())?;
         {
             let mut arena = arena.lock();
             if arena.client != client || arena.closed {

@@ -63,7 +63,10 @@ pub(crate) struct Registration {
 
 impl MasterState {
     /// A node registers. A returning one keeps its segments; one that listens where another did replaces it.
-    #[expect(clippy::too_many_arguments, reason = "the fields of a registration, once")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the fields of a registration, once"
+    )]
     pub(crate) fn register(
         &self,
         id: Id128,
@@ -76,7 +79,10 @@ impl MasterState {
     ) -> Registration {
         let known = self.segments.node(id);
         // A registration that broke off half-way is begun anew: what it has indexed says nothing about the rest.
-        if let Some(half) = known.as_ref().filter(|n| !n.indexed.load(Ordering::Acquire)) {
+        if let Some(half) = known
+            .as_ref()
+            .filter(|n| !n.indexed.load(Ordering::Acquire))
+        {
             self.unmount(half, now);
         }
         if let Some(node) = known.filter(|n| n.indexed.load(Ordering::Acquire)) {
@@ -102,7 +108,9 @@ impl MasterState {
             }
         }
         self.rebuilding.fetch_add(1, Ordering::AcqRel);
-        let node = self.segments.mount(id, name, address, host_id, shm_socket, offers, now);
+        let node = self
+            .segments
+            .mount(id, name, address, host_id, shm_socket, offers, now);
         Registration {
             node,
             returning: false,
@@ -164,7 +172,11 @@ impl MasterState {
             }
             known => {
                 let replaces = known.is_some();
-                let old = if replaces { shard.remove(hash, &entry.key) } else { None };
+                let old = if replaces {
+                    shard.remove(hash, &entry.key)
+                } else {
+                    None
+                };
                 let replicas: Replicas = [replica].into_iter().collect();
                 let object = self.object(
                     entry.key,
@@ -233,7 +245,9 @@ impl MasterState {
         let there = |slot: &u32| node.slots.contains(slot);
         self.pending.iter().any(|pending| {
             let pending = pending.lock();
-            pending.values().any(|put| put.replicas.iter().any(|r| there(&r.segment)))
+            pending
+                .values()
+                .any(|put| put.replicas.iter().any(|r| there(&r.segment)))
         })
     }
 
@@ -272,7 +286,9 @@ impl MasterState {
                 }
             }
         }
-        self.arenas.lock().retain(|_, a| !node.slots.contains(&a.lock().segment));
+        self.arenas
+            .lock()
+            .retain(|_, a| !node.slots.contains(&a.lock().segment));
         self.reconciles.lock().retain(|_, job| job.node != node.id);
         self.progress.advance();
     }
@@ -293,7 +309,14 @@ impl MasterState {
 
     /// Keeps a range unused until its node vouches that `client` can no longer write there.
     pub(crate) fn quarantine(&self, replica: Replica, length: u64, client: Id128, now: Millis) {
-        self.reconcile(replica.segment, replica.offset, length, client, Settles::Range, now);
+        self.reconcile(
+            replica.segment,
+            replica.offset,
+            length,
+            client,
+            Settles::Range,
+            now,
+        );
     }
 
     pub(crate) fn reconcile(
@@ -327,7 +350,10 @@ impl MasterState {
     /// Hands due jobs to their nodes' sessions.
     pub(crate) fn send_reconciles(&self, now: Millis) {
         let mut jobs = self.reconciles.lock();
-        for (id, job) in jobs.iter_mut().filter(|(_, j)| !j.sent && j.not_before <= now) {
+        for (id, job) in jobs
+            .iter_mut()
+            .filter(|(_, j)| !j.sent && j.not_before <= now)
+        {
             if let Some(node) = self.segments.node(job.node) {
                 job.sent = true;
                 node.reconciles.lock().push(*id);

@@ -47,7 +47,12 @@ impl Barrier {
 
 impl MasterState {
     /// Removes a key. The removal is durable (D2) once [`MasterState::barrier`] is reached.
-    pub(crate) fn remove(&self, qualified: &[u8], force: bool, now: Millis) -> Result<(), StoreError> {
+    pub(crate) fn remove(
+        &self,
+        qualified: &[u8],
+        force: bool,
+        now: Millis,
+    ) -> Result<(), StoreError> {
         let hash = key::hash(qualified);
         let object = {
             let mut shard = self.shard(hash);
@@ -101,7 +106,9 @@ impl MasterState {
         let hash = key::hash(qualified);
         let object = {
             let mut shard = self.shard(hash);
-            shard.get(hash, qualified).filter(|o| o.version == version)?;
+            shard
+                .get(hash, qualified)
+                .filter(|o| o.version == version)?;
             shard.remove(hash, qualified)?
         };
         self.gone(&self.segments.view(), &object);
@@ -119,7 +126,13 @@ impl MasterState {
             let sequence = DropQueue::barrier(&node.drops.lock())?;
             Some((node, sequence))
         };
-        Barrier(self.segments.nodes().into_iter().filter_map(outstanding).collect())
+        Barrier(
+            self.segments
+                .nodes()
+                .into_iter()
+                .filter_map(outstanding)
+                .collect(),
+        )
     }
 
     /// Evicts until `bytes` are on their way to being free or nothing more may go. Returns the bytes.
@@ -128,7 +141,11 @@ impl MasterState {
     pub(crate) fn evict(&self, bytes: u64, now: Millis) -> u64 {
         add(&self.counters.eviction_rounds, 1);
         let mut wanted = bytes;
-        let passes: &[bool] = if self.config.evict_soft_pinned { &[false, true] } else { &[false] };
+        let passes: &[bool] = if self.config.evict_soft_pinned {
+            &[false, true]
+        } else {
+            &[false]
+        };
         for soft_pinned_too in passes {
             // A policy may need one pass over everything to age it and one to choose: stop when two found nothing.
             let mut idle_shards = 0;
@@ -146,7 +163,9 @@ impl MasterState {
                     )
                 };
                 let held = start.elapsed().as_nanos() as u64;
-                self.counters.eviction_hold_max_ns.fetch_max(held, Ordering::Relaxed);
+                self.counters
+                    .eviction_hold_max_ns
+                    .fetch_max(held, Ordering::Relaxed);
                 if victims.is_empty() {
                     idle_shards += 1;
                     continue;
@@ -167,7 +186,9 @@ impl MasterState {
             let members: Vec<u64> = group.members.lock().iter().copied().collect();
             for hash in members.into_iter().filter(|h| *h != victim.hash) {
                 let of_group = |o: &Object| {
-                    o.group.as_ref().is_some_and(|g| std::sync::Arc::ptr_eq(g, group))
+                    o.group
+                        .as_ref()
+                        .is_some_and(|g| std::sync::Arc::ptr_eq(g, group))
                         && o.evictable(now, true)
                 };
                 let member = self.shard(hash).remove_by_hash(hash, of_group);
@@ -208,7 +229,12 @@ impl MasterState {
     /// being free counts as free.
     pub(crate) fn eviction_need(&self) -> u64 {
         let (capacity, used) = self.capacity();
-        let leaving: u64 = self.segments.nodes().iter().map(|n| n.drops.lock().bytes()).sum();
+        let leaving: u64 = self
+            .segments
+            .nodes()
+            .iter()
+            .map(|n| n.drops.lock().bytes())
+            .sum();
         let used = used.saturating_sub(leaving);
         let watermark = (capacity as f64 * self.config.high_watermark) as u64;
         if used <= watermark {

@@ -122,7 +122,12 @@ impl DropQueue {
     pub(crate) fn bytes(&self) -> u64 {
         let frees = |d: &Drop| d.frees.map_or(0, |f| f.length);
         self.pending.iter().map(frees).sum::<u64>()
-            + self.in_flight.iter().flat_map(|(_, b)| b).map(frees).sum::<u64>()
+            + self
+                .in_flight
+                .iter()
+                .flat_map(|(_, b)| b)
+                .map(frees)
+                .sum::<u64>()
     }
 }
 
@@ -280,7 +285,10 @@ impl SegmentTable {
     }
 
     /// Adds a node with its segments, in phase `Rebuilding`.
-    #[expect(clippy::too_many_arguments, reason = "the fields of a registration, once")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the fields of a registration, once"
+    )]
     pub(crate) fn mount(
         &self,
         id: Id128,

@@ -44,9 +44,13 @@ impl MasterServer {
         .max_decoding_message_size(BATCH_BYTES_MAX)
         .max_encoding_message_size(BATCH_BYTES_MAX);
         let grpc = tonic::service::Routes::new(service).into_axum_router();
-        let router = http::router(master.clone())
-            .merge(grpc)
-            .layer(axum::middleware::from_fn_with_state(master.clone(), authorize));
+        let router =
+            http::router(master.clone())
+                .merge(grpc)
+                .layer(axum::middleware::from_fn_with_state(
+                    master.clone(),
+                    authorize,
+                ));
         let lanes = ControlLanes::new(master.clone(), lanes_max);
         Ok(Arc::new(Self {
             master,
@@ -88,7 +92,9 @@ impl MasterServer {
                 let _ = stream.set_nodelay(true);
                 let service = TowerToHyperService::new(self.router.clone());
                 let builder = auto::Builder::new(TokioExecutor::new());
-                let served = builder.serve_connection(TokioIo::new(stream), service).await;
+                let served = builder
+                    .serve_connection(TokioIo::new(stream), service)
+                    .await;
                 if let Err(error) = served {
                     tracing::debug!(%error, "a connection ended");
                 }
@@ -116,7 +122,10 @@ async fn announces_lane(stream: &TcpStream) -> io::Result<bool> {
 
 /// The token guards everything but `/health`.
 async fn authorize(State(master): State<Arc<Master>>, request: Request, next: Next) -> Response {
-    let given = request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+    let given = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .map(HeaderValue::as_bytes);
     if request.uri().path() == "/health" || master.keys.bearer_matches(given) {
         return next.run(request).await;
     }

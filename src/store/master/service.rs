@@ -31,8 +31,13 @@ type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl Pool for PoolService {
-    async fn execute(&self, request: Request<OperationBatch>) -> Result<Response<ReplyBatch>, Status> {
-        run(self.master.clone(), request.into_inner()).await.map(Response::new)
+    async fn execute(
+        &self,
+        request: Request<OperationBatch>,
+    ) -> Result<Response<ReplyBatch>, Status> {
+        run(self.master.clone(), request.into_inner())
+            .await
+            .map(Response::new)
     }
 
     type StreamStream = Replies<ReplyBatch>;
@@ -62,7 +67,11 @@ impl Pool for PoolService {
         request: Request<Streaming<NodeMessage>>,
     ) -> Result<Response<Self::NodeSessionStream>, Status> {
         let (messages, receiver) = tokio::sync::mpsc::channel(PIPELINE);
-        tokio::spawn(session::serve(self.master.clone(), request.into_inner(), messages));
+        tokio::spawn(session::serve(
+            self.master.clone(),
+            request.into_inner(),
+            messages,
+        ));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }

@@ -194,11 +194,10 @@ async fn in_service(
                             master.state.reconciled(r.sequence, r.busy, &r.missing, now);
                         });
                     }
-                    In::Heartbeat(_) => {
-                        if !send(outbox, Out::HeartbeatAck(wire::HeartbeatAck {})).await {
+                    In::Heartbeat(_)
+                        if !send(outbox, Out::HeartbeatAck(wire::HeartbeatAck {})).await => {
                             return;
                         }
-                    }
                     In::Drain(_) => {
                         tracing::info!(node = %node.name, "node drains");
                         node.set_phase(NodePhase::Draining);
@@ -227,7 +226,9 @@ async fn in_service(
 async fn flush(master: &Master, node: &NodeState, outbox: &Outbox) -> bool {
     loop {
         let batch = node.drops.lock().take(DROPS_PER_MESSAGE);
-        let Some((sequence, drops)) = batch else { break };
+        let Some((sequence, drops)) = batch else {
+            break;
+        };
         let items = drops
             .into_iter()
             .map(|d| wire::DropItem {

@@ -96,7 +96,10 @@ impl Shard {
     }
 
     /// Removes the objects the predicate names.
-    pub(crate) fn remove_where(&mut self, mut which: impl FnMut(&mut Object) -> bool) -> Vec<Object> {
+    pub(crate) fn remove_where(
+        &mut self,
+        mut which: impl FnMut(&mut Object) -> bool,
+    ) -> Vec<Object> {
         let mut removed = Vec::new();
         for slot in 0..self.slots.len() {
             if self.slots[slot].as_mut().is_some_and(&mut which) {
@@ -114,7 +117,9 @@ impl Shard {
     ) -> Option<Object> {
         let slots = &self.slots;
         let slot = self.table.find(hash, |s| {
-            slots[*s as usize].as_ref().is_some_and(|o| o.hash == hash && which(o))
+            slots[*s as usize]
+                .as_ref()
+                .is_some_and(|o| o.hash == hash && which(o))
         });
         slot.copied().and_then(|slot| self.remove_slot(slot))
     }
@@ -150,7 +155,11 @@ impl Shard {
     }
 
     /// Up to `count` slots from `from` on, and the next position.
-    pub(crate) fn page(&self, from: usize, count: usize) -> (impl Iterator<Item = &Object>, Option<usize>) {
+    pub(crate) fn page(
+        &self,
+        from: usize,
+        count: usize,
+    ) -> (impl Iterator<Item = &Object>, Option<usize>) {
         let end = from.saturating_add(count).min(self.slots.len());
         let start = from.min(end);
         let next = (end < self.slots.len()).then_some(end);

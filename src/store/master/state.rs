@@ -94,7 +94,9 @@ impl MasterState {
         let policy = config.policy;
         let recovery_until = now.plus(config.recovery_grace);
         Self {
-            shards: (0..SHARDS).map(|_| Mutex::new(Shard::new(policy))).collect(),
+            shards: (0..SHARDS)
+                .map(|_| Mutex::new(Shard::new(policy)))
+                .collect(),
             segments: SegmentTable::new(unix_ms() * 1000),
             pending: (0..PENDING_SHARDS).map(|_| Mutex::default()).collect(),
             arenas: Mutex::default(),
@@ -103,7 +105,7 @@ impl MasterState {
             next_id: AtomicU64::new(1),
             // Later masters issue larger versions and terms: both begin at the wall clock, and what nodes report
             // corrects a clock that went back. 1024 versions a microsecond cannot be outrun.
-            versions: AtomicU64::new(unix_ms() * 1000 << 10),
+            versions: AtomicU64::new((unix_ms() * 1000) << 10),
             term: AtomicU64::new(unix_ms()),
             objects: AtomicU64::new(0),
             rebuilding: AtomicUsize::new(0),
@@ -139,7 +141,8 @@ impl MasterState {
 
     /// Versions issued from now on are larger than `version`.
     pub(crate) fn raise_versions(&self, version: u64) {
-        self.versions.fetch_max(version.saturating_add(1), Ordering::Relaxed);
+        self.versions
+            .fetch_max(version.saturating_add(1), Ordering::Relaxed);
     }
 
     pub(crate) fn term(&self) -> u64 {
@@ -147,7 +150,8 @@ impl MasterState {
     }
 
     pub(crate) fn raise_term(&self, above: u64) {
-        self.term.fetch_max(above.saturating_add(1), Ordering::AcqRel);
+        self.term
+            .fetch_max(above.saturating_add(1), Ordering::AcqRel);
     }
 
     /// Whether absence cannot be told yet.
@@ -179,7 +183,13 @@ impl MasterState {
     }
 
     /// Whether a readable replica exists; grants a lease.
-    pub(crate) fn exist(&self, view: &SegmentsView, hash: u64, key: &[u8], access: &Access) -> Presence {
+    pub(crate) fn exist(
+        &self,
+        view: &SegmentsView,
+        hash: u64,
+        key: &[u8],
+        access: &Access,
+    ) -> Presence {
         let until = access.now.plus(self.config.lease_ttl);
         let mut shard = self.shard(hash);
         match shard.hit(hash, key, access) {
@@ -211,7 +221,12 @@ impl MasterState {
     }
 
     /// Calls `found` with the object without any effect on it.
-    pub(crate) fn peek<T>(&self, hash: u64, key: &[u8], found: impl FnOnce(&Object) -> T) -> Option<T> {
+    pub(crate) fn peek<T>(
+        &self,
+        hash: u64,
+        key: &[u8],
+        found: impl FnOnce(&Object) -> T,
+    ) -> Option<T> {
         self.shard(hash).get(hash, key).map(found)
     }
 
@@ -232,12 +247,20 @@ impl MasterState {
 
     /// Heap bytes of the index, counted by walking it.
     pub(crate) fn metadata_bytes(&self) -> u64 {
-        self.shards.iter().map(|s| s.lock().heap_bytes() as u64).sum()
+        self.shards
+            .iter()
+            .map(|s| s.lock().heap_bytes() as u64)
+            .sum()
     }
 
     /// A page of objects in no particular order: everything that stays in the index during the walk is seen. Returns
     /// the next cursor, 0 at the end.
-    pub(crate) fn walk(&self, cursor: u64, limit: usize, mut visit: impl FnMut(&Object) -> bool) -> u64 {
+    pub(crate) fn walk(
+        &self,
+        cursor: u64,
+        limit: usize,
+        mut visit: impl FnMut(&Object) -> bool,
+    ) -> u64 {
         const STEP: usize = 512;
         let (mut shard, mut slot) = ((cursor >> 32) as usize, (cursor & 0xFFFF_FFFF) as usize);
         let mut taken = 0;

@@ -16,7 +16,9 @@ const CLIENT_GRACE: Duration = Duration::from_secs(2);
 /// Starts the thread; it ends with the master.
 pub(crate) fn start(master: &Arc<Master>) -> std::io::Result<()> {
     let weak = Arc::downgrade(master);
-    std::thread::Builder::new().name("sweeper".into()).spawn(move || run(&weak))?;
+    std::thread::Builder::new()
+        .name("sweeper".into())
+        .spawn(move || run(&weak))?;
     Ok(())
 }
 
@@ -24,7 +26,9 @@ fn run(master: &Weak<Master>) {
     let mut ticks = 0u64;
     loop {
         std::thread::sleep(TICK);
-        let Some(master) = master.upgrade() else { return };
+        let Some(master) = master.upgrade() else {
+            return;
+        };
         let now = Millis::now();
         let need = master.state.eviction_need();
         if need > 0 {
@@ -38,7 +42,9 @@ fn run(master: &Weak<Master>) {
         }
         if ticks.is_multiple_of(50) {
             let release = master.state.config.put_release.as_millis() as u64;
-            master.state.abandon(now, |put| now.since(put.started) >= release);
+            master
+                .state
+                .abandon(now, |put| now.since(put.started) >= release);
         }
     }
 }

@@ -98,13 +98,17 @@ pub enum StoreError {
     #[error("the object is leased by a reader: wait for the lease to end or use force")]
     Leased,
     /// No range large enough, and nothing more can be evicted.
-    #[error("no space: no segment has a free range of {wanted_bytes} bytes and nothing more can be evicted")]
+    #[error(
+        "no space: no segment has a free range of {wanted_bytes} bytes and nothing more can be evicted"
+    )]
     NoSpace {
         /// Bytes asked for, header included.
         wanted_bytes: u64,
     },
     /// Larger than any segment of the pool.
-    #[error("the object needs {wanted_bytes} bytes in one segment and the largest one has {largest_bytes}")]
+    #[error(
+        "the object needs {wanted_bytes} bytes in one segment and the largest one has {largest_bytes}"
+    )]
     TooLarge {
         /// Bytes asked for, header included.
         wanted_bytes: u64,
@@ -240,7 +244,11 @@ mod tests {
         codes.sort_unstable();
         codes.dedup();
         assert_eq!(codes.len(), CODES.len());
-        for error in [StoreError::NotFound, StoreError::Exists, StoreError::Rebuilding] {
+        for error in [
+            StoreError::NotFound,
+            StoreError::Exists,
+            StoreError::Rebuilding,
+        ] {
             assert_ne!(code_name(error.code()), "UNKNOWN");
             assert_eq!(StoreError::from_code(error.code()), error);
         }

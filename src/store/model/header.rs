@@ -48,7 +48,11 @@ impl ObjectHeader {
         out[8..16].copy_from_slice(&self.length.to_le_bytes());
         out[16..24].copy_from_slice(&self.key_hash.to_le_bytes());
         out[24..28].copy_from_slice(&self.checksum.unwrap_or(0).to_le_bytes());
-        let flags = if self.checksum.is_some() { FLAG_CHECKSUM } else { 0 };
+        let flags = if self.checksum.is_some() {
+            FLAG_CHECKSUM
+        } else {
+            0
+        };
         out[28..32].copy_from_slice(&flags.to_le_bytes());
         out[32..36].copy_from_slice(&FORMAT.to_le_bytes());
         out
@@ -100,8 +104,20 @@ mod tests {
         };
         let bytes = header.encode(header.version);
         assert!(header.matches(&bytes));
-        assert!(!ObjectHeader { version: 8, ..header }.matches(&bytes));
-        assert!(!ObjectHeader { key_hash: 12, ..header }.matches(&bytes));
+        assert!(
+            !ObjectHeader {
+                version: 8,
+                ..header
+            }
+            .matches(&bytes)
+        );
+        assert!(
+            !ObjectHeader {
+                key_hash: 12,
+                ..header
+            }
+            .matches(&bytes)
+        );
         assert!(!header.matches(&header.encode(0)));
         assert_eq!(footprint(1), Some(128));
         assert_eq!(footprint(64), Some(128));

@@ -49,7 +49,11 @@ impl NodeDirectory {
 
     /// Number of entries.
     pub fn len(&self) -> usize {
-        self.segments.read().iter().map(|(_, e)| e.lock().len()).sum()
+        self.segments
+            .read()
+            .iter()
+            .map(|(_, e)| e.lock().len())
+            .sum()
     }
 
     /// Whether there are none.
@@ -81,8 +85,10 @@ impl NodeDirectory {
             .next_back()
             .filter(|(at, old)| **at + footprint(old.size).unwrap_or(0) > e.offset)
             .map_or(e.offset, |(at, _)| *at);
-        let displaced: Vec<u64> =
-            entries.range(from..e.offset + bytes).map(|(at, _)| *at).collect();
+        let displaced: Vec<u64> = entries
+            .range(from..e.offset + bytes)
+            .map(|(at, _)| *at)
+            .collect();
         for at in displaced {
             entries.remove(&at);
         }
@@ -118,14 +124,22 @@ impl NodeDirectory {
 
     /// A page of entries of one segment from `from` on, as they go to a master, and the next offset. Entries that were
     /// never completed are reported as pending while their writer may still complete them, and forgotten otherwise.
-    pub fn page(&self, segment: u32, from: u64, count: usize) -> (Vec<DirectoryEntry>, Option<u64>) {
+    pub fn page(
+        &self,
+        segment: u32,
+        from: u64,
+        count: usize,
+    ) -> (Vec<DirectoryEntry>, Option<u64>) {
         let segments = self.segments.read();
         let Some((memory, entries)) = segments.get(segment as usize) else {
             return (Vec::new(), None);
         };
         let mut entries = entries.lock();
-        let page: Vec<(u64, Entry)> =
-            entries.range(from..).take(count).map(|(at, e)| (*at, e.clone())).collect();
+        let page: Vec<(u64, Entry)> = entries
+            .range(from..)
+            .take(count)
+            .map(|(at, e)| (*at, e.clone()))
+            .collect();
         let next = (page.len() == count).then(|| page.last().map_or(0, |(at, _)| at + 1));
         let mut out = Vec::with_capacity(page.len());
         for (offset, e) in page {
@@ -198,7 +212,10 @@ impl NotifySink for NodeDirectory {
                 kind: Some(node_notify::Kind::Record(entry)),
             }) => self.record(&origin, entry),
             Ok(NodeNotify {
-                kind: Some(node_notify::Kind::Discard(wire::DropItem { offset, version, .. })),
+                kind:
+                    Some(node_notify::Kind::Discard(wire::DropItem {
+                        offset, version, ..
+                    })),
             }) => {
                 if offset != origin.offset {
                     return false;

@@ -143,7 +143,11 @@ impl Node {
     /// Segments larger than the machine's memory, an address that cannot be used, a token that is not printable.
     pub fn start(config: NodeConfig) -> io::Result<Self> {
         let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidInput, text);
-        let total: u64 = config.segments.iter().map(|s| s.0).fold(0, u64::saturating_add);
+        let total: u64 = config
+            .segments
+            .iter()
+            .map(|s| s.0)
+            .fold(0, u64::saturating_add);
         let limit = memory_limit();
         if total > limit {
             return Err(invalid(format!(
@@ -267,7 +271,9 @@ fn populate(memories: Vec<Arc<Memory>>) {
             }
         }
     };
-    let spawned = std::thread::Builder::new().name("populate".into()).spawn(run);
+    let spawned = std::thread::Builder::new()
+        .name("populate".into())
+        .spawn(run);
     if let Err(error) = spawned {
         tracing::warn!(%error, "no thread to touch memory ahead");
     }

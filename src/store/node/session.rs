@@ -81,7 +81,10 @@ async fn session(shared: &Arc<Shared>) -> Result<(), String> {
     send(&out, Out::Register(shared.registration())).await?;
     let mut request = Request::new(ReceiverStream::new(receiver));
     if let Some(token) = &shared.config.token {
-        let value = token.bearer().parse().map_err(|_| "the token is not printable ASCII")?;
+        let value = token
+            .bearer()
+            .parse()
+            .map_err(|_| "the token is not printable ASCII")?;
         request.metadata_mut().insert("authorization", value);
     }
     let mut inbox = client
@@ -96,14 +99,23 @@ async fn session(shared: &Arc<Shared>) -> Result<(), String> {
     };
     let last = shared.term.load(Ordering::Acquire);
     if welcome.term < last {
-        return Err(format!("an old master (term {}) after term {last}", welcome.term));
+        return Err(format!(
+            "an old master (term {}) after term {last}",
+            welcome.term
+        ));
     }
     // Writes that an earlier master granted end here: the new one may give their ranges to others.
     let host = shared.host.clone();
     tokio::task::block_in_place(|| host.fence_writes(welcome.term));
     shared.term.store(welcome.term, Ordering::Release);
     stream_directory(shared, &out).await?;
-    serve(shared, &mut inbox, &out, Duration::from_millis(u64::from(welcome.heartbeat_ms))).await
+    serve(
+        shared,
+        &mut inbox,
+        &out,
+        Duration::from_millis(u64::from(welcome.heartbeat_ms)),
+    )
+    .await
 }
 
 async fn next(inbox: &mut Streaming<MasterMessage>) -> Result<In, String> {
@@ -134,7 +146,11 @@ async fn stream_directory(shared: &Shared, out: &mpsc::Sender<NodeMessage>) -> R
             from = next;
         }
     }
-    send(out, Out::DirectoryEnd(wire::DirectoryEnd { entries: total })).await
+    send(
+        out,
+        Out::DirectoryEnd(wire::DirectoryEnd { entries: total }),
+    )
+    .await
 }
 
 async fn serve(
@@ -163,7 +179,9 @@ async fn serve(
             In::Drop(drop) => {
                 tokio::task::block_in_place(|| {
                     for item in &drop.items {
-                        shared.directory.drop_object(item.segment, item.offset, item.version);
+                        shared
+                            .directory
+                            .drop_object(item.segment, item.offset, item.version);
                     }
                 });
                 let sequence = drop.sequence;
@@ -190,7 +208,9 @@ fn reconcile(shared: &Shared, r: &wire::Reconcile) -> wire::ReconcileReport {
     let missing = if busy {
         Vec::new()
     } else {
-        shared.directory.settle(r.segment, r.offset, r.length_bytes, &r.keep)
+        shared
+            .directory
+            .settle(r.segment, r.offset, r.length_bytes, &r.keep)
     };
     wire::ReconcileReport {
         sequence: r.sequence,

@@ -55,7 +55,11 @@ impl PolicyKind {
 
     /// By name; an unknown one is SIEVE (settings have been checked).
     pub fn by_name(name: &str) -> Self {
-        if name == "lru" { Self::Lru } else { Self::Sieve }
+        if name == "lru" {
+            Self::Lru
+        } else {
+            Self::Sieve
+        }
     }
 
     /// A new instance for one shard.

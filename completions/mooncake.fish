@@ -1,0 +1,263 @@
+# Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
+function __fish_mooncake_global_optspecs
+    string join \n h/help V/version
+end
+
+function __fish_mooncake_needs_command
+    # Figure out if the current invocation already has a command.
+    set -l cmd (commandline -opc)
+    set -e cmd[1]
+    argparse -s (__fish_mooncake_global_optspecs) -- $cmd 2>/dev/null
+    or return
+    if set -q argv[1]
+        # Also print the command, so this can be used to figure out what it is.
+        echo $argv[1]
+        return 1
+    end
+    return 0
+end
+
+function __fish_mooncake_using_subcommand
+    set -l cmd (__fish_mooncake_needs_command)
+    test -z "$cmd"
+    and return 1
+    contains -- $cmd[1] $argv
+end
+
+complete -c mooncake -n "__fish_mooncake_needs_command" -s h -l help -d 'Print help'
+complete -c mooncake -n "__fish_mooncake_needs_command" -s V -l version -d 'Print version'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "master" -d 'Run the master: the index of a pool (with --memory, a whole pool)'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "node" -d 'Run a node: lend memory of this host to a pool'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "put" -d 'Store a file or standard input under a key, or many files'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "get" -d 'Write an object to a file or standard output'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "exist" -d 'Say whether keys are in the pool (exit code 1 when one is not)'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "ls" -d 'List keys, in no particular order'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "rm" -d 'Remove keys; returns when the nodes have forgotten them'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "stat" -d 'Show size, version, checksum, lease, pins and replicas of a key'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, a key'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "bench" -d 'Measure: put, get and exist beside the machine\'s limits and Redis; the master alone'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "generate" -d 'Write shell completions and man pages'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l config -d 'Read settings from a TOML or JSON file' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l port -d 'Port for gRPC, HTTP and control lanes; 0 = any free one [default: 50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l bind -d 'Address to listen on; beyond loopback only when told so [default: 127.0.0.1]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN); required of everybody then' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l memory -d 'Also host an embedded node with this much memory [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l node-port -d 'Data port of the embedded node; 0 = any free one [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l metrics-port -d 'Second HTTP listener for tools that expect upstream\'s port; `off` = none [default: 9003]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l metrics-host -d 'Address of the second HTTP listener [default: 127.0.0.1]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-metric-reporting -d 'Log a summary every 10 s [default: true]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l default-kv-lease-ttl -d 'Lease granted by get and exist; a bare number is milliseconds [default: 10s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l max-kv-soft-pin-ttl -d 'Longest soft pin accepted; a bare number is milliseconds [default: 24h]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l allow-evict-soft-pinned-objects -d 'Evict soft-pinned objects when nothing else is left [default: true]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l eviction-high-watermark-ratio -d 'Share of the capacity above which eviction runs [default: 0.90]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l eviction-ratio -d 'Share of the capacity that a round of eviction frees [default: 0.05]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l eviction-policy -d 'What is evicted first: sieve, lru [default: sieve]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l allocation-strategy -d 'Where replicas are placed: random, free_ratio_first, local_first [default: random]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l client-ttl -d 'A node silent for this long is unmounted; a bare number is seconds [default: 10s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l put-start-release-timeout -d 'An unfinished put is reclaimed after this; a bare number is seconds [default: 600s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l put-wait -d 'How long a put waits for space when its client names no deadline [default: 2s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l recovery-grace -d 'After the start, absence is not answered for this long: nodes may still be on their way [default: 1s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l max-lanes -d 'Control lanes open at once; as many data lanes of the embedded node [default: 4096]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l log-format -d 'How log lines look: text, json [default: text]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l max-threads -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l rpc-conn-timeout-seconds -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l rpc-enable-tcp-no-delay -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l rpc-interface -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l memory-allocator -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l cluster-id -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l default-kv-soft-pin-ttl -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l put-start-discard-timeout-sec -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l logtostderr -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l print-config -d 'Print every setting with its value and where it came from, and stop'
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l config -d 'Read settings from a TOML or JSON file' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l master -d 'HOST:PORT of the master [default: 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l memory -d 'Memory to contribute [default: 4GiB]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l segments -d 'Number of segments the memory is split into [default: 1]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l bind -d 'Address to listen on for data; beyond loopback only when told so [default: 127.0.0.1]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l port -d 'Port for data; 0 = any free one [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l advertise -d 'HOST or HOST:PORT that others connect to, when it is not --bind' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l name -d 'Name of this node [default: its address]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l populate -d 'Touch all memory in the background after the start [default: true]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l max-lanes -d 'Data lanes open at once [default: 4096]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l drain-timeout -d 'How long a stop may take; a bare number is seconds [default: 10s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l log-format -d 'How log lines look: text, json [default: text]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l print-config -d 'Print every setting with its value and where it came from, and stop'
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -s r -l recursive -d 'Store every file below DIR; keys are the paths below it' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l files -d 'Store several files; keys are the paths as given' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l prefix -d 'Put this before every key' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l replicas -d 'Copies on distinct nodes, best effort' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l soft-pin -d 'Keep until nothing else can be evicted, for TIME [default: 30m]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l preferred-segment -d 'Place there if possible; may be repeated' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l group -d 'Lease and evict together with the others of this group' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+tcp\t''"
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l hard-pin -d 'Never evict'
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l upsert -d 'Replace what is stored under the key (otherwise it is left as it is)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand get" -s o -l out -d 'Where to; replaced only when everything has arrived [default: standard output]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+tcp\t''"
+complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand get" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+tcp\t''"
+complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l regex -d 'Only keys that match' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l limit -d 'Stop after this many' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+tcp\t''"
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -s l -l long -d 'With size, replicas and version'
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l regex -d 'Remove every key that matches' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+tcp\t''"
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l all -d 'Remove every key of the tenant'
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l force -d 'Remove leased objects too'
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+tcp\t''"
+complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+tcp\t''"
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -f -a "nodes" -d 'Nodes with their state'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -f -a "segments" -d 'Segments with occupancy and fragmentation'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+tcp\t''"
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+tcp\t''"
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+tcp\t''"
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "nodes" -d 'Nodes with their state'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "segments" -d 'Segments with occupancy and fragmentation'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and not __fish_seen_subcommand_from store master peer help" -s h -l help -d 'Print help'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and not __fish_seen_subcommand_from store master peer help" -f -a "store" -d 'Measure put, get and exist, beside memcpy, bare TCP and Redis, in one run'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and not __fish_seen_subcommand_from store master peer help" -f -a "master" -d 'Measure the master: exist batches, single operations, memory, eviction, start'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and not __fish_seen_subcommand_from store master peer help" -f -a "peer" -d 'The other end of bare TCP figures'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and not __fish_seen_subcommand_from store master peer help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l sizes -d 'Object sizes' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l batches -d 'Keys per call (a call has at most 64 MiB)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l paths -d 'Segment in this process, in another one of this host, over TCP' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l ops -d 'Operations' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l rounds -d 'Rounds; the sides take turns within each' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l time -d 'Time of one side in one round' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l memory -d 'Memory of the pool, and of Redis' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l vs -d 'Also run the same work against Redis; without an address a redis-server is started' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l export -d 'Also write the table to FILE (.md or .json)' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l checksum -d 'Compute and verify CRC-32C in our client'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from master" -l objects -d 'Numbers of objects at which to measure, ascending' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from master" -l rounds -d 'Rounds per figure' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from master" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from master" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from peer" -s h -l help -d 'Print help'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from help" -f -a "store" -d 'Measure put, get and exist, beside memcpy, bare TCP and Redis, in one run'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from help" -f -a "master" -d 'Measure the master: exist batches, single operations, memory, eviction, start'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from help" -f -a "peer" -d 'The other end of bare TCP figures'
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand generate" -s h -l help -d 'Print help'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "master" -d 'Run the master: the index of a pool (with --memory, a whole pool)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "node" -d 'Run a node: lend memory of this host to a pool'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "put" -d 'Store a file or standard input under a key, or many files'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "get" -d 'Write an object to a file or standard output'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "exist" -d 'Say whether keys are in the pool (exit code 1 when one is not)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "ls" -d 'List keys, in no particular order'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "rm" -d 'Remove keys; returns when the nodes have forgotten them'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "stat" -d 'Show size, version, checksum, lease, pins and replicas of a key'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, a key'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "bench" -d 'Measure: put, get and exist beside the machine\'s limits and Redis; the master alone'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "generate" -d 'Write shell completions and man pages'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "nodes" -d 'Nodes with their state'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "segments" -d 'Segments with occupancy and fragmentation'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from bench" -f -a "store" -d 'Measure put, get and exist, beside memcpy, bare TCP and Redis, in one run'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from bench" -f -a "master" -d 'Measure the master: exist batches, single operations, memory, eviction, start'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from bench" -f -a "peer" -d 'The other end of bare TCP figures'
