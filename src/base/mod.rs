@@ -6,6 +6,7 @@ pub mod handshake;
 pub mod id;
 pub mod mooncake_json;
 pub mod net;
+pub mod prefetch;
 pub mod telemetry;
 pub mod trust;
 pub mod units;

@@ -846,13 +846,38 @@ fn bad_situations_are_one_line_with_the_right_code() {
 #[test]
 fn bench_runs_beside_redis() {
     let arguments = [
-        "bench", "store", "--sizes", "4KiB,1MiB", "--batches", "1,8", "--rounds", "1", "--time", "10ms",
-        "--memory", "512MiB", "--vs", "redis", "--output", "json",
+        "bench",
+        "store",
+        "--sizes",
+        "4KiB,1MiB",
+        "--batches",
+        "1,8",
+        "--rounds",
+        "1",
+        "--time",
+        "10ms",
+        "--memory",
+        "512MiB",
+        "--vs",
+        "redis",
+        "--output",
+        "json",
     ];
     let out = call(&arguments);
-    assert!(out.status.success(), "{} (redis-server installed?)", stderr(&out));
+    assert!(
+        out.status.success(),
+        "{} (redis-server installed?)",
+        stderr(&out)
+    );
     let text = stdout(&out);
-    for word in ["\"redis\"", "\"memcpy\"", "\"tcp stream\"", "\"echo\"", "same-host", "local"] {
+    for word in [
+        "\"redis\"",
+        "\"memcpy\"",
+        "\"tcp stream\"",
+        "\"echo\"",
+        "same-host",
+        "local",
+    ] {
         assert!(text.contains(word), "{word}");
     }
     let out = call(&["bench", "master", "--objects", "2000", "--rounds", "1"]);

@@ -26,6 +26,7 @@ mod session;
 mod shard;
 mod state;
 mod sweeper;
+mod table;
 
 #[cfg(test)]
 mod model_test;

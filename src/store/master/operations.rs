@@ -31,6 +31,8 @@ const PARTIAL_AFTER: Duration = Duration::from_millis(200);
 const SUSPICION: Duration = Duration::from_secs(3);
 /// Objects of one page of a listing.
 const PAGE_MAX: u32 = 10_000;
+/// Keys of a batch whose memory is asked for together.
+const LOOKAHEAD: usize = 32;
 /// Items of one operation.
 const ITEMS_MAX: usize = 100_000;
 
@@ -118,23 +120,50 @@ impl Call<'_> {
         Ok(key::hash(&self.scratch))
     }
 
-    fn exist(&mut self, op: &wire::Exist) -> Result<wire::Reply, StoreError> {
-        bounded(op.keys.len())?;
-        let mut results = Vec::with_capacity(op.keys.len());
+    /// Calls `each` with the hash and the qualified bytes of every key, in order, their memory already on its way.
+    fn for_each_key(
+        &mut self,
+        tenant: &str,
+        keys: &[bytes::Bytes],
+        mut each: impl FnMut(&Self, u64, &[u8], &Access),
+    ) -> Result<(), StoreError> {
+        bounded(keys.len())?;
         let mut access = Access {
             now: self.now,
             ..Access::default()
         };
-        for (depth, bytes) in op.keys.iter().enumerate() {
-            let hash = self.key(&op.tenant, bytes)?;
-            access.depth = depth as u32;
-            let presence = self
-                .master
-                .state
-                .exist(&self.view, hash, &self.scratch, &access);
-            access.parent = hash;
-            results.push(presence as u8);
+        let mut hashes: Vec<u64> = Vec::with_capacity(LOOKAHEAD);
+        let mut ends: Vec<usize> = Vec::with_capacity(LOOKAHEAD);
+        let mut joined = Vec::new();
+        for chunk in keys.chunks(LOOKAHEAD) {
+            hashes.clear();
+            ends.clear();
+            joined.clear();
+            for bytes in chunk {
+                hashes.push(self.key(tenant, bytes)?);
+                joined.extend_from_slice(&self.scratch);
+                ends.push(joined.len());
+            }
+            // A single lookup is not worth asking ahead.
+            if chunk.len() > 2 {
+                self.master.state.prefetch(&hashes);
+            }
+            let mut start = 0;
+            for (hash, end) in hashes.iter().zip(&ends) {
+                each(self, *hash, &joined[start..*end], &access);
+                access.depth += 1;
+                access.parent = *hash;
+                start = *end;
+            }
         }
+        Ok(())
+    }
+
+    fn exist(&mut self, op: &wire::Exist) -> Result<wire::Reply, StoreError> {
+        let mut results = Vec::with_capacity(op.keys.len());
+        self.for_each_key(&op.tenant, &op.keys, |call, hash, key, access| {
+            results.push(call.master.state.exist(&call.view, hash, key, access) as u8);
+        })?;
         let metrics = &self.master.metrics;
         metrics.exist_items.inc_by(results.len() as u64);
         Ok(Re::Exist(wire::ExistReply {
@@ -144,25 +173,15 @@ impl Call<'_> {
     }
 
     fn locate(&mut self, op: &wire::Locate) -> Result<wire::Reply, StoreError> {
-        bounded(op.keys.len())?;
         let lease = self.master.state.config.lease_ttl;
-        let mut access = Access {
-            now: self.now,
-            ..Access::default()
-        };
         let expires = unix_ms() + (lease + READ_GRANT_EXTRA).as_millis() as u64;
         let mut locations = Vec::with_capacity(op.keys.len());
         let (mut hits, mut misses) = (0, 0);
-        for (depth, bytes) in op.keys.iter().enumerate() {
-            let hash = self.key(&op.tenant, bytes)?;
-            access.depth = depth as u32;
-            let found = self
-                .master
-                .state
-                .locate(&self.view, hash, &self.scratch, &access, |o| {
-                    self.location(o, expires, lease)
-                });
-            access.parent = hash;
+        self.for_each_key(&op.tenant, &op.keys, |call, hash, key, access| {
+            let state = &call.master.state;
+            let found = state.locate(&call.view, hash, key, access, |o| {
+                call.location(o, expires, lease)
+            });
             let counter = if found.is_some() {
                 &mut hits
             } else {
@@ -170,13 +189,13 @@ impl Call<'_> {
             };
             *counter += 1;
             locations.push(found.unwrap_or_else(|| wire::Location {
-                code: match self.master.state.absence(self.now) {
+                code: match state.absence(call.now) {
                     Presence::Unknown => StoreError::Rebuilding.code(),
                     _ => StoreError::NotFound.code(),
                 },
                 ..wire::Location::default()
             }));
-        }
+        })?;
         add(&self.master.state.counters.hits, hits);
         add(&self.master.state.counters.misses, misses);
         Ok(Re::Locate(wire::LocateReply { locations }).into())

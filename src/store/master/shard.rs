@@ -2,14 +2,14 @@
 //!
 //! Owns the consistency of the three; knows no segments and no other shard.
 
-use hashbrown::HashTable;
-
 use super::eviction::{Access, EvictionPolicy, PolicyKind};
 use super::object::Object;
+use super::table::SlotTable;
 use crate::base::clock::Millis;
+use crate::base::prefetch::prefetch;
 
 pub(crate) struct Shard {
-    table: HashTable<u32>,
+    table: SlotTable,
     slots: Vec<Option<Object>>,
     free: Vec<u32>,
     policy: Box<dyn EvictionPolicy>,
@@ -18,7 +18,7 @@ pub(crate) struct Shard {
 impl Shard {
     pub(crate) fn new(policy: PolicyKind) -> Self {
         Self {
-            table: HashTable::new(),
+            table: SlotTable::default(),
             slots: Vec::new(),
             free: Vec::new(),
             policy: policy.build(),
@@ -26,14 +26,36 @@ impl Shard {
     }
 
     fn slot_of(&self, hash: u64, key: &[u8]) -> Option<u32> {
-        let slots = &self.slots;
-        self.table
-            .find(hash, |s| {
-                slots[*s as usize]
-                    .as_ref()
-                    .is_some_and(|o| o.hash == hash && *o.key == *key)
-            })
-            .copied()
+        self.table.find(hash, |s| {
+            self.slots[s as usize]
+                .as_ref()
+                .is_some_and(|o| o.hash == hash && *o.key == *key)
+        })
+    }
+
+    /// First step of a batched lookup: asks for the table's line.
+    pub(crate) fn prefetch_entry(&self, hash: u64) {
+        self.table.prefetch(hash);
+    }
+
+    /// Second step: asks for the object's lines.
+    pub(crate) fn prefetch_object(&self, hash: u64) {
+        self.table.find(hash, |s| {
+            let object = &raw const self.slots[s as usize];
+            prefetch(object);
+            prefetch(object.cast::<u8>().wrapping_add(size_of::<Object>() - 1));
+            true
+        });
+    }
+
+    /// Third step: asks for the key's bytes.
+    pub(crate) fn prefetch_key(&self, hash: u64) {
+        self.table.find(hash, |s| {
+            if let Some(object) = &self.slots[s as usize] {
+                prefetch(object.key.as_ptr());
+            }
+            true
+        });
     }
 
     pub(crate) fn get(&self, hash: u64, key: &[u8]) -> Option<&Object> {
@@ -73,10 +95,7 @@ impl Shard {
                 self.slots.len() as u32 - 1
             }
         };
-        let slots = &self.slots;
-        self.table.insert_unique(hash, slot, |s| {
-            slots[*s as usize].as_ref().map_or(0, |o| o.hash)
-        });
+        self.table.insert(hash, slot);
         self.policy.inserted(slot, access);
     }
 
@@ -87,9 +106,7 @@ impl Shard {
 
     fn remove_slot(&mut self, slot: u32) -> Option<Object> {
         let object = self.slots[slot as usize].take()?;
-        if let Ok(entry) = self.table.find_entry(object.hash, |s| *s == slot) {
-            entry.remove();
-        }
+        self.table.remove(object.hash, slot);
         self.free.push(slot);
         self.policy.removed(slot);
         Some(object)
@@ -115,13 +132,12 @@ impl Shard {
         hash: u64,
         which: impl Fn(&Object) -> bool,
     ) -> Option<Object> {
-        let slots = &self.slots;
         let slot = self.table.find(hash, |s| {
-            slots[*s as usize]
+            self.slots[s as usize]
                 .as_ref()
                 .is_some_and(|o| o.hash == hash && which(o))
         });
-        slot.copied().and_then(|slot| self.remove_slot(slot))
+        slot.and_then(|slot| self.remove_slot(slot))
     }
 
     /// Evicts up to `most` objects, examining at most `budget`.
@@ -169,7 +185,7 @@ impl Shard {
     pub(crate) fn heap_bytes(&self) -> usize {
         let keys: usize = self.slots.iter().flatten().map(|o| o.key.len() + 16).sum();
         keys + self.slots.capacity() * size_of::<Option<Object>>()
-            + self.table.capacity() * 8 / 7 * 5
+            + self.table.heap_bytes()
             + self.free.capacity() * 4
             + self.policy.heap_bytes()
     }

@@ -22,6 +22,7 @@ use super::rebuild::ReconcileJob;
 use super::segments::{SegmentTable, SegmentsView};
 use super::shard::Shard;
 use crate::base::clock::{Millis, unix_ms};
+use crate::base::prefetch::prefetch;
 
 /// Shards of the index; a power of two. Many, so that whatever holds one lock is short.
 const SHARDS: usize = 1024;
@@ -118,8 +119,25 @@ impl MasterState {
     }
 
     pub(crate) fn shard(&self, hash: u64) -> MutexGuard<'_, Shard> {
-        // The table uses the lowest and the highest bits: take others.
-        self.shards[(hash >> 32) as usize % SHARDS].lock()
+        // The table uses the upper half of the hash.
+        self.shards[hash as usize % SHARDS].lock()
+    }
+
+    /// Asks for everything that looking up these hashes will touch. Each step touches what the one before it asked for,
+    /// so that a batch waits for memory a few times instead of once per key and line.
+    pub(crate) fn prefetch(&self, hashes: &[u64]) {
+        for hash in hashes {
+            prefetch(&raw const self.shards[*hash as usize % SHARDS]);
+        }
+        for hash in hashes {
+            self.shard(*hash).prefetch_entry(*hash);
+        }
+        for hash in hashes {
+            self.shard(*hash).prefetch_object(*hash);
+        }
+        for hash in hashes {
+            self.shard(*hash).prefetch_key(*hash);
+        }
     }
 
     pub(crate) fn shards(&self) -> impl Iterator<Item = &Mutex<Shard>> {
