@@ -1013,7 +1013,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__master)
-            opts="-h --config --print-config --output --port --bind --token-file --memory --node-port --metrics-port --metrics-host --enable-metric-reporting --default-kv-lease-ttl --max-kv-soft-pin-ttl --allow-evict-soft-pinned-objects --eviction-high-watermark-ratio --eviction-ratio --eviction-policy --allocation-strategy --client-ttl --put-start-release-timeout --put-wait --recovery-grace --max-lanes --log-format --max-threads --rpc-conn-timeout-seconds --rpc-enable-tcp-no-delay --rpc-interface --memory-allocator --cluster-id --default-kv-soft-pin-ttl --put-start-discard-timeout-sec --logtostderr --help"
+            opts="-h --config --print-config --output --port --bind --token-file --memory --node-port --advertise --metrics-port --metrics-host --enable-metric-reporting --default-kv-lease-ttl --max-kv-soft-pin-ttl --allow-evict-soft-pinned-objects --eviction-high-watermark-ratio --eviction-ratio --eviction-policy --allocation-strategy --client-ttl --put-start-release-timeout --put-wait --recovery-grace --max-lanes --log-format --max-threads --rpc-conn-timeout-seconds --rpc-enable-tcp-no-delay --rpc-interface --memory-allocator --cluster-id --default-kv-soft-pin-ttl --put-start-discard-timeout-sec --logtostderr --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1044,6 +1044,10 @@ _mooncake() {
                     return 0
                     ;;
                 --node-port)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --advertise)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

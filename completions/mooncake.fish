@@ -46,6 +46,7 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l bind -d 'Ad
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN); required of everybody then' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l memory -d 'Also host an embedded node with this much memory [default: 0]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l node-port -d 'Data port of the embedded node; 0 = any free one [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l advertise -d 'HOST or HOST:PORT under which clients reach the embedded node, when it is not --bind' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l metrics-port -d 'Second HTTP listener for tools that expect upstream\'s port; `off` = none [default: 9003]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l metrics-host -d 'Address of the second HTTP listener [default: 127.0.0.1]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-metric-reporting -d 'Log a summary every 10 s [default: true]' -r

@@ -24,6 +24,8 @@ pub enum Kind {
     Ratio,
     /// A byte size in a range.
     Size(u64, u64),
+    /// As `Size`, or 0 for none.
+    SizeOrNone(u64, u64),
     /// A duration; a bare number counts in the given unit.
     Time(Duration),
     /// One of a few words.
@@ -73,7 +75,8 @@ impl Setting {
                 Ok(n) if (0.0..=1.0).contains(&n) => Ok(()),
                 _ => Err(format!("`{text}` is not a number from 0 to 1")),
             },
-            Kind::Size(min, max) => {
+            Kind::SizeOrNone(..) if ByteSize::parse(text) == Ok(ByteSize::ZERO) => Ok(()),
+            Kind::Size(min, max) | Kind::SizeOrNone(min, max) => {
                 let size = ByteSize::parse(text).map_err(|e| e.to_string())?;
                 if (min..=max).contains(&size.0) {
                     Ok(())

@@ -64,7 +64,12 @@ pub fn advertised(listener: SocketAddr, toward: Option<SocketAddr>) -> SocketAdd
     if !listener.ip().is_unspecified() {
         return listener;
     }
+    // Toward a peer on this host the kernel would name loopback, which is no address for others: ask for the way out
+    // instead (TEST-NET-1; nothing is sent).
+    let elsewhere = "192.0.2.1:9".parse().ok();
     let source = toward
+        .filter(|peer| !peer.ip().is_loopback())
+        .or(elsewhere)
         .and_then(source_address)
         .unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
     SocketAddr::new(source, listener.port())
@@ -109,6 +114,8 @@ mod tests {
     fn wildcard_is_not_advertised() {
         let wild: SocketAddr = "0.0.0.0:7".parse().unwrap();
         let peer = "127.0.0.1:9".parse().unwrap();
-        assert_eq!(advertised(wild, Some(peer)).to_string(), "127.0.0.1:7");
+        assert!(!advertised(wild, Some(peer)).ip().is_unspecified());
+        let fixed: SocketAddr = "127.0.0.1:7".parse().unwrap();
+        assert_eq!(advertised(fixed, None), fixed);
     }
 }

@@ -75,48 +75,66 @@ fn copy(mut reader: ObjectReader<'_>, out: &mut impl Write, show: bool) -> anyho
     Ok(())
 }
 
-/// A file that appears under its name only when it is complete.
+/// Where an object goes. A regular file (or the one a symbolic link names) is replaced only when everything has arrived;
+/// devices and pipes are written into.
 struct Target {
     file: std::fs::File,
-    temporary: PathBuf,
     path: PathBuf,
-    complete: bool,
+    /// Written first, then renamed over `path`.
+    temporary: Option<PathBuf>,
 }
 
 impl Target {
     fn create(path: &Path) -> anyhow::Result<Self> {
-        anyhow::ensure!(
-            !path.is_dir(),
-            std::io::Error::new(
-                std::io::ErrorKind::IsADirectory,
-                format!("cannot write {}: it is a directory", path.display())
-            )
-        );
-        let mut name = path.file_name().unwrap_or_default().to_owned();
+        let cannot = || format!("cannot write {}", path.display());
+        let shown = path.to_owned();
+        // Through symbolic links, so that what they name is replaced and not the link.
+        let real = match std::fs::canonicalize(path) {
+            Ok(real) => real,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => path.to_owned(),
+            Err(e) => return Err(e).with_context(cannot),
+        };
+        let existing = std::fs::metadata(&real).ok();
+        if existing.as_ref().is_some_and(|m| !m.is_file()) {
+            let file = std::fs::OpenOptions::new()
+                .write(true)
+                .open(&real)
+                .with_context(cannot)?;
+            return Ok(Self {
+                file,
+                path: shown,
+                temporary: None,
+            });
+        }
+        let mut name = real.file_name().unwrap_or_default().to_owned();
         name.push(format!(".part-{}", std::process::id()));
-        let temporary = path.with_file_name(name);
-        let file = std::fs::File::create(&temporary)
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        let temporary = real.with_file_name(name);
+        let file = std::fs::File::create(&temporary).with_context(cannot)?;
+        if let Some(metadata) = existing {
+            file.set_permissions(metadata.permissions())
+                .with_context(cannot)?;
+        }
         Ok(Self {
             file,
-            temporary,
-            path: path.to_owned(),
-            complete: false,
+            path: real,
+            temporary: Some(temporary),
         })
     }
 
     fn commit(mut self) -> anyhow::Result<PathBuf> {
-        std::fs::rename(&self.temporary, &self.path)
-            .with_context(|| format!("cannot write {}", self.path.display()))?;
-        self.complete = true;
+        if let Some(temporary) = &self.temporary {
+            std::fs::rename(temporary, &self.path)
+                .with_context(|| format!("cannot write {}", self.path.display()))?;
+        }
+        self.temporary = None;
         Ok(self.path.clone())
     }
 }
 
 impl Drop for Target {
     fn drop(&mut self) {
-        if !self.complete {
-            let _ = std::fs::remove_file(&self.temporary);
+        if let Some(temporary) = &self.temporary {
+            let _ = std::fs::remove_file(temporary);
         }
     }
 }

@@ -66,9 +66,10 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
                 }));
             } else if long {
                 let size = ByteSize(o.size_bytes).to_string();
+                let key = print::shown(&key);
                 table.row(&[size, o.replicas.to_string(), o.version.to_string(), key]);
             } else {
-                print::line(&key)?;
+                print::line(&print::shown(&key))?;
             }
         }
         cursor = page.next_cursor;

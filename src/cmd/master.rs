@@ -65,7 +65,7 @@ static SETTINGS: &[Setting] = &[
     setting(
         "memory",
         &[],
-        Kind::Size(0, 1 << 50),
+        Kind::SizeOrNone(1 << 20, 1 << 50),
         "0",
         "Also host an embedded node with this much memory",
     ),
@@ -75,6 +75,13 @@ static SETTINGS: &[Setting] = &[
         Kind::Integer(0, 65_535),
         "0",
         "Data port of the embedded node; 0 = any free one",
+    ),
+    setting(
+        "advertise",
+        &[],
+        Kind::Text,
+        "",
+        "HOST or HOST:PORT under which clients reach the embedded node, when it is not --bind",
     ),
     setting(
         "metrics-port",
@@ -292,7 +299,7 @@ async fn embedded(
         token,
         name: None,
         listen,
-        advertise: None,
+        advertise: r.text("advertise").map(str::to_owned),
         segments: vec![memory],
         populate: true,
         lanes_max,

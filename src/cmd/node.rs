@@ -141,24 +141,21 @@ async fn serve_node(r: &Resolved) -> Outcome {
     let master = r.text("master").unwrap_or_default().to_owned();
     crate::base::net::split_host_port(&master, 50051)
         .map_err(|e| UsageError(format!("--master: {e}")))?;
+    let listen = serve::listen(
+        r.text("bind").unwrap_or("127.0.0.1"),
+        r.integer("port") as u16,
+    )?;
     let node = Node::start(NodeConfig {
         master: master.clone(),
         token: token.clone(),
         name: r.text("name").map(str::to_owned),
-        listen: serve::listen(
-            r.text("bind").unwrap_or("127.0.0.1"),
-            r.integer("port") as u16,
-        )?,
+        listen,
         advertise: r.text("advertise").map(str::to_owned),
         segments: vec![each; count as usize],
         populate: r.flag("populate"),
         lanes_max: r.integer("max-lanes") as usize,
     })?;
-    let local = node.address().parse();
-    let trust = local.map_or_else(
-        |_| "token required".to_owned(),
-        |address| serve::trust_line(address, token.is_some()),
-    );
+    let trust = serve::trust_line(listen, token.is_some());
     print::line(&format!(
         "mooncake node {} with {} in {count} segment(s), master {master} ({trust})",
         node.address(),

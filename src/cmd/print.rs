@@ -26,6 +26,21 @@ pub(crate) fn error_line(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
+/// A key as it may be shown on a terminal: control characters escaped, so that no key can play tricks with it.
+pub(crate) fn shown(key: &str) -> String {
+    key.chars()
+        .flat_map(|c| {
+            let escaped = c.is_control();
+            let plain = (!escaped).then_some(c);
+            escaped
+                .then(|| c.escape_default())
+                .into_iter()
+                .flatten()
+                .chain(plain)
+        })
+        .collect()
+}
+
 /// Writes a JSON document to stdout.
 pub(crate) fn json(value: &Value) -> io::Result<()> {
     let mut out = io::stdout().lock();

@@ -45,7 +45,7 @@ fn flag(setting: &'static Setting) -> Arg {
         Kind::Flag => "BOOL",
         Kind::Integer(..) => "N",
         Kind::Ratio => "RATIO",
-        Kind::Size(..) => "SIZE",
+        Kind::Size(..) | Kind::SizeOrNone(..) => "SIZE",
         Kind::Time(_) => "TIME",
         Kind::Choice(_) => "NAME",
     };

@@ -13,7 +13,7 @@ pub enum Access {
 }
 
 /// How far two hosts' clocks may be apart before a live grant is refused.
-const CLOCK_SKEW_MS: u64 = 30_000;
+pub(crate) const CLOCK_SKEW_MS: u64 = 30_000;
 
 /// A granted range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

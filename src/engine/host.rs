@@ -3,13 +3,15 @@
 //! Owns the decision "may this request touch this memory"; transports only carry it out. Knows no keys: what a notify
 //! means is the [`NotifySink`]'s business.
 
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
-use parking_lot::{RwLock, RwLockReadGuard};
+use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::batch::{Opcode, Word};
 use super::error::TransferError;
-use super::grant::Grant;
+use super::grant::{CLOCK_SKEW_MS, Grant};
 use super::memory::Memory;
 use crate::base::id::Id128;
 use crate::base::trust::ClusterKeys;
@@ -59,13 +61,65 @@ pub struct SegmentHost {
     pub keys: ClusterKeys,
     segments: RwLock<Vec<Arc<Segment>>>,
     sink: Arc<dyn NotifySink>,
-    /// Writes under grants of older terms are refused. Held for reading while a write is under way, so that raising it
-    /// waits for the writes of the old term to end.
-    write_term: RwLock<u64>,
+    gate: Mutex<Gate>,
+    /// A write has ended.
+    ended: Condvar,
 }
 
-/// A write that has passed the gate; the term cannot be raised while it lives.
-pub struct WritePass<'a>(#[expect(dead_code, reason = "held, not read")] RwLockReadGuard<'a, u64>);
+/// What decides about writes, and the writes under way. A fence refuses new ones at once and then waits for those it
+/// concerns; it never holds up the others.
+#[derive(Default)]
+struct Gate {
+    /// Grants of older terms are refused.
+    term: u64,
+    fences: Vec<RangeFence>,
+    next: u64,
+    under_way: HashMap<u64, Write>,
+}
+
+/// A range taken from its writer: grants that expire before `expires_before_unix_ms` were issued before that.
+#[derive(Clone, Copy, Debug)]
+pub struct RangeFence {
+    /// Segment index.
+    pub segment: u32,
+    /// Start of the range.
+    pub offset: u64,
+    /// Its length.
+    pub length: u64,
+    /// Grants with an earlier expiry are refused there.
+    pub expires_before_unix_ms: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Write {
+    term: u64,
+    segment: u32,
+    offset: u64,
+    length: u64,
+    expires: u64,
+}
+
+impl RangeFence {
+    fn concerns(&self, w: &Write) -> bool {
+        w.segment == self.segment
+            && w.expires < self.expires_before_unix_ms
+            && w.offset < self.offset.saturating_add(self.length)
+            && self.offset < w.offset.saturating_add(w.length)
+    }
+}
+
+/// A write that has passed the gate; fences wait for its end.
+pub struct WritePass<'a> {
+    host: &'a SegmentHost,
+    number: u64,
+}
+
+impl Drop for WritePass<'_> {
+    fn drop(&mut self) {
+        self.host.gate.lock().under_way.remove(&self.number);
+        self.host.ended.notify_all();
+    }
+}
 
 impl SegmentHost {
     /// A host without segments.
@@ -75,7 +129,8 @@ impl SegmentHost {
             keys,
             segments: RwLock::default(),
             sink,
-            write_term: RwLock::new(0),
+            gate: Mutex::default(),
+            ended: Condvar::new(),
         }
     }
 
@@ -135,22 +190,63 @@ impl SegmentHost {
         Ok(segment)
     }
 
-    /// Enters the write gate; the pass is held until the bytes are in place.
+    /// Enters the write gate; the pass is held until the bytes are in place and published.
     ///
     /// # Errors
-    /// `GrantRefused` when a newer master has fenced this grant's term off.
-    pub fn enter_write(&self, term: u64) -> Result<WritePass<'_>, TransferError> {
-        let guard = self.write_term.read();
-        if term < *guard {
+    /// `GrantRefused` when a newer master has fenced this grant's term off, or its range was taken from its writer.
+    pub fn enter_write(
+        &self,
+        grant: &Grant,
+        offset: u64,
+        length: u64,
+    ) -> Result<WritePass<'_>, TransferError> {
+        let write = Write {
+            term: grant.term,
+            segment: grant.segment,
+            offset,
+            length,
+            expires: grant.expires_unix_ms,
+        };
+        let mut gate = self.gate.lock();
+        if write.term < gate.term || gate.fences.iter().any(|f| f.concerns(&write)) {
             return Err(TransferError::GrantRefused);
         }
-        Ok(WritePass(guard))
+        let number = gate.next;
+        gate.next += 1;
+        gate.under_way.insert(number, write);
+        Ok(WritePass { host: self, number })
     }
 
-    /// Refuses writes of terms before `term` from now on, after those under way have ended.
-    pub fn fence_writes(&self, term: u64) {
-        let mut gate = self.write_term.write();
-        *gate = (*gate).max(term);
+    /// Refuses writes of terms before `term` from now on. Returns whether those under way had ended by `deadline`.
+    pub fn fence_writes(&self, term: u64, deadline: Instant) -> bool {
+        let mut gate = self.gate.lock();
+        gate.term = gate.term.max(term);
+        self.await_end(gate, deadline, |w| w.term < term)
+    }
+
+    /// Takes a range from its writer. Returns whether its writes under way had ended by `deadline`.
+    pub fn fence_range(&self, fence: RangeFence, deadline: Instant) -> bool {
+        let mut gate = self.gate.lock();
+        // A fence whose grants have all expired has done its work.
+        let now = crate::base::clock::unix_ms();
+        gate.fences
+            .retain(|f| f.expires_before_unix_ms + 2 * CLOCK_SKEW_MS > now);
+        gate.fences.push(fence);
+        self.await_end(gate, deadline, |w| fence.concerns(w))
+    }
+
+    fn await_end(
+        &self,
+        mut gate: parking_lot::MutexGuard<'_, Gate>,
+        deadline: Instant,
+        concerned: impl Fn(&Write) -> bool,
+    ) -> bool {
+        while gate.under_way.values().any(&concerned) {
+            if self.ended.wait_until(&mut gate, deadline).timed_out() {
+                return false;
+            }
+        }
+        true
     }
 
     /// Hands a notify to the owner.

@@ -14,6 +14,7 @@ pub mod memory;
 pub mod pending;
 pub mod transport;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -128,9 +129,9 @@ impl TransferEngine {
     pub fn begin<'a>(&'a self, requests: &'a [TransferRequest], deadline: Instant) -> Begun<'a> {
         let mut begun = Begun {
             engine: self,
-            requests,
             deadline,
-            groups: smallvec::SmallVec::new(),
+            groups: VecDeque::new(),
+            done: Vec::new(),
         };
         let mut start = 0;
         while start < requests.len() {
@@ -145,9 +146,13 @@ impl TransferEngine {
                 .take(most)
                 .take_while(|r| same(r))
                 .count();
+            // Each group holds a lane until it is finished: a huge batch must not wait for lanes it holds itself.
+            if begun.groups.len() == GROUPS_MAX {
+                begun.finish_oldest();
+            }
             begun
                 .groups
-                .push(self.start_group(&requests[start..start + count], deadline));
+                .push_back(self.start_group(&requests[start..start + count], deadline));
             start += count;
         }
         begun
@@ -343,50 +348,58 @@ enum Group<'a> {
 /// A batch that has been sent. Dropping it abandons the batch.
 pub struct Begun<'a> {
     engine: &'a TransferEngine,
-    requests: &'a [TransferRequest],
     deadline: Instant,
-    groups: smallvec::SmallVec<[Group<'a>; 2]>,
+    groups: VecDeque<Group<'a>>,
+    done: Vec<TransferResult>,
 }
+
+/// Groups of one batch under way at once.
+const GROUPS_MAX: usize = 8;
 
 impl Begun<'_> {
     /// Waits for all results.
-    pub fn finish(self) -> Vec<TransferResult> {
-        let mut results = Vec::with_capacity(self.requests.len());
-        for group in self.groups {
-            match group {
-                Group::Failed(requests, error) => {
-                    results.extend(requests.iter().map(|_| Err(error.clone())));
+    pub fn finish(mut self) -> Vec<TransferResult> {
+        while !self.groups.is_empty() {
+            self.finish_oldest();
+        }
+        self.done
+    }
+
+    fn finish_oldest(&mut self) {
+        let results = &mut self.done;
+        match self.groups.pop_front() {
+            None => {}
+            Some(Group::Failed(requests, error)) => {
+                results.extend(requests.iter().map(|_| Err(error.clone())));
+            }
+            Some(Group::Sliced(requests)) => {
+                results.extend(self.engine.sliced(requests, self.deadline));
+            }
+            Some(Group::OneByOne(requests)) => {
+                for r in requests {
+                    let result = r.check().and_then(|()| {
+                        let one = std::slice::from_ref(r);
+                        let mut one = self.engine.begin(one, self.deadline).finish();
+                        one.pop().unwrap_or(Err(TransferError::Stale))
+                    });
+                    results.push(result);
                 }
-                Group::Sliced(requests) => {
-                    results.extend(self.engine.sliced(requests, self.deadline));
-                }
-                Group::OneByOne(requests) => {
-                    for r in requests {
-                        let result = r.check().and_then(|()| {
-                            let one = std::slice::from_ref(r);
-                            let mut one = self.engine.begin(one, self.deadline).finish();
-                            one.pop().unwrap_or(Err(TransferError::Stale))
-                        });
-                        results.push(result);
-                    }
-                }
-                Group::InFlight(requests, at, in_flight) => {
-                    let from = results.len();
-                    in_flight.finish(&mut results);
-                    for index in 0..requests.len() {
-                        let failed = match &results[from + index] {
-                            Err(error) if error.is_path_failure() => error.clone(),
-                            _ => continue,
-                        };
-                        let one = &requests[index..=index];
-                        let again = self.engine.run(one, at + 1, self.deadline, failed);
-                        if let Some(outcome) = again.into_iter().next() {
-                            results[from + index] = outcome;
-                        }
+            }
+            Some(Group::InFlight(requests, at, in_flight)) => {
+                let from = results.len();
+                in_flight.finish(results);
+                for index in 0..requests.len() {
+                    let failed = match &results[from + index] {
+                        Err(error) if error.is_path_failure() => error.clone(),
+                        _ => continue,
+                    };
+                    let one = &requests[index..=index];
+                    let again = self.engine.run(one, at + 1, self.deadline, failed);
+                    if let Some(outcome) = again.into_iter().next() {
+                        results[from + index] = outcome;
                     }
                 }
             }
         }
-        results
     }
 }

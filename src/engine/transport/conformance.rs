@@ -17,7 +17,7 @@ use crate::base::trust::{ClusterKeys, Token};
 use crate::engine::batch::{LocalSlice, Opcode, Peer, TransferRequest, TransferResult, Word};
 use crate::engine::error::TransferError;
 use crate::engine::grant::{Access, Grant};
-use crate::engine::host::{NotifyOrigin, NotifySink, SegmentHost};
+use crate::engine::host::{NotifyOrigin, NotifySink, RangeFence, SegmentHost};
 use crate::engine::memory::Memory;
 use crate::engine::transport::lane::Identity;
 use crate::engine::{EngineConfig, TransferEngine};
@@ -319,8 +319,24 @@ fn fencing(world: &World, engine: &TransferEngine) {
     let mut source = [pattern(64, 3)];
     let write = world.request(Opcode::Write, 16384, &mut source);
     one(engine, write.clone()).unwrap();
-    world.host.fence_writes(6);
-    assert_eq!(one(engine, write), Err(TransferError::GrantRefused));
+    // A range taken from its writer: grants issued before are refused there, later ones and others are not.
+    let mut elsewhere = [pattern(64, 4)];
+    let other = world.request(Opcode::Write, 16384 + 64, &mut elsewhere);
+    let fence = RangeFence {
+        segment: 0,
+        offset: 16000,
+        length: 448,
+        expires_before_unix_ms: write.grant.expires_unix_ms + 1,
+    };
+    assert!(world.host.fence_range(fence, soon()));
+    assert_eq!(one(engine, write.clone()), Err(TransferError::GrantRefused));
+    one(engine, other).unwrap();
+    let mut later = write.clone();
+    later.grant.expires_unix_ms += 1000;
+    later.grant = later.grant.signed(Access::Write, &world.keys);
+    one(engine, later.clone()).unwrap();
+    assert!(world.host.fence_writes(6, soon()));
+    assert_eq!(one(engine, later), Err(TransferError::GrantRefused));
 }
 
 #[test]

@@ -79,7 +79,7 @@ impl ControlSocket {
     /// # Errors
     /// As [`ControlSocket::receive`].
     pub fn receive_idle(&mut self, most: usize, stall: Duration) -> io::Result<Option<Bytes>> {
-        if !self.socket.need(1, Until::Idle)? {
+        if !self.socket.need_or_end(1, Until::Idle)? {
             return Ok(None);
         }
         let deadline = Instant::now() + stall;
@@ -92,7 +92,7 @@ impl ControlSocket {
         until: Until,
         deadline: Instant,
     ) -> io::Result<Option<Bytes>> {
-        if !self.socket.need(4, until)? {
+        if !self.socket.need_or_end(4, until)? {
             return Ok(None);
         }
         let mut length = [0; 4];
@@ -104,9 +104,7 @@ impl ControlSocket {
                 format!("a message of {length} bytes is larger than the {most} allowed"),
             ));
         }
-        if length > 0 && !self.socket.need(length, Until::Deadline(deadline))? {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
+        self.socket.need(length, Until::Deadline(deadline))?;
         let message = Bytes::copy_from_slice(self.socket.take(length));
         self.socket.shrink();
         Ok(Some(message))

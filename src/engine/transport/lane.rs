@@ -241,12 +241,7 @@ pub(crate) fn receive(
         what,
     };
     let socket = lane.socket()?;
-    if !socket.need(HEADER_BYTES, until).map_err(io)? {
-        return Err(TransferError::Broken {
-            peer: peer.to_string(),
-            reason: "closed by the peer".to_owned(),
-        });
-    }
+    socket.need(HEADER_BYTES, until).map_err(io)?;
     let mut head = [0; HEADER_BYTES];
     head.copy_from_slice(socket.take(HEADER_BYTES));
     let reply = frame::decode_reply(&head).map_err(wrong)?;
@@ -261,9 +256,7 @@ pub(crate) fn receive(
     if reply.items != requests.len() {
         return Err(wrong("number of items"));
     }
-    if !socket.need(reply.items, until).map_err(io)? {
-        return Err(wrong("truncated"));
-    }
+    socket.need(reply.items, until).map_err(io)?;
     let mut results: Vec<TransferResult> = socket
         .take(reply.items)
         .iter()
@@ -284,9 +277,7 @@ pub(crate) fn receive(
         return Err(wrong("length of the payload"));
     }
     socket.read_into(&targets, until).map_err(io)?;
-    if !socket.need(reply.items, until).map_err(io)? {
-        return Err(wrong("truncated"));
-    }
+    socket.need(reply.items, until).map_err(io)?;
     for (result, after) in results.iter_mut().zip(socket.take(reply.items)) {
         if result.is_ok() {
             *result = Status::result(*after, &peer);

@@ -94,7 +94,7 @@ fn one(host: &SegmentHost, client: Id128, r: &TransferRequest) -> TransferResult
     match r.opcode {
         Opcode::Read => copy_out(&segment.memory, r),
         Opcode::Write => {
-            let _pass = host.enter_write(r.grant.term)?;
+            let _pass = host.enter_write(&r.grant, r.offset, r.length)?;
             copy_in(&segment.memory, r)?;
             let origin = NotifyOrigin {
                 client,

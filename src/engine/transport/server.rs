@@ -27,6 +27,9 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a frame may take from its first byte to its last, per 64 MiB of payload.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Most bytes of a refused write that are read and forgotten to keep the lane in step.
+const SKIP_MAX: u64 = 64 << 20;
+
 /// Counters of a data server.
 #[derive(Debug, Default)]
 pub struct ServerCounters {
@@ -51,28 +54,9 @@ struct Shared {
     host: Arc<SegmentHost>,
     lanes_max: usize,
     stopping: AtomicBool,
-    lanes: Mutex<HashMap<u64, OpenLane>>,
+    lanes: Mutex<HashMap<u64, OwnedFd>>,
     next: AtomicU64,
     counters: ServerCounters,
-}
-
-/// A lane as others see it.
-struct OpenLane {
-    fd: OwnedFd,
-    client: Id128,
-    /// Whether its thread is in the middle of a frame.
-    busy: Arc<AtomicBool>,
-}
-
-impl OpenLane {
-    /// Nothing of this lane is being carried out, and nothing waits in its socket.
-    fn quiet(&self) -> bool {
-        let mut byte = [0u8; 1];
-        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
-        let waiting =
-            matches!(rustix::net::recv(&self.fd, &mut byte[..], flags), Ok((n, _)) if n > 0);
-        !waiting && !self.busy.load(Ordering::Acquire)
-    }
 }
 
 impl DataServer {
@@ -140,21 +124,6 @@ impl DataServer {
     pub fn lanes(&self) -> usize {
         self.shared.lanes.lock().len()
     }
-    /// Whether nothing a client sent so far is still being carried out. Blocks for two milliseconds.
-    pub fn quiet(&self, client: Id128) -> bool {
-        let quiet = || {
-            let lanes = self.shared.lanes.lock();
-            lanes
-                .values()
-                .filter(|l| l.client == client)
-                .all(OpenLane::quiet)
-        };
-        // Twice: a lane that had taken a frame off its socket and not yet said so has said so by then.
-        quiet() && {
-            std::thread::sleep(Duration::from_millis(2));
-            quiet()
-        }
-    }
     /// What it did so far.
     pub fn counters(&self) -> &ServerCounters {
         &self.shared.counters
@@ -164,8 +133,8 @@ impl DataServer {
 impl Drop for DataServer {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
-        for lane in self.shared.lanes.lock().values() {
-            let _ = rustix::net::shutdown(&lane.fd, rustix::net::Shutdown::Both);
+        for fd in self.shared.lanes.lock().values() {
+            let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
         }
         // Wake the accept threads.
         let mut address = self.address;
@@ -211,17 +180,11 @@ impl Shared {
 
     fn lane(self: Arc<Self>, mut socket: Socket, same_host: bool) {
         let slot = self.next.fetch_add(1, Ordering::Relaxed);
-        let working = Arc::new(AtomicBool::new(true));
         let busy = {
             let mut lanes = self.lanes.lock();
             let busy = lanes.len() >= self.lanes_max;
             if let Ok(fd) = socket.fd().try_clone_to_owned() {
-                let lane = OpenLane {
-                    fd,
-                    client: Id128::NONE,
-                    busy: working.clone(),
-                };
-                lanes.insert(slot, lane);
+                lanes.insert(slot, fd);
             }
             busy
         };
@@ -237,11 +200,7 @@ impl Shared {
         );
         match greeting {
             Ok(greeting) => {
-                if let Some(lane) = self.lanes.lock().get_mut(&slot) {
-                    lane.client = greeting.peer;
-                }
                 let mut lane = ServedLane {
-                    busy: working,
                     shared: &self,
                     socket,
                     client: greeting.peer,
@@ -293,9 +252,14 @@ struct ServedLane<'a> {
     socket: Socket,
     client: Id128,
     same_host: bool,
-    busy: Arc<AtomicBool>,
     items: Vec<Item>,
     reply: Vec<u8>,
+}
+
+/// The bound for moving `bytes` that the gate has let through.
+fn time_for(bytes: u64) -> Until {
+    let scale = 1 + (bytes >> 26).min(10_000) as u32;
+    Until::Deadline(Instant::now() + FRAME_TIMEOUT * scale)
 }
 
 fn malformed(what: &'static str) -> io::Error {
@@ -307,10 +271,7 @@ impl ServedLane<'_> {
     /// be trusted to be in step.
     fn serve(&mut self) -> io::Result<()> {
         loop {
-            self.busy.store(false, Ordering::Release);
-            let more = self.socket.need(1, Until::Idle)?;
-            self.busy.store(true, Ordering::Release);
-            if !more {
+            if !self.socket.need_or_end(1, Until::Idle)? {
                 return Ok(());
             }
             let start = Instant::now();
@@ -327,13 +288,11 @@ impl ServedLane<'_> {
             if let Err(what) = frame::decode_items(&header, meta, &mut self.items) {
                 return self.refuse(header.id, what);
             }
-            let scale = 1 + (header.payload_bytes >> 26) as u32;
-            let until = Until::Deadline(start + FRAME_TIMEOUT * scale);
             match header.operation {
-                Operation::Read => self.read(&header, until)?,
+                Operation::Read => self.read(&header)?,
                 Operation::Write => {
                     let notifies = meta[header.items * frame::ITEM_BYTES..].to_vec();
-                    self.write(&header, &notifies, until)?;
+                    self.write(&header, &notifies)?;
                 }
                 Operation::Ping => self.answer(Status::Ok, 0, 0, header.id, until)?,
                 Operation::Attach => self.attach(&header, until)?,
@@ -368,7 +327,7 @@ impl ServedLane<'_> {
     }
 
     /// Header and statuses, the granted bytes straight from the segments, then whether they were still the same.
-    fn read(&mut self, header: &RequestHeader, until: Until) -> io::Result<()> {
+    fn read(&mut self, header: &RequestHeader) -> io::Result<()> {
         let host = &self.shared.host;
         let mut sources: smallvec::SmallVec<[LocalSlice; 8]> = smallvec::SmallVec::new();
         let mut segments: smallvec::SmallVec<[Option<Arc<Segment>>; 4]> = smallvec::SmallVec::new();
@@ -417,6 +376,7 @@ impl ServedLane<'_> {
                 }
             }
         }
+        let until = time_for(payload);
         self.reply.clear();
         frame::encode_reply(
             &mut self.reply,
@@ -467,14 +427,14 @@ impl ServedLane<'_> {
         }
     }
 
-    fn write(&mut self, header: &RequestHeader, notifies: &[u8], until: Until) -> io::Result<()> {
+    fn write(&mut self, header: &RequestHeader, notifies: &[u8]) -> io::Result<()> {
         let mut statuses: smallvec::SmallVec<[u8; 32]> = smallvec::SmallVec::new();
         let mut rest = notifies;
         for at in 0..self.items.len() {
             let item = self.items[at];
             let (notify, after) = rest.split_at(item.notify_bytes);
             rest = after;
-            let status = match self.write_one(&item, notify, until)? {
+            let status = match self.write_one(&item, notify)? {
                 Ok(()) => Status::Ok as u8,
                 Err(error) => self.refused(&error),
             };
@@ -483,16 +443,11 @@ impl ServedLane<'_> {
         self.reply.clear();
         frame::encode_reply(&mut self.reply, Status::Ok, header.items, 0, header.id);
         self.reply.extend_from_slice(&statuses);
-        self.socket.write_all_from(&self.reply, &[], until)
+        self.socket.write_all_from(&self.reply, &[], time_for(0))
     }
 
     /// Outer error: the lane is broken. Inner: the item was refused, its payload skipped.
-    fn write_one(
-        &mut self,
-        item: &Item,
-        notify: &[u8],
-        until: Until,
-    ) -> io::Result<Result<(), TransferError>> {
+    fn write_one(&mut self, item: &Item, notify: &[u8]) -> io::Result<Result<(), TransferError>> {
         let host = &self.shared.host;
         let length = if item.has_data { item.length } else { 0 };
         let checked = host
@@ -504,8 +459,8 @@ impl ServedLane<'_> {
                 item.word,
             )
             .and_then(|segment| {
-                host.enter_write(item.grant.term)
-                    .map(|pass| (segment, pass))
+                let pass = host.enter_write(&item.grant, item.offset, item.length)?;
+                Ok((segment, pass))
             })
             .and_then(|(segment, pass)| {
                 let pointer = segment
@@ -517,14 +472,18 @@ impl ServedLane<'_> {
         let (segment, _pass, pointer) = match checked {
             Ok(good) => good,
             Err(error) => {
-                self.socket.skip(length, until)?;
+                // What was not granted is not worth waiting for: a large remainder ends the lane.
+                if length > SKIP_MAX {
+                    return Err(malformed("a large write was refused"));
+                }
+                self.socket.skip(length, time_for(length))?;
                 return Ok(Err(error));
             }
         };
         if length > 0 {
             // SAFETY: in bounds, granted to this writer alone, kept mapped by `segment`.
             let target = unsafe { LocalSlice::new(pointer, length as usize) };
-            self.socket.read_into(&[target], until)?;
+            self.socket.read_into(&[target], time_for(length))?;
         }
         let origin = NotifyOrigin {
             client: self.client,

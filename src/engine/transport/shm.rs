@@ -93,12 +93,7 @@ impl ShmTransport {
         if let Some(found) = self.mapped.read().get(&(segment, incarnation)) {
             return Ok(found.clone());
         }
-        let mut mapped = self.mapped.write();
-        if let Some(found) = mapped.get(&(segment, incarnation)) {
-            return Ok(found.clone());
-        }
-        // Segments whose node has closed the anchor are gone.
-        mapped.retain(|_, m| m.anchor.socket.as_ref().is_some_and(|s| !s.is_spent()));
+        // Without the map's lock: a node that does not answer must not hold up the others.
         let attached = self.attach(peer, segment, incarnation, deadline);
         if let Err(error) = &attached
             && error.is_path_failure()
@@ -106,9 +101,15 @@ impl ShmTransport {
             let mut resting = self.resting.lock();
             resting.insert(peer.shm_socket.clone(), Instant::now());
         }
-        let found = Arc::new(attached?);
-        mapped.insert((segment, incarnation), found.clone());
-        Ok(found)
+        let attached = attached?;
+        let mut mapped = self.mapped.write();
+        // Segments whose node has closed the anchor are gone.
+        mapped.retain(|_, m| m.anchor.socket.as_ref().is_some_and(|s| !s.is_spent()));
+        // Two threads may have attached: the first stays.
+        let found = mapped
+            .entry((segment, incarnation))
+            .or_insert_with(|| Arc::new(attached));
+        Ok(found.clone())
     }
 
     fn attach(

@@ -59,11 +59,12 @@ impl Socket {
         Self::new(stream.into())
     }
 
-    /// Connects to an abstract Unix socket.
+    /// Connects to an abstract Unix socket. A listener whose queue is full costs one tick.
     pub(crate) fn connect_unix(name: &str) -> io::Result<Self> {
-        use std::os::linux::net::SocketAddrExt;
-        let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
-        Self::new(UnixStream::connect_addr(&address)?.into())
+        let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
+        socket.set_write_timeout(Some(TICK))?;
+        socket.connect(&socket2::SockAddr::unix(format!("\0{name}"))?)?;
+        Self::new(socket.into())
     }
 
     /// Takes a connected Unix stream.
@@ -116,8 +117,20 @@ impl Socket {
         }
     }
 
-    /// Makes at least `n` bytes contiguous in the buffer. `Ok(false)`: the peer closed cleanly before the first byte.
-    pub(crate) fn need(&mut self, n: usize, until: Until) -> io::Result<bool> {
+    /// Makes at least `n` bytes contiguous in the buffer.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` when the peer closed before.
+    pub(crate) fn need(&mut self, n: usize, until: Until) -> io::Result<()> {
+        if self.need_or_end(n, until)? {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::UnexpectedEof.into())
+        }
+    }
+
+    /// As [`Socket::need`]; `Ok(false)`: the peer closed cleanly, nothing was left.
+    pub(crate) fn need_or_end(&mut self, n: usize, until: Until) -> io::Result<bool> {
         if self.end - self.start >= n {
             return Ok(true);
         }
@@ -219,8 +232,8 @@ impl Socket {
     /// Reads and forgets `n` bytes.
     pub(crate) fn skip(&mut self, mut n: u64, until: Until) -> io::Result<()> {
         while n > 0 {
-            if self.start == self.end && !self.need(1, until)? {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+            if self.start == self.end {
+                self.need(1, until)?;
             }
             let step = ((self.end - self.start) as u64).min(n);
             self.start += step as usize;
@@ -274,7 +287,7 @@ pub(crate) struct Timed<'a> {
 
 impl Read for Timed<'_> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if !self.socket.need(1, Until::Deadline(self.deadline))? {
+        if !self.socket.need_or_end(1, Until::Deadline(self.deadline))? {
             return Ok(0);
         }
         let n = (self.socket.end - self.socket.start).min(out.len());

@@ -361,6 +361,10 @@ impl PoolClient {
                 }
                 // Nobody knows whether the master committed: ask.
                 (_, Err(error)) => {
+                    // Whatever is under way there is settled when this client leaves, not by closing the arena.
+                    if let Some(place) = &w.place {
+                        self.arenas.lost(place.arena);
+                    }
                     let place = w.place.as_ref();
                     let stored = data.is_ok()
                         && self.committed(w.request.key, place.map_or(0, |p| p.version), deadline);
@@ -481,7 +485,22 @@ impl PoolClient {
         if started.slots.len() != open.len() {
             return Err(self.control.surprise());
         }
-        self.refresh_view(deadline)?;
+        if let Err(error) = self.refresh_view(deadline) {
+            let versions = started
+                .slots
+                .iter()
+                .filter(|s| s.code == 0)
+                .map(|s| s.version)
+                .collect();
+            let revoke = wire::PutRevoke {
+                versions,
+                unsettled: false,
+            };
+            let _ = self
+                .control
+                .ask(operation::Kind::PutRevoke(revoke), deadline);
+            return Err(error);
+        }
         let view = self.view();
 
         // (index, slot's version, replica number) of every request.
@@ -588,13 +607,15 @@ impl PoolClient {
 
     /// An error with the figures a person needs.
     fn explain(&self, code: i32, size: u64, deadline: Instant) -> StoreError {
-        if code != -200 {
+        if code != -200 && code != StoreError::SegmentNotFound.code() {
             return StoreError::from_code(code);
         }
         let wanted_bytes = footprint(size).unwrap_or(u64::MAX);
         let segments = self.segments_by(deadline).unwrap_or_default();
         let largest_bytes = segments.iter().map(|s| s.size_bytes).max().unwrap_or(0);
-        if wanted_bytes > largest_bytes {
+        if segments.iter().all(|s| s.state != "ok") {
+            StoreError::NoNode
+        } else if wanted_bytes > largest_bytes {
             StoreError::TooLarge {
                 wanted_bytes,
                 largest_bytes,

@@ -34,6 +34,7 @@ pub(crate) fn router(master: Arc<Master>) -> Router {
         .route("/get_segments_detail", get(segments_detail))
         .route("/query_segment", get(query_segment))
         .route("/api/v1/remove_all", post(remove_all))
+        .fallback(|| async { (StatusCode::NOT_FOUND, "404 Not Found") })
         .with_state(master)
 }
 

@@ -1,6 +1,6 @@
 //! What the index holds of one object, and groups of objects.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -82,6 +82,7 @@ pub(crate) struct Group {
     pub(crate) name: Box<[u8]>,
     pub(crate) lease_until: AtomicU64,
     pub(crate) hard_pins: AtomicU32,
-    /// Hashes of the members' keys. Lock order: shard, then group.
-    pub(crate) members: Mutex<HashSet<u64, foldhash::fast::FixedState>>,
+    /// Hashes of the members' keys, with how many objects (one in the index, others on their way in or out) have each. Lock
+    /// order: shard, then group.
+    pub(crate) members: Mutex<HashMap<u64, u32, foldhash::fast::FixedState>>,
 }

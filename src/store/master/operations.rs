@@ -320,7 +320,11 @@ impl Call<'_> {
                     let expires = unix_ms() + WRITE_GRANT.as_millis() as u64;
                     let replicas = replicas
                         .iter()
-                        .filter_map(|r| self.grant(*r, length, GrantAccess::Write, expires))
+                        .map(|r| {
+                            // A place even for one that is gone: the client answers by position.
+                            self.grant(*r, length, GrantAccess::Write, expires)
+                                .unwrap_or_default()
+                        })
                         .collect();
                     return Ok(wire::PutSlot {
                         code: 0,

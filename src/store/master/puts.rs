@@ -66,6 +66,22 @@ pub(crate) struct Arena {
     pub(crate) closed: bool,
 }
 
+impl Arena {
+    /// Whether a range lies within, aligned, and nothing was put there yet.
+    fn is_free(&self, offset: u64, bytes: u64) -> bool {
+        let Some(end) = offset.checked_add(bytes) else {
+            return false;
+        };
+        let before = self.filled.range(..=offset).next_back();
+        let after = self.filled.range(offset..).next();
+        offset >= self.offset
+            && end <= self.offset + self.length
+            && offset.is_multiple_of(ALIGNMENT)
+            && before.is_none_or(|(s, l)| s + l <= offset)
+            && after.is_none_or(|(s, _)| end <= *s)
+    }
+}
+
 /// What the master says of an object that was put.
 #[derive(Clone, Debug)]
 pub(crate) struct Written {
@@ -103,7 +119,9 @@ impl MasterState {
             return Err(invalid("replica_num is 1 to 64"));
         }
         let hash = key::hash(qualified);
-        if !upsert && self.peek(hash, qualified, |_| ()).is_some() {
+        let view = self.segments.view();
+        // What lies on lost nodes only is no reason to refuse: the reader could not have it.
+        if !upsert && self.peek(hash, qualified, |o| Self::readable(&view, o)) == Some(true) {
             return Err(StoreError::Exists);
         }
         let largest_bytes = self.largest_segment();
@@ -314,7 +332,7 @@ impl MasterState {
         }
         let taken = shard
             .get(hash, &object.key)
-            .map(|o| (o.version, o.has_checksum));
+            .map(|o| (o.version, Self::readable(&view, o)));
         match taken {
             // The same put again, over another lane or after a restart of the master that has it from the node.
             Some((version, _)) if version == written.version => {
@@ -322,7 +340,7 @@ impl MasterState {
                 self.forget(&object);
                 Ok(false)
             }
-            Some(_) if !upsert => {
+            Some((_, true)) if !upsert => {
                 drop(shard);
                 self.forget(&object);
                 Err(StoreError::Exists)
@@ -332,6 +350,7 @@ impl MasterState {
                 self.insert(&mut shard, &view, object, now);
                 drop(shard);
                 if let Some(old) = old {
+                    self.note_gone(hash);
                     self.gone(&view, &old);
                     self.drop_replicas(&old.replicas, old.size, old.version);
                 }
@@ -419,8 +438,17 @@ impl MasterState {
         }
         let mut groups = self.groups.lock();
         let mut members = group.members.lock();
-        members.remove(&object.hash);
-        if members.is_empty() {
+        if let Some(count) = members.get_mut(&object.hash) {
+            *count -= 1;
+            if *count == 0 {
+                members.remove(&object.hash);
+            }
+        }
+        if members.is_empty()
+            && groups
+                .get(&group.name)
+                .is_some_and(|g| Arc::ptr_eq(g, group))
+        {
             groups.remove(&group.name);
         }
     }
@@ -448,7 +476,7 @@ impl MasterState {
                 vacant.insert(group).clone()
             }
         };
-        group.members.lock().insert(hash);
+        *group.members.lock().entry(hash).or_default() += 1;
         if attributes.hard_pin {
             group.hard_pins.fetch_add(1, Ordering::Relaxed);
         }
@@ -552,23 +580,21 @@ impl MasterState {
             .ok_or(StoreError::InvalidParams {
                 what: "size of an arena item".to_owned(),
             })?;
+        let shared = arena;
         let segment = {
-            let mut arena = arena.lock();
-            if arena.closed || arena.client != client {
+            let mut arena = shared.lock();
+            if arena.closed || arena.client != client || !arena.versions.contains(&written.version)
+            {
                 return Err(unknown);
             }
-            let end = offset.checked_add(bytes);
-            let inside = offset >= arena.offset
-                && end.is_some_and(|e| e <= arena.offset + arena.length)
-                && offset.is_multiple_of(ALIGNMENT)
-                && arena.versions.contains(&written.version);
-            let before = arena.filled.range(..=offset).next_back();
-            let after = arena.filled.range(offset..).next();
-            let free = before.is_none_or(|(s, l)| s + l <= offset)
-                && after.is_none_or(|(s, _)| end.is_some_and(|e| e <= *s));
-            if !inside || !free {
+            if arena.filled.contains_key(&offset) {
+                // The same commit again, over another lane.
+                drop(arena);
+                return self.committed_before(&shared, qualified, written.version);
+            }
+            if !arena.is_free(offset, bytes) {
                 return Err(StoreError::InvalidParams {
-                    what: "range or version of an arena item".to_owned(),
+                    what: "range of an arena item".to_owned(),
                 });
             }
             arena.filled.insert(offset, bytes);
@@ -590,12 +616,31 @@ impl MasterState {
         );
         if done == Err(StoreError::Exists) {
             // The writer may still be writing: it takes the item back when it has ended.
-            arena
+            shared
                 .lock()
                 .refused
                 .insert(written.version, (replica, size));
         }
         done.map(|_| ())
+    }
+
+    /// What a commit that was carried out before came to.
+    fn committed_before(
+        &self,
+        arena: &Mutex<Arena>,
+        qualified: &[u8],
+        version: u64,
+    ) -> Result<(), StoreError> {
+        if arena.lock().refused.contains_key(&version) {
+            return Err(StoreError::Exists);
+        }
+        let is_it = |o: &Object| o.version == version;
+        match self.peek(key::hash(qualified), qualified, is_it) {
+            Some(true) => Ok(()),
+            _ => Err(StoreError::InvalidWrite {
+                what: "an item committed before, and gone since",
+            }),
+        }
     }
 
     /// Takes back an item: its commit was refused, or its data did not arrive. See [`MasterState::discard`].
@@ -632,15 +677,16 @@ impl MasterState {
             if let Some(object) = self.take_version(qualified, version) {
                 self.discard(&object.replicas, object.size, version, client, settled, now);
             }
-        } else if let Some(bytes) = footprint(size).filter(|b| {
-            offset >= arena.offset && offset.saturating_add(*b) <= arena.offset + arena.length
-        }) {
+        } else if let Some(bytes) = footprint(size).filter(|b| arena.is_free(offset, *b)) {
             // The commit never came: keep the range from being freed with the arena's gaps.
             arena.filled.insert(offset, bytes);
             let replica = Replica {
                 segment: arena.segment,
                 offset,
             };
+            if let Some(state) = self.segments.get(arena.segment) {
+                state.arena_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            }
             self.discard(&[replica], size, version, client, settled, now);
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! Nodes coming and going: registration with their directory (how the index survives the master), loss, unmounting,
 //! and settling what a vanished writer left behind.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -59,9 +60,61 @@ pub(crate) struct Registration {
     /// The node was known and kept its memory. It forgets only what it was told to, so everything the index has there
     /// is still true; what it reports beyond that is dropped.
     returning: bool,
+    /// It was unmounted by this master before: what happened to its objects since.
+    forgotten: Option<Departed>,
+}
+
+/// Most keys remembered for a node that was unmounted and may return.
+const DEPARTED_KEYS_MAX: usize = 200_000;
+/// Most such nodes.
+const DEPARTED_NODES_MAX: usize = 64;
+
+/// What a node that was unmounted has missed (D2): if it returns, these objects of its must not.
+#[derive(Debug, Default)]
+pub(crate) struct Departed {
+    /// Hashes of keys removed or replaced since.
+    keys: HashSet<u64>,
+    /// Versions it had been asked to drop.
+    versions: HashSet<u64>,
+    /// More than can be remembered: nothing of it is taken back.
+    all: bool,
+}
+
+impl Departed {
+    fn forgets(&self, entry: &Reported) -> bool {
+        self.all
+            || self.versions.contains(&entry.written.version)
+            || self.keys.contains(&key::hash(&entry.key))
+    }
 }
 
 impl MasterState {
+    /// A key was removed or replaced: nodes that are away hear of it when they return.
+    pub(crate) fn note_gone(&self, hash: u64) {
+        if !self.any_departed.load(Ordering::Acquire) {
+            return;
+        }
+        for departed in self.departed.lock().values_mut() {
+            if departed.keys.len() < DEPARTED_KEYS_MAX {
+                departed.keys.insert(hash);
+            } else {
+                departed.all = true;
+            }
+        }
+    }
+
+    fn depart(&self, node: &NodeState) {
+        let mut departed = self.departed.lock();
+        if departed.len() >= DEPARTED_NODES_MAX {
+            // Somebody has to be forgotten; that one is then taken for a stranger.
+            let first = departed.keys().next().copied();
+            first.map(|id| departed.remove(&id));
+        }
+        let entry = departed.entry(node.id).or_default();
+        entry.versions.extend(node.drops.lock().versions());
+        self.any_departed.store(true, Ordering::Release);
+    }
+
     /// A node registers. A returning one keeps its segments; one that listens where another did replaces it.
     #[expect(
         clippy::too_many_arguments,
@@ -86,7 +139,6 @@ impl MasterState {
             self.unmount(half, now);
         }
         if let Some(node) = known.filter(|n| n.indexed.load(Ordering::Acquire)) {
-            node.drops.lock().requeue();
             if node.phase() != NodePhase::Rebuilding {
                 self.rebuilding.fetch_add(1, Ordering::AcqRel);
             }
@@ -99,6 +151,7 @@ impl MasterState {
             return Registration {
                 node,
                 returning: true,
+                forgotten: None,
             };
         }
         for old in self.segments.nodes() {
@@ -114,6 +167,7 @@ impl MasterState {
         Registration {
             node,
             returning: false,
+            forgotten: self.departed.lock().remove(&id),
         }
     }
 
@@ -133,6 +187,13 @@ impl MasterState {
                 self.tell_drop(node, &entry);
             }
             return;
+        }
+        if registration
+            .forgotten
+            .as_ref()
+            .is_some_and(|d| d.forgets(&entry))
+        {
+            return self.tell_drop(node, &entry);
         }
         let Some(bytes) = footprint(entry.size).filter(|_| key::split(&entry.key).is_some()) else {
             return self.tell_drop(node, &entry);
@@ -154,8 +215,12 @@ impl MasterState {
     fn adopt_complete(&self, entry: Reported, replica: Replica, now: Millis) {
         let hash = key::hash(&entry.key);
         let version = entry.written.version;
-        let view = self.segments.view();
         let mut shard = self.shard(hash);
+        // Under the shard's lock, as in `complete`: a node unmounted meanwhile leaves nothing behind.
+        let view = self.segments.view();
+        if mounted(&view, replica).is_none() {
+            return;
+        }
         let known = shard.get_mut(hash, &entry.key);
         match known {
             Some(object) if object.version == version => {
@@ -224,18 +289,28 @@ impl MasterState {
     }
 
     /// The directory is complete: what the index has there and the node has not is gone; the node is in service.
-    pub(crate) fn registered(&self, registration: Registration) {
+    ///
+    /// False when the node was unmounted meanwhile.
+    pub(crate) fn registered(&self, registration: Registration) -> bool {
         let node = registration.node;
         node.indexed.store(true, Ordering::Release);
-        node.set_phase(NodePhase::Ok);
+        if !node.advance_phase(NodePhase::Rebuilding, NodePhase::Ok) {
+            return false;
+        }
         self.rebuilding.fetch_sub(1, Ordering::AcqRel);
         self.segments.changed();
         self.progress.advance();
+        true
     }
 
-    /// A node has served a master of `last_term`: if that was another one, ours must be later.
-    pub(crate) fn raise_term_above_others(&self, last_term: u64) {
-        if last_term > self.term() {
+    /// A node that has served another master, or this one before it was unmounted, is welcomed under a later term: what was
+    /// granted there before must not be written any more.
+    pub(crate) fn raise_term_for(&self, id: Id128, last_term: u64) {
+        let indexed = self
+            .segments
+            .node(id)
+            .is_some_and(|n| n.indexed.load(Ordering::Acquire));
+        if last_term > self.term() || (last_term == self.term() && !indexed) {
             self.raise_term(last_term);
         }
     }
@@ -253,9 +328,8 @@ impl MasterState {
 
     /// A registration that broke off: the node counts as lost until it tries again.
     pub(crate) fn registration_failed(&self, node: &Arc<NodeState>) {
-        if node.phase() == NodePhase::Rebuilding {
+        if node.advance_phase(NodePhase::Rebuilding, NodePhase::Lost) {
             self.rebuilding.fetch_sub(1, Ordering::AcqRel);
-            node.set_phase(NodePhase::Lost);
             self.segments.changed();
         }
     }
@@ -275,6 +349,7 @@ impl MasterState {
     /// Takes a node out with everything that lay only there.
     pub(crate) fn unmount(&self, node: &Arc<NodeState>, _now: Millis) {
         self.registration_failed(node);
+        self.depart(node);
         self.segments.unmount(node);
         let of_node = |r: &Replica| node.slots.contains(&r.segment);
         self.purge(of_node);
@@ -362,25 +437,23 @@ impl MasterState {
         }
     }
 
-    /// Versions in the job's range that are complete objects: the node keeps them.
-    pub(crate) fn kept(&self, job: &ReconcileJob) -> Vec<u64> {
-        match &job.what {
-            Settles::Range => Vec::new(),
-            Settles::Arena(id) => {
-                let Some(arena) = self.arenas.lock().get(id).cloned() else {
-                    return Vec::new();
-                };
-                let versions = arena.lock().versions.clone();
-                let mut kept = Vec::new();
-                self.walk(0, usize::MAX, |o| {
-                    if versions.contains(&o.version) {
-                        kept.push(o.version);
-                    }
-                    false
-                });
-                kept
+    /// Which versions a job concerns (`0..0`: all in its range), and those of them that are objects: the node keeps them.
+    pub(crate) fn kept(&self, job: &ReconcileJob) -> (std::ops::Range<u64>, Vec<u64>) {
+        let Settles::Arena(id) = &job.what else {
+            return (0..0, Vec::new());
+        };
+        let Some(arena) = self.arenas.lock().get(id).cloned() else {
+            return (0..0, Vec::new());
+        };
+        let versions = arena.lock().versions.clone();
+        let mut kept = Vec::new();
+        self.walk(0, usize::MAX, |o| {
+            if versions.contains(&o.version) {
+                kept.push(o.version);
             }
-        }
+            false
+        });
+        (versions, kept)
     }
 
     /// The node's answer to a reconciliation.
@@ -405,25 +478,29 @@ impl MasterState {
                 self.progress.advance();
             }
             Settles::Arena(arena) => {
-                for version in missing {
-                    self.remove_missing(*version);
-                }
+                self.remove_missing(missing);
                 self.arena_dissolve(arena);
             }
         }
     }
 
-    /// An object that was committed and never arrived.
-    fn remove_missing(&self, version: u64) {
-        let mut found = None;
+    /// Objects that were committed and never arrived.
+    fn remove_missing(&self, missing: &[u64]) {
+        if missing.is_empty() {
+            return;
+        }
+        let missing: HashSet<u64> = missing.iter().copied().collect();
+        let mut found = Vec::new();
         self.walk(0, usize::MAX, |o| {
-            if o.version == version {
-                found = Some(o.key.clone());
+            if missing.contains(&o.version) {
+                found.push((o.key.clone(), o.version));
             }
             false
         });
-        if let Some(object) = found.and_then(|key| self.take_version(&key, version)) {
-            self.drop_replicas(&object.replicas, object.size, version);
+        for (key, version) in found {
+            if let Some(object) = self.take_version(&key, version) {
+                self.drop_replicas(&object.replicas, object.size, version);
+            }
         }
     }
 

@@ -69,6 +69,7 @@ impl MasterState {
             shard.remove(hash, qualified)
         };
         if let Some(object) = object {
+            self.note_gone(object.hash);
             self.dismiss(&object);
             add(&self.counters.removed, 1);
         }
@@ -94,6 +95,7 @@ impl MasterState {
             });
             removed += gone.len() as u64;
             for object in gone {
+                self.note_gone(object.hash);
                 self.dismiss(&object);
             }
         }
@@ -172,7 +174,7 @@ impl MasterState {
                 }
                 idle_shards = 0;
                 for victim in victims {
-                    wanted = wanted.saturating_sub(self.evict_one(&victim, now));
+                    wanted = wanted.saturating_sub(self.evict_one(&victim, *soft_pinned_too, now));
                 }
             }
         }
@@ -180,16 +182,16 @@ impl MasterState {
     }
 
     /// Finishes the eviction of an object that has left its shard, with its group. Returns the bytes of the others.
-    fn evict_one(&self, victim: &Object, now: Millis) -> u64 {
+    fn evict_one(&self, victim: &Object, soft_pinned_too: bool, now: Millis) -> u64 {
         let mut bytes = 0;
         if let Some(group) = &victim.group {
-            let members: Vec<u64> = group.members.lock().iter().copied().collect();
+            let members: Vec<u64> = group.members.lock().keys().copied().collect();
             for hash in members.into_iter().filter(|h| *h != victim.hash) {
                 let of_group = |o: &Object| {
                     o.group
                         .as_ref()
                         .is_some_and(|g| std::sync::Arc::ptr_eq(g, group))
-                        && o.evictable(now, true)
+                        && o.evictable(now, soft_pinned_too)
                 };
                 let member = self.shard(hash).remove_by_hash(hash, of_group);
                 if let Some(member) = member {
@@ -243,11 +245,22 @@ impl MasterState {
         used - watermark + (capacity as f64 * self.config.eviction_ratio) as u64
     }
 
-    /// Evicts for an allocation of `payload` bytes that found no room.
-    pub(crate) fn make_room(&self, wanted_bytes: u64, now: Millis) -> u64 {
-        let wanted = footprint(wanted_bytes).unwrap_or(wanted_bytes);
+    /// Evicts for an allocation of `payload_bytes` that found no room. What is already on its way to being free counts.
+    pub(crate) fn make_room(&self, payload_bytes: u64, now: Millis) -> u64 {
+        let wanted = footprint(payload_bytes).unwrap_or(payload_bytes);
         let (capacity, _) = self.capacity();
+        let nodes = self.segments.nodes();
+        let leaving: u64 = nodes
+            .iter()
+            .filter(|n| n.phase() == super::segments::NodePhase::Ok)
+            .map(|n| n.drops.lock().bytes())
+            .sum();
         // A little more than asked: the next ones are coming.
-        self.evict(wanted.max(capacity / 512), now)
+        let wanted = wanted.max(capacity / 512).saturating_sub(leaving);
+        if wanted == 0 {
+            0
+        } else {
+            self.evict(wanted, now)
+        }
     }
 }

@@ -62,8 +62,11 @@ pub(crate) struct Drop {
 /// Drops of one node, in order, until acknowledged.
 #[derive(Debug, Default)]
 pub(crate) struct DropQueue {
+    /// Number of the last message.
     assigned: u64,
-    acked: u64,
+    /// Drops queued and drops acknowledged since the beginning; the order never changes.
+    queued: u64,
+    done: u64,
     pending: Vec<Drop>,
     in_flight: VecDeque<(u64, Vec<Drop>)>,
 }
@@ -71,6 +74,7 @@ pub(crate) struct DropQueue {
 impl DropQueue {
     pub(crate) fn push(&mut self, drop: Drop) {
         self.pending.push(drop);
+        self.queued += 1;
     }
 
     /// The next message: its sequence and drops.
@@ -89,8 +93,8 @@ impl DropQueue {
     pub(crate) fn ack(&mut self, sequence: u64) -> Vec<FreeRange> {
         let mut freed = Vec::new();
         while self.in_flight.front().is_some_and(|(s, _)| *s <= sequence) {
-            if let Some((s, batch)) = self.in_flight.pop_front() {
-                self.acked = s;
+            if let Some((_, batch)) = self.in_flight.pop_front() {
+                self.done += batch.len() as u64;
                 freed.extend(batch.into_iter().filter_map(|d| d.frees));
             }
         }
@@ -104,18 +108,21 @@ impl DropQueue {
         self.pending = again;
     }
 
-    /// The sequence whose acknowledgement means that everything queued so far is done; `None` when it is.
+    /// The count that is reached when everything queued so far is done; `None` when it is.
     pub(crate) fn barrier(&self) -> Option<u64> {
-        if !self.pending.is_empty() {
-            // Possibly split over several messages.
-            Some(self.assigned + (self.pending.len() as u64).div_ceil(DROPS_PER_MESSAGE as u64))
-        } else {
-            self.in_flight.back().map(|(s, _)| *s)
-        }
+        (self.done < self.queued).then_some(self.queued)
     }
 
-    pub(crate) fn reached(&self, sequence: u64) -> bool {
-        self.acked >= sequence || (self.pending.is_empty() && self.in_flight.is_empty())
+    pub(crate) fn reached(&self, count: u64) -> bool {
+        self.done >= count
+    }
+
+    /// Versions that were to be dropped and perhaps were not.
+    pub(crate) fn versions(&self) -> impl Iterator<Item = u64> + '_ {
+        self.pending
+            .iter()
+            .chain(self.in_flight.iter().flat_map(|(_, b)| b))
+            .map(|d| d.version)
     }
 
     /// Bytes that will be free once all is acknowledged.
@@ -184,9 +191,33 @@ impl NodeState {
         }
     }
 
-    /// The session that now sends this node's messages.
+    /// The session that now sends this node's messages; what an earlier one sent without an answer is sent again.
     pub(crate) fn attach(&self, session: u64, waker: Waker) {
-        *self.waker.lock() = Some((session, waker));
+        let mut current = self.waker.lock();
+        self.drops.lock().requeue();
+        *current = Some((session, waker));
+    }
+    /// Whether `session` is (still) the one that speaks for this node.
+    pub(crate) fn is_current(&self, session: u64) -> bool {
+        self.waker
+            .lock()
+            .as_ref()
+            .is_some_and(|(s, _)| *s == session)
+    }
+    /// The next drops to send; `Err` when another session has taken over.
+    pub(crate) fn take_drops(&self, session: u64) -> Result<Option<(u64, Vec<Drop>)>, ()> {
+        let current = self.waker.lock();
+        if !current.as_ref().is_some_and(|(s, _)| *s == session) {
+            return Err(());
+        }
+        Ok(self.drops.lock().take(DROPS_PER_MESSAGE))
+    }
+    /// Changes the phase if it is `from`; tells whether it was.
+    pub(crate) fn advance_phase(&self, from: NodePhase, to: NodePhase) -> bool {
+        let (from, to) = (from as u8, to as u8);
+        self.phase
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
     }
     /// Whether `session` is the current one; then it is detached.
     pub(crate) fn detach(&self, session: u64) -> bool {

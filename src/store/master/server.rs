@@ -43,7 +43,9 @@ impl MasterServer {
         })
         .max_decoding_message_size(BATCH_BYTES_MAX)
         .max_encoding_message_size(BATCH_BYTES_MAX);
-        let grpc = tonic::service::Routes::new(service).into_axum_router();
+        let grpc = tonic::service::Routes::new(service)
+            .into_axum_router()
+            .reset_fallback();
         let router =
             http::router(master.clone())
                 .merge(grpc)

@@ -12,7 +12,7 @@ use super::Master;
 use super::object::Attributes;
 use super::puts::Written;
 use super::rebuild::{Registration, Reported};
-use super::segments::{DROPS_PER_MESSAGE, NodePhase, NodeState, Offer};
+use super::segments::{NodePhase, NodeState, Offer};
 use crate::base::clock::Millis;
 use crate::store::wire::{self, master_message::Kind as Out, node_message::Kind as In};
 
@@ -20,6 +20,9 @@ use crate::store::wire::{self, master_message::Kind as Out, node_message::Kind a
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Bound on the silence between messages of a registration.
 const REGISTRATION_SILENCE: Duration = Duration::from_secs(10);
+/// Write grants live for 600 s: those that expire within this were issued before now, those issued after do not. A second
+/// less, so that a grant issued in this very moment is not taken for an old one.
+const FENCED_GRANTS_MS: u64 = 600_000 - 1000;
 /// Segments of one node.
 const SEGMENTS_MAX: usize = 64;
 
@@ -52,9 +55,10 @@ pub(crate) async fn serve(
             return;
         }
     };
-    master.state.raise_term_above_others(register.last_term);
+    let id = wire::id(register.node_high, register.node_low);
+    master.state.raise_term_for(id, register.last_term);
     let registration = master.state.register(
-        wire::id(register.node_high, register.node_low),
+        id,
         &register.name,
         &register.address,
         &register.host_id,
@@ -78,7 +82,7 @@ pub(crate) async fn serve(
     {
         tracing::info!(node = %node.name, address = %node.address, "node in service");
         if send(&outbox, Out::Ready(wire::Ready {})).await {
-            in_service(&master, &node, &mut inbox, &outbox, &woken).await;
+            in_service(&master, &node, session, &mut inbox, &outbox, &woken).await;
         }
     }
     if node.detach(session) {
@@ -139,9 +143,10 @@ async fn directory(
                 });
             }
             In::DirectoryEnd(end) => {
-                tokio::task::block_in_place(|| master.state.registered(registration));
+                let in_service =
+                    tokio::task::block_in_place(|| master.state.registered(registration));
                 tracing::info!(node = %node.name, entries = end.entries, "directory indexed");
-                return true;
+                return in_service;
             }
             _ => {}
         }
@@ -172,6 +177,7 @@ fn reported(entry: wire::DirectoryEntry) -> Reported {
 async fn in_service(
     master: &Arc<Master>,
     node: &Arc<NodeState>,
+    session: u64,
     inbox: &mut Streaming<wire::NodeMessage>,
     outbox: &Outbox,
     woken: &Notify,
@@ -179,12 +185,15 @@ async fn in_service(
     let mut drain_deadline = None;
     let mut tick = tokio::time::interval(Duration::from_millis(100));
     loop {
-        if !flush(master, node, outbox).await {
+        if !flush(master, node, session, outbox).await {
             return;
         }
         tokio::select! {
             message = inbox.message() => {
                 let Ok(Some(wire::NodeMessage { kind: Some(kind) })) = message else { return };
+                if !node.is_current(session) {
+                    return;
+                }
                 let now = Millis::now();
                 node.last_seen.store(now.0, Ordering::Relaxed);
                 match kind {
@@ -223,9 +232,11 @@ async fn in_service(
 }
 
 /// Sends queued drops and reconciliations.
-async fn flush(master: &Master, node: &NodeState, outbox: &Outbox) -> bool {
+async fn flush(master: &Master, node: &NodeState, session: u64, outbox: &Outbox) -> bool {
     loop {
-        let batch = node.drops.lock().take(DROPS_PER_MESSAGE);
+        let Ok(batch) = node.take_drops(session) else {
+            return false;
+        };
         let Some((sequence, drops)) = batch else {
             break;
         };
@@ -245,7 +256,7 @@ async fn flush(master: &Master, node: &NodeState, outbox: &Outbox) -> bool {
     for sequence in due {
         let job = master.state.reconciles.lock().get(&sequence).cloned();
         let Some(job) = job else { continue };
-        let keep = tokio::task::block_in_place(|| master.state.kept(&job));
+        let (versions, keep) = tokio::task::block_in_place(|| master.state.kept(&job));
         let message = wire::Reconcile {
             sequence,
             segment: job.node_segment,
@@ -254,6 +265,9 @@ async fn flush(master: &Master, node: &NodeState, outbox: &Outbox) -> bool {
             client_high: job.client.high,
             client_low: job.client.low,
             keep,
+            version_from: versions.start,
+            version_to: versions.end,
+            fence_expires_unix_ms: crate::base::clock::unix_ms() + FENCED_GRANTS_MS,
         };
         if !send(outbox, Out::Reconcile(message)).await {
             return false;

@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use foldhash::fast::FixedState;
@@ -18,10 +18,11 @@ use super::config::MasterConfig;
 use super::eviction::Access;
 use super::object::{Group, Object};
 use super::puts::{Arena, PendingPut};
-use super::rebuild::ReconcileJob;
+use super::rebuild::{Departed, ReconcileJob};
 use super::segments::{SegmentTable, SegmentsView};
 use super::shard::Shard;
 use crate::base::clock::{Millis, unix_ms};
+use crate::base::id::Id128;
 use crate::base::prefetch::prefetch;
 
 /// Shards of the index; a power of two. Many, so that whatever holds one lock is short.
@@ -79,6 +80,9 @@ pub(crate) struct MasterState {
     pub(crate) arenas: Mutex<HashMap<u64, Arc<Mutex<Arena>>>>,
     pub(crate) groups: Mutex<HashMap<Box<[u8]>, Arc<Group>>>,
     pub(crate) reconciles: Mutex<HashMap<u64, ReconcileJob>>,
+    /// Nodes unmounted by this master that may return.
+    pub(crate) departed: Mutex<HashMap<Id128, Departed>>,
+    pub(crate) any_departed: AtomicBool,
     pub(crate) next_id: AtomicU64,
     versions: AtomicU64,
     term: AtomicU64,
@@ -103,6 +107,8 @@ impl MasterState {
             arenas: Mutex::default(),
             groups: Mutex::default(),
             reconciles: Mutex::default(),
+            departed: Mutex::default(),
+            any_departed: AtomicBool::new(false),
             next_id: AtomicU64::new(1),
             // Later masters issue larger versions and terms: both begin at the wall clock, and what nodes report
             // corrects a clock that went back. 1024 versions a microsecond cannot be outrun.
@@ -185,7 +191,7 @@ impl MasterState {
         }
     }
 
-    fn readable(view: &SegmentsView, object: &Object) -> bool {
+    pub(crate) fn readable(view: &SegmentsView, object: &Object) -> bool {
         object.replicas.iter().any(|r| {
             view.get(r.segment as usize)
                 .and_then(Option::as_ref)

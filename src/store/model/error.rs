@@ -105,6 +105,11 @@ pub enum StoreError {
         /// Bytes asked for, header included.
         wanted_bytes: u64,
     },
+    /// Nobody contributes memory.
+    #[error(
+        "the pool has no node in service: start one with `mooncake node`, or the master with --memory"
+    )]
+    NoNode,
     /// Larger than any segment of the pool.
     #[error(
         "the object needs {wanted_bytes} bytes in one segment and the largest one has {largest_bytes}"
@@ -192,7 +197,7 @@ impl StoreError {
             Self::NotFound => -704,
             Self::Exists => -705,
             Self::Leased => -706,
-            Self::NoSpace { .. } | Self::TooLarge { .. } => -200,
+            Self::NoSpace { .. } | Self::NoNode | Self::TooLarge { .. } => -200,
             Self::InvalidKey { .. } => -400,
             Self::InvalidParams { .. } | Self::BufferTooSmall { .. } => -600,
             Self::SegmentNotFound => -101,

@@ -3,7 +3,7 @@
 //! Every object written here leaves an entry before it is published; an entry counts as complete while the object's
 //! header in memory carries its version. Knows nothing of masters; `session` tells them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -122,8 +122,8 @@ impl NodeDirectory {
         erase(segment, offset, version);
     }
 
-    /// A page of entries of one segment from `from` on, as they go to a master, and the next offset. Entries that were
-    /// never completed are reported as pending while their writer may still complete them, and forgotten otherwise.
+    /// A page of entries of one segment from `from` on, as they go to a master, and the next offset. Entries that are not
+    /// complete are reported as pending: the master settles them.
     pub fn page(
         &self,
         segment: u32,
@@ -134,7 +134,7 @@ impl NodeDirectory {
         let Some((memory, entries)) = segments.get(segment as usize) else {
             return (Vec::new(), None);
         };
-        let mut entries = entries.lock();
+        let entries = entries.lock();
         let page: Vec<(u64, Entry)> = entries
             .range(from..)
             .take(count)
@@ -144,10 +144,6 @@ impl NodeDirectory {
         let mut out = Vec::with_capacity(page.len());
         for (offset, e) in page {
             let pending = !memory.memory.word_is(offset, e.version);
-            if pending && !self.is_shared_writer(e.client) {
-                entries.remove(&offset);
-                continue;
-            }
             out.push(DirectoryEntry {
                 key: bytes::Bytes::copy_from_slice(&e.key),
                 segment,
@@ -168,28 +164,33 @@ impl NodeDirectory {
         (out, next)
     }
 
-    /// Settles a range whose writer is gone: keeps the complete entries of `keep`, drops the others, and returns the
-    /// versions of `keep` that are not complete here.
-    pub fn settle(&self, segment: u32, offset: u64, length: u64, keep: &[u64]) -> Vec<u64> {
+    /// Settles a range whose writer is gone: of the versions concerned, keeps the complete entries of `keep`, drops the
+    /// others, and returns the versions of `keep` that are not complete here.
+    pub fn settle(&self, r: &wire::Reconcile) -> Vec<u64> {
+        let keep: HashSet<u64> = r.keep.iter().copied().collect();
+        let all = r.version_to == 0;
+        let concerned = |v: u64| all || (r.version_from..r.version_to).contains(&v);
         let segments = self.segments.read();
-        let Some((memory, entries)) = segments.get(segment as usize) else {
-            return keep.to_vec();
+        let Some((memory, entries)) = segments.get(r.segment as usize) else {
+            return r.keep.clone();
         };
         let mut entries = entries.lock();
+        let end = r.offset.saturating_add(r.length_bytes);
         let found: Vec<(u64, u64)> = entries
-            .range(offset..offset.saturating_add(length))
+            .range(r.offset..end)
             .map(|(at, e)| (*at, e.version))
+            .filter(|(_, version)| concerned(*version))
             .collect();
-        let mut kept = Vec::new();
+        let mut kept = HashSet::new();
         for (at, version) in found {
             if keep.contains(&version) && memory.memory.word_is(at, version) {
-                kept.push(version);
+                kept.insert(version);
             } else {
                 entries.remove(&at);
                 erase(memory, at, version);
             }
         }
-        keep.iter().copied().filter(|v| !kept.contains(v)).collect()
+        keep.difference(&kept).copied().collect()
     }
 
     /// Whether a client has our memory mapped.
@@ -284,11 +285,14 @@ mod tests {
         s.memory.publish(0, 5);
         assert!(record(&d, b"b", 192, 10, 6));
         assert_eq!(d.len(), 2);
-        // Never published, and its writer has nothing mapped: forgotten when a master asks.
         let (page, next) = d.page(0, 0, 10);
-        assert_eq!((page.len(), next), (1, None));
+        assert_eq!((page.len(), next), (2, None));
         assert_eq!((page[0].version, page[0].pending), (5, false));
-        assert_eq!(d.len(), 1);
+        assert_eq!(
+            (page[1].version, page[1].pending),
+            (6, true),
+            "never published"
+        );
         // Overwritten: the old entry goes.
         assert!(record(&d, b"c", 64, 500, 7));
         assert_eq!(d.len(), 1);
@@ -299,8 +303,17 @@ mod tests {
         assert!(d.is_empty() && s.memory.word_is(64, 0));
         assert!(record(&d, b"d", 4096, 10, 9) && record(&d, b"e", 4224, 10, 10));
         s.memory.publish(4096, 9);
-        assert_eq!(d.settle(0, 4096, 4096, &[9, 10]), [10]);
-        assert_eq!(d.len(), 1);
+        assert!(record(&d, b"f", 4352, 10, 99), "of another writer");
+        let range = wire::Reconcile {
+            offset: 4096,
+            length_bytes: 4096,
+            keep: vec![9, 10],
+            version_from: 8,
+            version_to: 20,
+            ..wire::Reconcile::default()
+        };
+        assert_eq!(d.settle(&range), [10]);
+        assert_eq!(d.len(), 2);
         assert!(s.memory.word_is(4096, 9));
     }
 

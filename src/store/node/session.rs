@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -11,6 +11,7 @@ use tonic::{Request, Streaming};
 
 use super::{NodePhase, Shared};
 use crate::base::net::{join_host_port, split_host_port};
+use crate::engine::host::RangeFence;
 use crate::store::wire::{
     self, BATCH_BYTES_MAX, MasterMessage, NodeMessage, master_message::Kind as In,
     node_message::Kind as Out, pool_client::PoolClient,
@@ -18,6 +19,8 @@ use crate::store::wire::{
 
 /// Pause before trying a master again. Short: a restarted master answers nothing about us until we are back.
 const RETRY: Duration = Duration::from_millis(150);
+/// How long writes that are fenced off may take to end; then it is tried again.
+const FENCE_PATIENCE: Duration = Duration::from_secs(5);
 /// Entries of one directory message.
 const PAGE: usize = 4096;
 
@@ -106,7 +109,12 @@ async fn session(shared: &Arc<Shared>) -> Result<(), String> {
     }
     // Writes that an earlier master granted end here: the new one may give their ranges to others.
     let host = shared.host.clone();
-    tokio::task::block_in_place(|| host.fence_writes(welcome.term));
+    let fenced = tokio::task::block_in_place(|| {
+        host.fence_writes(welcome.term, Instant::now() + FENCE_PATIENCE)
+    });
+    if !fenced {
+        return Err("writes granted by an earlier master are still under way".to_owned());
+    }
     shared.term.store(welcome.term, Ordering::Release);
     stream_directory(shared, &out).await?;
     serve(
@@ -202,15 +210,24 @@ async fn serve(
     }
 }
 
+/// Takes a range from its writer: late writes are refused, those under way have ended, nobody has it mapped. Only then is
+/// it settled.
 fn reconcile(shared: &Shared, r: &wire::Reconcile) -> wire::ReconcileReport {
     let client = wire::id(r.client_high, r.client_low);
-    let busy = shared.directory.is_shared_writer(client) || !shared.server.quiet(client);
+    let fence = RangeFence {
+        segment: r.segment,
+        offset: r.offset,
+        length: r.length_bytes,
+        expires_before_unix_ms: r.fence_expires_unix_ms,
+    };
+    let ended = shared
+        .host
+        .fence_range(fence, Instant::now() + Duration::from_millis(200));
+    let busy = !ended || shared.directory.is_shared_writer(client);
     let missing = if busy {
         Vec::new()
     } else {
-        shared
-            .directory
-            .settle(r.segment, r.offset, r.length_bytes, &r.keep)
+        shared.directory.settle(r)
     };
     wire::ReconcileReport {
         sequence: r.sequence,
