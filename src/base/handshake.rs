@@ -58,7 +58,7 @@ pub enum HandshakeError {
         peer: String,
     },
     /// The port serves another kind of lane.
-    #[error("the peer does not serve this kind of lane: check that the address is a {0:?} port")]
+    #[error("wrong port: {}", if *.0 == LaneKind::Control { "this is a node's data port, give the master's" } else { "this is a master's port, data goes to nodes" })]
     Kind(LaneKind),
     /// The token is missing or wrong.
     #[error(

@@ -32,7 +32,11 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
         print::json(&serde_json::Value::Object(all.collect()))?;
     } else {
         for (key, found) in keys.iter().zip(&found) {
-            print::line(&format!("{}  {key}", if *found { "yes" } else { "no " }))?;
+            print::line(&format!(
+                "{}  {}",
+                if *found { "yes" } else { "no " },
+                print::shown(key)
+            ))?;
         }
     }
     let all = found.iter().all(|f| *f);

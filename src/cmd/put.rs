@@ -178,7 +178,8 @@ fn read(file: &str) -> anyhow::Result<Vec<u8>> {
         bytes = std::fs::read(file).with_context(|| format!("cannot read {file}"))?;
     }
     if bytes.is_empty() {
-        return Err(UsageError(format!("{file} is empty: an object has at least 1 byte")).into());
+        let name = if file == "-" { "standard input" } else { file };
+        return Err(UsageError(format!("{name} is empty: an object has at least 1 byte")).into());
     }
     Ok(bytes)
 }
@@ -217,7 +218,12 @@ fn put_many(
     let size = |path: &Path| std::fs::metadata(path).map_or(0, |m| m.len());
     let bar = progress(sources.iter().map(|(_, p)| size(p)).sum());
     let mut said = Vec::with_capacity(sources.len());
-    let mut rest = sources;
+    let filled: Vec<(String, PathBuf)> = sources
+        .iter()
+        .filter(|(_, path)| size(path) > 0)
+        .cloned()
+        .collect();
+    let mut rest = filled.as_slice();
     while !rest.is_empty() {
         let mut bytes = 0;
         let count = rest
@@ -235,6 +241,10 @@ fn put_many(
         bar.set_position(said.iter().map(|s| s.1).sum());
     }
     bar.finish_and_clear();
+    // An object has at least one byte: an empty file is said, not tried.
+    for (key, _) in sources.iter().filter(|(_, path)| size(path) == 0) {
+        print::error_line(&format!("mooncake: {key} is empty and was not stored"));
+    }
     Ok(said)
 }
 

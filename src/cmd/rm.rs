@@ -57,7 +57,7 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
             print::json(&serde_json::Value::Object(all.collect()))?;
         } else {
             for (key, result) in keys.iter().zip(&results) {
-                print::line(&format!("{key}: {}", said(result)))?;
+                print::line(&format!("{}: {}", print::shown(key), said(result)))?;
             }
         }
         let all = results.iter().all(Result::is_ok);

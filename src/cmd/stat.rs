@@ -47,7 +47,7 @@ pub(super) fn show(key: &str, d: &Description, output: Output) -> std::io::Resul
         left(d.soft_pin_left_ms)
     };
     for (name, value) in [
-        ("key", key.to_owned()),
+        ("key", print::shown(key)),
         (
             "size",
             format!("{} ({} bytes)", ByteSize(d.size_bytes), d.size_bytes),

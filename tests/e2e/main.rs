@@ -813,7 +813,7 @@ fn bad_situations_are_one_line_with_the_right_code() {
         (
             vec!["get", "k", "--master", &data_address],
             3,
-            "check that the address is a Control port",
+            "this is a node's data port, give the master's",
         ),
         (
             vec!["get", "k", "--master", "no.such.host.invalid:1"],

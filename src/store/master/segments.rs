@@ -207,7 +207,7 @@ impl NodeState {
     /// The next drops to send; `Err` when another session has taken over.
     pub(crate) fn take_drops(&self, session: u64) -> Result<Option<(u64, Vec<Drop>)>, ()> {
         let current = self.waker.lock();
-        if !current.as_ref().is_some_and(|(s, _)| *s == session) {
+        if current.as_ref().is_none_or(|(s, _)| *s != session) {
             return Err(());
         }
         Ok(self.drops.lock().take(DROPS_PER_MESSAGE))
