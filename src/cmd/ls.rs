@@ -62,7 +62,7 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
             let key = String::from_utf8_lossy(&o.key).into_owned();
             if json {
                 documents.push(json!({
-                    "key": key, "size_bytes": o.size_bytes, "replicas": o.replicas, "version": o.version,
+                    "key": key, "size_bytes": o.size_bytes, "replicas": o.replicas, "version": o.version.to_string(),
                 }));
             } else if long {
                 let size = ByteSize(o.size_bytes).to_string();

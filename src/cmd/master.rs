@@ -245,8 +245,13 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
 }
 
 async fn serve_master(r: &Resolved) -> Outcome {
+    if r.time("client-ttl", Duration::from_secs(1)) < Duration::from_secs(1) {
+        let problem = "--client-ttl: nodes beat once a second, so it is at least 1s";
+        return Err(super::UsageError(problem.to_owned()).into());
+    }
     let token = serve::token(r.text("token-file"))?;
     let keys = ClusterKeys::derive(token.as_ref());
+    let secured = token.is_some();
     let host = r.text("bind").unwrap_or("127.0.0.1");
     let wanted = serve::listen(host, r.integer("port") as u16)?;
     let listener = tokio::net::TcpListener::bind(wanted)
@@ -260,15 +265,22 @@ async fn serve_master(r: &Resolved) -> Outcome {
     let server = MasterServer::new(master, lanes_max)?;
     tokio::spawn(server.clone().serve(listener));
     metrics_listener(r, &server).await?;
-    let trust = serve::trust_line(address, token.is_some());
-    print::line(&format!(
-        "mooncake master {} listening on {address} ({trust})",
-        env!("CARGO_PKG_VERSION")
-    ))?;
     let node = match r.size("memory") {
         ByteSize(0) => None,
         memory => Some(embedded(r, address, memory, token, lanes_max).await?),
     };
+    let trust = serve::trust_line(address, secured);
+    print::line(&format!(
+        "mooncake master {} listening on {address} ({trust})",
+        env!("CARGO_PKG_VERSION")
+    ))?;
+    if let Some(node) = &node {
+        print::line(&format!(
+            "embedded node {} with {}",
+            node.address(),
+            r.size("memory")
+        ))?;
+    }
     if r.flag("enable-metric-reporting") {
         tokio::spawn(report(server.clone()));
     }
@@ -311,7 +323,6 @@ async fn embedded(
         )
         .await;
     anyhow::ensure!(ready, "the embedded node did not register within 10 s");
-    print::line(&format!("embedded node {} with {memory}", node.address()))?;
     Ok(node)
 }
 

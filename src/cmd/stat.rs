@@ -93,7 +93,7 @@ fn document(key: &str, d: &Description) -> Value {
     json!({
         "key": key,
         "size_bytes": d.size_bytes,
-        "version": d.version,
+        "version": d.version.to_string(),
         "checksum_crc32c": d.has_checksum.then(|| format!("{:08x}", d.checksum)),
         "lease_left_ms": d.lease_left_ms,
         "soft_pin_left_ms": d.soft_pin_left_ms,

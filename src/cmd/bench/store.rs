@@ -391,7 +391,11 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
         .unwrap_or(print::Output::Text);
     report::show(&rows, output)?;
     if let Some(path) = matches.get_one::<PathBuf>("export") {
-        let arguments: Vec<String> = std::env::args().skip(1).collect();
+        // The command as anyone would type it: where this run put its file is nobody's business.
+        let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+        if let Some(at) = arguments.iter().position(|a| a == "--export") {
+            arguments.drain(at..(at + 2).min(arguments.len()));
+        }
         let heading = format!("`mooncake {}`", arguments.join(" "));
         report::export(&rows, path, &heading)
             .with_context(|| format!("cannot write {}", path.display()))?;

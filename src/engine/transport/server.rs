@@ -188,6 +188,7 @@ impl Shared {
             }
             busy
         };
+        let _listed = Listed(&self, slot);
         let greeting = handshake::accept(
             &mut Timed {
                 socket: &mut socket,
@@ -208,16 +209,11 @@ impl Shared {
                     items: Vec::new(),
                     reply: Vec::new(),
                 };
-                if same_host {
-                    self.host.shared_writer(greeting.peer, 1);
-                }
+                let _writer = same_host.then(|| SharedWriter::new(&self.host, greeting.peer));
                 if let Err(error) = lane.serve() {
                     tracing::debug!(%error, client = %greeting.peer, "a data lane ended");
                 }
                 lane.socket.shutdown();
-                if same_host {
-                    self.host.shared_writer(greeting.peer, -1);
-                }
             }
             Err(error) => {
                 self.counters.lanes_refused.fetch_add(1, Ordering::Relaxed);
@@ -232,7 +228,31 @@ impl Shared {
                 socket.shutdown();
             }
         }
-        self.lanes.lock().remove(&slot);
+    }
+}
+
+/// Takes a lane off the list, however its thread ends.
+struct Listed<'a>(&'a Shared, u64);
+
+impl Drop for Listed<'_> {
+    fn drop(&mut self) {
+        self.0.lanes.lock().remove(&self.1);
+    }
+}
+
+/// Counts a same-host client as long as its lane lives.
+struct SharedWriter<'a>(&'a SegmentHost, Id128);
+
+impl<'a> SharedWriter<'a> {
+    fn new(host: &'a SegmentHost, client: Id128) -> Self {
+        host.shared_writer(client, 1);
+        Self(host, client)
+    }
+}
+
+impl Drop for SharedWriter<'_> {
+    fn drop(&mut self) {
+        self.0.shared_writer(self.1, -1);
     }
 }
 

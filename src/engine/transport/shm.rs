@@ -28,7 +28,7 @@ use crate::engine::grant::Grant;
 use crate::engine::memory::Memory;
 
 /// Writes up to this go through the socket: one exchange instead of two.
-const INLINE_BYTES: u64 = 64 << 10;
+const INLINE_BYTES: u64 = 256 << 10;
 /// How long a peer that could not be mapped is left to other transports.
 const REST_AFTER_FAILURE: Duration = Duration::from_secs(5);
 

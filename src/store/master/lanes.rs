@@ -44,10 +44,10 @@ impl ControlLanes {
             .stack_size(512 << 10)
             .spawn(move || {
                 let busy = lanes.open.fetch_add(1, Ordering::AcqRel) >= lanes.most;
+                let _counted = Counted(&lanes.open);
                 if let Err(error) = lanes.run(stream, busy) {
                     tracing::debug!(%error, "a control lane ended");
                 }
-                lanes.open.fetch_sub(1, Ordering::AcqRel);
             });
         if let Err(error) = spawned {
             tracing::warn!(%error, "no thread for a control lane");
@@ -67,10 +67,8 @@ impl ControlLanes {
             tracing::info!(%error, "control lane refused");
             io::Error::other(error)
         })?;
-        self.master.client_lane_opened(greeting.peer);
-        let outcome = self.batches(&mut socket);
-        self.master.client_lane_closed(greeting.peer);
-        outcome
+        let _client = ClientLane::new(&self.master, greeting.peer);
+        self.batches(&mut socket)
     }
 
     /// Answers batches in order. Replies to batches that lay ready together leave together: a pipelining client costs
@@ -93,5 +91,30 @@ impl ControlLanes {
             out.clear();
             out.shrink_to(REPLY_BUFFER);
         }
+    }
+}
+
+/// Counts a lane, however its thread ends.
+struct Counted<'a>(&'a AtomicUsize);
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Counts a client's lane, however its thread ends.
+struct ClientLane<'a>(&'a Master, Id128);
+
+impl<'a> ClientLane<'a> {
+    fn new(master: &'a Master, client: Id128) -> Self {
+        master.client_lane_opened(client);
+        Self(master, client)
+    }
+}
+
+impl Drop for ClientLane<'_> {
+    fn drop(&mut self) {
+        self.0.client_lane_closed(self.1);
     }
 }

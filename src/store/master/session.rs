@@ -20,9 +20,9 @@ use crate::store::wire::{self, master_message::Kind as Out, node_message::Kind a
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Bound on the silence between messages of a registration.
 const REGISTRATION_SILENCE: Duration = Duration::from_secs(10);
-/// Write grants live for 600 s: those that expire within this were issued before now, those issued after do not. A second
-/// less, so that a grant issued in this very moment is not taken for an old one.
-const FENCED_GRANTS_MS: u64 = 600_000 - 1000;
+/// Write grants live for 600 s: those that expire within this were issued until now. One issued later in this very
+/// millisecond may be refused too: its writer then takes another range.
+const FENCED_GRANTS_MS: u64 = 600_000 + 1;
 /// Segments of one node.
 const SEGMENTS_MAX: usize = 64;
 
