@@ -268,10 +268,7 @@ fn put_batch(
     let requests: Vec<PutRequest<'_>> = contents
         .iter()
         .zip(&slices)
-        .map(|((key, _), source)| PutRequest {
-            key: key.as_bytes(),
-            source,
-        })
+        .map(|((key, _), source)| PutRequest::new(key.as_bytes(), source))
         .collect();
     let outcomes = client.put(&requests, options);
     drop(requests);

@@ -86,10 +86,7 @@ fn batches_with_mixed_outcomes() {
     let mut requests: Vec<PutRequest<'_>> = keys
         .iter()
         .zip(&slices)
-        .map(|(k, s)| PutRequest {
-            key: k.as_bytes(),
-            source: s,
-        })
+        .map(|(k, s)| PutRequest::new(k.as_bytes(), s))
         .collect();
     requests[5].key = b"";
     let outcomes = client.put(&requests, &PutOptions::default());

@@ -133,10 +133,7 @@ fn fill(client: &PoolClient, from: u64, to: u64) -> anyhow::Result<Spread> {
         let keys: Vec<String> = (at..end).map(name).collect();
         let requests: Vec<PutRequest<'_>> = keys
             .iter()
-            .map(|k| PutRequest {
-                key: k.as_bytes(),
-                source: &source,
-            })
+            .map(|k| PutRequest::new(k.as_bytes(), &source))
             .collect();
         let begun = Instant::now();
         for outcome in client.put(&requests, &options) {
@@ -289,10 +286,7 @@ fn eviction() -> anyhow::Result<(u64, u64, u64)> {
         let keys: Vec<String> = (0..32).map(|n| name(round * 32 + n)).collect();
         let requests: Vec<PutRequest<'_>> = keys
             .iter()
-            .map(|k| PutRequest {
-                key: k.as_bytes(),
-                source: &source,
-            })
+            .map(|k| PutRequest::new(k.as_bytes(), &source))
             .collect();
         for outcome in client.put(&requests, &PutOptions::default()) {
             failed += u64::from(outcome.is_err());

@@ -223,10 +223,7 @@ impl Ours {
             let requests: Vec<PutRequest<'_>> = keys
                 .iter()
                 .zip(&slices)
-                .map(|(key, source)| PutRequest {
-                    key: key.as_bytes(),
-                    source,
-                })
+                .map(|(key, source)| PutRequest::new(key.as_bytes(), source))
                 .collect();
             for outcome in self.client.put(&requests, &PutOptions::default()) {
                 outcome?;
@@ -280,10 +277,7 @@ impl Ours {
                     let requests: Vec<PutRequest<'_>> = keys
                         .iter()
                         .zip(&slices)
-                        .map(|(key, source)| PutRequest {
-                            key: key.as_bytes(),
-                            source,
-                        })
+                        .map(|(key, source)| PutRequest::new(key.as_bytes(), source))
                         .collect();
                     for outcome in self.client.put(&requests, &options) {
                         outcome?;

@@ -29,8 +29,10 @@ pub(crate) struct ControlLink {
     me: Id128,
     keys: ClusterKeys,
     connect_timeout: Duration,
-    /// How long an unreachable master is waited for.
+    /// How long an unreachable master is waited for, counted from when it was first missed: callers that come later do
+    /// not each wait anew.
     patience: Duration,
+    missed_since: Mutex<Option<Instant>>,
     idle: Mutex<Vec<ControlSocket>>,
     next: AtomicU64,
     pub(crate) term: AtomicU64,
@@ -61,6 +63,7 @@ impl ControlLink {
             keys,
             connect_timeout,
             patience,
+            missed_since: Mutex::default(),
             idle: Mutex::default(),
             next: AtomicU64::new(1),
             term: AtomicU64::new(0),
@@ -110,11 +113,20 @@ impl ControlLink {
         } else if let Some(lane) = self.idle.lock().pop() {
             return Ok((lane, true));
         }
-        let give_up = deadline.min(Instant::now() + self.patience);
         loop {
             match self.open(deadline) {
-                Ok(lane) => return Ok((lane, false)),
-                Err((true, _)) if Instant::now() + RETRY < give_up => std::thread::sleep(RETRY),
+                Ok(lane) => {
+                    *self.missed_since.lock() = None;
+                    return Ok((lane, false));
+                }
+                Err((true, error)) => {
+                    let now = Instant::now();
+                    let missed = *self.missed_since.lock().get_or_insert(now);
+                    if now + RETRY >= deadline.min(missed + self.patience) {
+                        return Err(error);
+                    }
+                    std::thread::sleep(RETRY);
+                }
                 Err((_, error)) => return Err(error),
             }
         }

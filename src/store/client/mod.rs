@@ -6,6 +6,8 @@ mod control;
 mod get;
 mod location_cache;
 mod put;
+mod put_session;
+mod ranges;
 mod view;
 
 use std::sync::Arc;
@@ -16,6 +18,8 @@ use parking_lot::RwLock;
 
 pub use get::{Borrowed, GetRequest, ObjectReader};
 pub use put::{PutOptions, PutOutcome, PutRequest};
+pub use put_session::PutSession;
+pub use ranges::{Piece, RangesRequest};
 
 use crate::base::id::Id128;
 use crate::base::net::host_id;

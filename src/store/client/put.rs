@@ -55,6 +55,19 @@ pub struct PutRequest<'a> {
     pub key: &'a [u8],
     /// Its bytes, in order.
     pub source: &'a [LocalSlice],
+    /// Its group, where that is not the one of the options; empty = that one.
+    pub group: &'a str,
+}
+
+impl<'a> PutRequest<'a> {
+    /// An object of the options' group.
+    pub fn new(key: &'a [u8], source: &'a [LocalSlice]) -> Self {
+        Self {
+            key,
+            source,
+            group: "",
+        }
+    }
 }
 
 /// What a put did.
@@ -120,11 +133,7 @@ impl PoolClient {
     pub fn put_bytes(&self, key: &[u8], bytes: &[u8], options: &PutOptions) -> PutResult {
         // SAFETY: only read from, and borrowed for the whole call.
         let source = [unsafe { LocalSlice::new(bytes.as_ptr().cast_mut(), bytes.len()) }];
-        let request = PutRequest {
-            key,
-            source: &source,
-        };
-        self.put(&[request], options)
+        self.put(&[PutRequest::new(key, &source)], options)
             .pop()
             .unwrap_or(Err(StoreError::NotFound))
     }
@@ -295,7 +304,7 @@ impl PoolClient {
                 has_checksum: w.checksum.is_some(),
                 revoke: revoke.is_some(),
                 unsettled: revoke.is_some_and(|u| u[position]),
-                group: String::new(),
+                group: w.request.group.to_owned(),
             };
             match operations
                 .last_mut()
@@ -390,7 +399,7 @@ impl PoolClient {
     }
 
     /// Whether the index has this very version of a key, as far as can be told by `deadline`.
-    fn committed(&self, key: &[u8], version: u64, deadline: Instant) -> bool {
+    pub(super) fn committed(&self, key: &[u8], version: u64, deadline: Instant) -> bool {
         let found = self.locate(&[key], deadline);
         matches!(found.as_deref(), Ok([Ok(location)]) if location.version == version)
     }
@@ -470,7 +479,7 @@ impl PoolClient {
             .map(|index| wire::PutItem {
                 key: bytes::Bytes::copy_from_slice(writings[*index].request.key),
                 size_bytes: writings[*index].size,
-                group: String::new(),
+                group: writings[*index].request.group.to_owned(),
             })
             .collect();
         let start = operation::Kind::PutStart(wire::PutStart {
@@ -606,7 +615,7 @@ impl PoolClient {
     }
 
     /// An error with the figures a person needs.
-    fn explain(&self, code: i32, size: u64, deadline: Instant) -> StoreError {
+    pub(super) fn explain(&self, code: i32, size: u64, deadline: Instant) -> StoreError {
         if code != -200 && code != StoreError::SegmentNotFound.code() {
             return StoreError::from_code(code);
         }
@@ -625,7 +634,7 @@ impl PoolClient {
         }
     }
 
-    fn wire_config(&self, options: &PutOptions) -> wire::PutConfig {
+    pub(super) fn wire_config(&self, options: &PutOptions) -> wire::PutConfig {
         wire::PutConfig {
             replica_num: options.replicas,
             soft_pin_ttl_ms: options.soft_pin_ttl_ms,
@@ -660,7 +669,11 @@ fn write_request(
         has_checksum: w.checksum.is_some(),
         hard_pin: options.hard_pin,
         soft_pin_ttl_ms: options.soft_pin_ttl_ms,
-        group: options.group.clone(),
+        group: if w.request.group.is_empty() {
+            options.group.clone()
+        } else {
+            w.request.group.to_owned()
+        },
         data_type: u32::from(options.data_type),
         ..wire::DirectoryEntry::default()
     };
