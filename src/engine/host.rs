@@ -100,6 +100,12 @@ struct Write {
 }
 
 impl RangeFence {
+    /// Whether this one makes another of the same range superfluous.
+    fn replaces(&self, other: &Self) -> bool {
+        (self.segment, self.offset, self.length) == (other.segment, other.offset, other.length)
+            && self.expires_before_unix_ms >= other.expires_before_unix_ms
+    }
+
     fn concerns(&self, w: &Write) -> bool {
         w.segment == self.segment
             && w.expires < self.expires_before_unix_ms
@@ -230,7 +236,7 @@ impl SegmentHost {
         // A fence whose grants have all expired has done its work.
         let now = crate::base::clock::unix_ms();
         gate.fences
-            .retain(|f| f.expires_before_unix_ms + 2 * CLOCK_SKEW_MS > now);
+            .retain(|f| f.expires_before_unix_ms + 2 * CLOCK_SKEW_MS > now && !fence.replaces(f));
         gate.fences.push(fence);
         self.await_end(gate, deadline, |w| fence.concerns(w))
     }

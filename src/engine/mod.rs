@@ -164,7 +164,12 @@ impl TransferEngine {
             return Group::OneByOne(requests);
         }
         let total: u64 = requests.iter().map(|r| r.length).sum();
-        if self.config.lanes_per_transfer > 1 && total >= self.config.slice_threshold {
+        // Only a network has several streams to fill; and on shared memory a range is recorded whole before it is written.
+        let over_network = self.path(&requests[0].peer) == Some(TransportKind::Tcp);
+        if over_network
+            && self.config.lanes_per_transfer > 1
+            && total >= self.config.slice_threshold
+        {
             return Group::Sliced(requests);
         }
         let mut failure = TransferError::NoPath {

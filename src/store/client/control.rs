@@ -195,6 +195,7 @@ impl ControlLink {
                     let batch = ReplyBatch::decode(message).map_err(|_| {
                         self.unreachable("it answered something that is no reply of this protocol")
                     })?;
+                    *self.missed_since.lock() = None;
                     self.give_back(sent.lane);
                     self.term.store(batch.term, Ordering::Release);
                     self.epoch.store(batch.view_epoch, Ordering::Release);

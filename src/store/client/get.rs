@@ -25,6 +25,8 @@ const CHANGED_PAUSES: [Duration; 6] = [
     Duration::from_millis(10),
     Duration::from_millis(20),
 ];
+/// How often a location whose segments are not in the view is asked for again.
+const HOMELESS_ROUNDS: usize = 4;
 /// Pause while the master rebuilds.
 const REBUILDING_PAUSE: Duration = Duration::from_millis(25);
 
@@ -109,7 +111,7 @@ impl PoolClient {
                     let r = &mut readings[*index];
                     match found {
                         Ok(location) => {
-                            self.locations.put(r.hash, &r.qualified, location.clone());
+                            self.remember(r.hash, &r.qualified, &location);
                             r.location = Some(location);
                             r.tried = 0;
                         }
@@ -131,6 +133,7 @@ impl PoolClient {
         keys: &[&[u8]],
         deadline: Instant,
     ) -> Result<Vec<Result<Arc<Location>, StoreError>>, StoreError> {
+        let mut rounds = 0;
         loop {
             let operation = operation::Kind::Locate(wire::Locate {
                 tenant: self.config.tenant.clone(),
@@ -154,8 +157,20 @@ impl PoolClient {
                 continue;
             }
             self.refresh_view(deadline)?;
-            let locations = found.locations.iter();
-            return Ok(locations.map(|l| self.location(l, asked)).collect());
+            let locations: Vec<_> = found
+                .locations
+                .iter()
+                .map(|l| self.location(l, asked))
+                .collect();
+            // A segment left between the answer and the view: the next answer knows.
+            let homeless =
+                |l: &Result<Arc<Location>, _>| l.as_ref().is_ok_and(|l| l.replicas.is_empty());
+            if rounds < HOMELESS_ROUNDS && locations.iter().any(homeless) {
+                rounds += 1;
+                std::thread::sleep(REBUILDING_PAUSE);
+                continue;
+            }
+            return Ok(locations);
         }
     }
 
@@ -280,7 +295,7 @@ impl PoolClient {
                 error @ (TransferError::Changed
                 | TransferError::Stale
                 | TransferError::GrantRefused),
-            ) => {
+            ) if r.tried + 1 >= location.replicas.len() => {
                 self.locations.forget(r.hash, &r.qualified);
                 r.location = None;
                 r.attempts
@@ -396,8 +411,7 @@ impl PoolClient {
             Ok(locations) => {
                 for ((index, qualified), location) in unknown.into_iter().zip(locations) {
                     if let Ok(location) = &location {
-                        self.locations
-                            .put(key::hash(&qualified), &qualified, location.clone());
+                        self.remember(key::hash(&qualified), &qualified, location);
                     }
                     found[index] = location;
                 }
@@ -422,8 +436,15 @@ impl PoolClient {
             .locate(&[key], deadline)?
             .pop()
             .unwrap_or(Err(StoreError::NotFound))?;
-        self.locations.put(hash, &qualified, found.clone());
+        self.remember(hash, &qualified, &found);
         Ok(found)
+    }
+
+    /// Remembers a location, unless its segments have just left the view: it would hide the object for a lease.
+    fn remember(&self, hash: u64, qualified: &[u8], location: &Arc<Location>) {
+        if !location.replicas.is_empty() {
+            self.locations.put(hash, qualified, location.clone());
+        }
     }
 
     /// Opens an object for reading in pieces.

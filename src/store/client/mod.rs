@@ -274,15 +274,24 @@ impl PoolClient {
     /// An invalid regex, a node that did not confirm, master unreachable.
     pub fn remove_matching(&self, regex: &str, force: bool) -> Result<(u64, u64), StoreError> {
         self.locations.clear();
-        let remove = operation::Kind::RemoveMatching(wire::RemoveMatching {
-            tenant: self.config.tenant.clone(),
-            regex: regex.to_owned(),
-            force,
-        });
-        match self.control.ask(remove, self.deadline())? {
-            reply::Kind::Removed(r) if r.code == 0 => Ok((r.count, r.kept)),
-            reply::Kind::Removed(r) => Err(StoreError::from_code(r.code)),
-            _ => Err(self.control.surprise()),
+        let deadline = self.deadline();
+        loop {
+            let remove = operation::Kind::RemoveMatching(wire::RemoveMatching {
+                tenant: self.config.tenant.clone(),
+                regex: regex.to_owned(),
+                force,
+            });
+            match self.control.ask(remove, deadline) {
+                Ok(reply::Kind::Removed(r)) if r.code == 0 => return Ok((r.count, r.kept)),
+                Ok(reply::Kind::Removed(r)) => return Err(StoreError::from_code(r.code)),
+                Ok(_) => return Err(self.control.surprise()),
+                Err(StoreError::Rebuilding)
+                    if Instant::now() + Duration::from_millis(25) < deadline =>
+                {
+                    std::thread::sleep(Duration::from_millis(25));
+                }
+                Err(error) => return Err(error),
+            }
         }
     }
 

@@ -389,13 +389,44 @@ impl PoolClient {
         self.discard_at_nodes(writings, &discard, deadline);
         if !revoke.is_empty() {
             let operations = self.commits(writings, &revoke, options, Some(&unsettled));
-            if let Err(error) = self.control.call(operations, deadline) {
+            if let Err(error) = self.taken_back(operations, deadline) {
                 tracing::debug!(%error, "items were not taken back; the master settles them when this client leaves");
+                for index in revoke {
+                    let w = &mut writings[index];
+                    // As long as the index may name bytes that never arrived, another attempt would find its own key.
+                    if w.outcome.is_none() {
+                        w.outcome = Some(Err(error.clone()));
+                    }
+                    if let Some(place) = &w.place {
+                        self.arenas.lost(place.arena);
+                    }
+                }
             }
         }
         for index in placed {
             writings[*index].place = None;
         }
+    }
+
+    /// Carries out revocations; an error when any of them was not.
+    fn taken_back(
+        &self,
+        operations: Vec<wire::Operation>,
+        deadline: Instant,
+    ) -> Result<(), StoreError> {
+        let unknown = StoreError::InvalidWrite { what: "" }.code();
+        for reply in self.control.call(operations, deadline)? {
+            match self.control.kind(Some(reply))? {
+                // A master that does not know the arena has nothing of it in its index either.
+                reply::Kind::Codes(c) => {
+                    if let Some(code) = c.codes.iter().find(|c| **c != 0 && **c != unknown) {
+                        return Err(StoreError::from_code(*code));
+                    }
+                }
+                _ => return Err(self.control.surprise()),
+            }
+        }
+        Ok(())
     }
 
     /// Whether the index has this very version of a key, as far as can be told by `deadline`.

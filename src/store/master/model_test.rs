@@ -297,3 +297,93 @@ proptest! {
         prop_assert_eq!(used(&rebuilt), 0);
     }
 }
+
+/// One node of `SEGMENT` bytes with an arena of which one object was committed and removed again.
+fn removed_from_an_arena() -> (World, u64, u64, u64) {
+    let mut world = World::new(PolicyKind::Sieve);
+    for (id, ..) in world.nodes.split_off(1) {
+        let node = world.state.segments.node(id).unwrap();
+        world.state.unmount(&node, Millis(1000));
+    }
+    let node = world.state.segments.node(world.nodes[0].0).unwrap();
+    let client = Id128 { high: 9, low: 9 };
+    let (slot, now) = (node.slots[0], Millis(1000));
+    let (arena, range, length, versions) = world.state.arena_open(slot, 1, 4096, client).unwrap();
+    let written = Written {
+        version: versions.start,
+        checksum: None,
+    };
+    let key = qualified(1);
+    let state = &world.state;
+    let attributes = Attributes::default();
+    state
+        .arena_commit(
+            arena,
+            client,
+            &key,
+            range.offset,
+            100,
+            &attributes,
+            &written,
+            now,
+        )
+        .unwrap();
+    state.remove(&key, true, now).unwrap();
+    world.deliver();
+    (world, arena, range.offset, length)
+}
+
+/// Ranges handed out until the segment is full.
+fn fill(state: &MasterState) -> Vec<(u64, u64)> {
+    let segment = state.segments.nodes()[0].slots[0];
+    let segment = state.segments.get(segment).unwrap();
+    let mut allocator = segment.allocator.lock();
+    let mut taken = Vec::new();
+    while let Some(offset) = allocator.allocate(192) {
+        taken.push((offset, 192));
+    }
+    taken
+}
+
+#[test]
+fn a_range_is_not_reused_while_its_writer_may_still_write() {
+    let (world, arena, offset, length) = removed_from_an_arena();
+    let overlaps = |(at, n): &(u64, u64)| *at < offset + length && offset < at + n;
+    assert!(
+        !fill(&world.state).iter().any(overlaps),
+        "the commit says nothing about whether the bytes have arrived"
+    );
+    let client = Id128 { high: 9, low: 9 };
+    world.state.arena_close(arena, client).unwrap();
+    let mut world = world;
+    world.deliver();
+    assert!(
+        fill(&world.state).iter().any(overlaps),
+        "free with the arena"
+    );
+}
+
+#[test]
+fn a_reconcile_job_goes_out_once_and_leaves_later_versions_alone() {
+    let (world, ..) = removed_from_an_arena();
+    let (state, now) = (&world.state, Millis(2000));
+    let (id, incarnation, fake) = &world.nodes[0];
+    let node = state.segments.node(*id).unwrap();
+    state.lost(&node);
+    // An unfinished put of a client that has left.
+    let gone = Id128 { high: 8, low: 8 };
+    let replica = super::object::Replica {
+        segment: node.slots[0],
+        offset: 0,
+    };
+    state.quarantine(replica, 192, gone, now);
+    state.send_reconciles(now);
+    register(state, *id, *incarnation, fake, now);
+    state.send_reconciles(now);
+    let due = std::mem::take(&mut *node.reconciles.lock());
+    assert_eq!(due.len(), 1, "once");
+    let job = state.reconciles.lock().get(&due[0]).cloned().unwrap();
+    let (versions, keep) = state.kept(&job);
+    let next = state.take_versions(1);
+    assert!(keep.is_empty() && versions.end != 0 && !versions.contains(&next));
+}

@@ -503,6 +503,9 @@ impl Call<'_> {
 
     fn remove_matching(&mut self, op: &wire::RemoveMatching) -> Result<wire::Reply, StoreError> {
         let filter = KeyFilter::new(&op.tenant, "", &op.regex)?;
+        if self.master.state.recovering(self.now) {
+            return Err(StoreError::Rebuilding);
+        }
         let (count, kept) = self
             .master
             .state

@@ -62,8 +62,13 @@ pub(crate) struct Arena {
     pub(crate) filled: BTreeMap<u64, u64>,
     /// Of those, parts whose commit was refused: version → replica and size. The writer says when its write has ended.
     pub(crate) refused: HashMap<u64, (Replica, u64)>,
+    /// Of those, objects removed or evicted since: their writer may still be writing, so their ranges are free only with
+    /// the arena.
+    pub(crate) dead: Vec<(Replica, u64, u64)>,
     /// Being settled: takes no more commits.
     pub(crate) closed: bool,
+    /// Its ranges have been given up.
+    pub(crate) dissolved: bool,
 }
 
 impl Arena {
@@ -197,8 +202,35 @@ impl MasterState {
         }
     }
 
+    /// Has the nodes forget the ranges of an object that was in the index, and frees them afterwards; those in an arena
+    /// only once the arena is given up: its commit says nothing about whether the bytes have arrived.
+    pub(crate) fn dismiss_replicas(&self, replicas: &[Replica], size: u64, version: u64) {
+        let parked = self.arena_of(version).is_some_and(|arena| {
+            let mut arena = arena.lock();
+            if !arena.dissolved {
+                arena
+                    .dead
+                    .extend(replicas.iter().map(|r| (*r, size, version)));
+            }
+            !arena.dissolved
+        });
+        self.drop_ranges(replicas, size, version, !parked);
+    }
+
+    /// The arena that a version was issued for, while it is open or being settled.
+    fn arena_of(&self, version: u64) -> Option<Arc<Mutex<Arena>>> {
+        let arenas = self.arenas.lock();
+        let (_, arena) = arenas.range(..=version).next_back()?;
+        let contains = arena.lock().versions.contains(&version);
+        contains.then(|| arena.clone())
+    }
+
     /// Has the nodes forget ranges of an object, and frees them afterwards.
     pub(crate) fn drop_replicas(&self, replicas: &[Replica], size: u64, version: u64) {
+        self.drop_ranges(replicas, size, version, true);
+    }
+
+    fn drop_ranges(&self, replicas: &[Replica], size: u64, version: u64, free: bool) {
         let length = footprint(size).unwrap_or(0);
         for r in replicas {
             if let Some(segment) = self.segments.get(r.segment) {
@@ -206,7 +238,7 @@ impl MasterState {
                     node_segment: segment.node_segment,
                     offset: r.offset,
                     version,
-                    frees: Some(FreeRange {
+                    frees: free.then_some(FreeRange {
                         segment: r.segment,
                         offset: r.offset,
                         length,
@@ -350,15 +382,17 @@ impl MasterState {
                 self.insert(&mut shard, &view, object, now);
                 drop(shard);
                 if let Some(old) = old {
-                    self.note_gone(hash);
                     self.gone(&view, &old);
-                    self.drop_replicas(&old.replicas, old.size, old.version);
+                    self.dismiss_replicas(&old.replicas, old.size, old.version);
+                    self.note_gone(hash);
                 }
                 add(&self.counters.puts, 1);
                 Ok(true)
             }
             None => {
                 self.insert(&mut shard, &view, object, now);
+                // A node that is away may hold an older object of this key.
+                self.note_gone(hash);
                 add(&self.counters.puts, 1);
                 Ok(false)
             }
@@ -542,7 +576,9 @@ impl MasterState {
             versions: first..first + count,
             filled: BTreeMap::new(),
             refused: HashMap::new(),
+            dead: Vec::new(),
             closed: false,
+            dissolved: false,
         };
         self.arenas.lock().insert(id, Arc::new(Mutex::new(arena)));
         let replica = Replica {
@@ -673,8 +709,12 @@ impl MasterState {
         if let Some((replica, size)) = arena.refused.remove(&version) {
             self.discard(&[replica], size, version, client, settled, now);
         } else if arena.filled.contains_key(&offset) {
+            let dead = arena.dead.iter().position(|(_, _, v)| *v == version);
+            let dead = dead.map(|at| arena.dead.swap_remove(at));
             drop(arena);
-            if let Some(object) = self.take_version(qualified, version) {
+            if let Some((replica, size, _)) = dead {
+                self.discard(&[replica], size, version, client, settled, now);
+            } else if let Some(object) = self.take_version(qualified, version) {
                 self.discard(&object.replicas, object.size, version, client, settled, now);
             }
         } else if let Some(bytes) = footprint(size).filter(|b| arena.is_free(offset, *b)) {
@@ -717,10 +757,15 @@ impl MasterState {
         let Some(arena) = self.arenas.lock().remove(&arena_id) else {
             return;
         };
-        let arena = arena.lock();
+        let mut arena = arena.lock();
+        arena.dissolved = true;
         let Some(segment) = self.segments.get(arena.segment) else {
             return;
         };
+        // Asked for once more: a record that came after the first drop must not stay.
+        for (replica, size, version) in std::mem::take(&mut arena.dead) {
+            self.drop_replicas(&[replica], size, version);
+        }
         let mut at = arena.offset;
         let mut gaps = Vec::new();
         for (start, length) in &arena.filled {

@@ -10,7 +10,7 @@ use super::object::{Attributes, Replica, Replicas};
 use super::puts::{Arena, Written, mounted};
 use super::segments::{Drop, NodePhase, NodeState, Offer};
 use super::state::MasterState;
-use crate::base::clock::Millis;
+use crate::base::clock::{Millis, unix_ms};
 use crate::base::id::Id128;
 use crate::store::model::header::footprint;
 use crate::store::model::key;
@@ -41,6 +41,8 @@ pub(crate) struct ReconcileJob {
     pub(crate) length: u64,
     pub(crate) client: Id128,
     pub(crate) what: Settles,
+    /// The next version when the job was made: later ones in the range are not its business.
+    pub(crate) versions_end: u64,
     pub(crate) not_before: Millis,
     pub(crate) sent: bool,
 }
@@ -64,13 +66,15 @@ pub(crate) struct Registration {
     forgotten: Option<Departed>,
 }
 
+/// How far a node's versions may be ahead of this clock: another master's was.
+const VERSION_AHEAD_MS: u64 = 10 * 365 * 86_400_000;
 /// Most keys remembered for a node that was unmounted and may return.
 const DEPARTED_KEYS_MAX: usize = 200_000;
 /// Most such nodes.
 const DEPARTED_NODES_MAX: usize = 64;
 
 /// What a node that was unmounted has missed (D2): if it returns, these objects of its must not.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Departed {
     /// Hashes of keys removed or replaced since.
     keys: HashSet<u64>,
@@ -130,6 +134,7 @@ impl MasterState {
         offers: &[Offer],
         now: Millis,
     ) -> Registration {
+        let _one = self.lifecycle.lock();
         let known = self.segments.node(id);
         // A registration that broke off half-way is begun anew: what it has indexed says nothing about the rest.
         if let Some(half) = known
@@ -147,6 +152,8 @@ impl MasterState {
             for job in self.reconciles.lock().values_mut().filter(|j| j.node == id) {
                 job.sent = false;
             }
+            // They are handed out again: a job that went out twice would settle what came after the first.
+            node.reconciles.lock().clear();
             self.segments.changed();
             return Registration {
                 node,
@@ -167,14 +174,19 @@ impl MasterState {
         Registration {
             node,
             returning: false,
-            forgotten: self.departed.lock().remove(&id),
+            // Kept until the registration is complete: one that breaks off is begun anew.
+            forgotten: self.departed.lock().get(&id).cloned(),
         }
     }
 
     /// Takes over one reported entry. Highest version wins; what loses is dropped at its node.
     pub(crate) fn adopt(&self, registration: &mut Registration, entry: Reported, now: Millis) {
-        self.raise_versions(entry.written.version);
         let node = &registration.node;
+        // A version from far ahead of the clock was never issued; taken over, it would use up all there are.
+        if entry.written.version >> 10 > (unix_ms() + VERSION_AHEAD_MS) * 1000 {
+            return self.tell_drop(node, &entry);
+        }
+        self.raise_versions(entry.written.version);
         let Some(slot) = node.slots.get(entry.node_segment as usize).copied() else {
             return;
         };
@@ -256,7 +268,7 @@ impl MasterState {
                 drop(shard);
                 if let Some(old) = old {
                     self.gone(&view, &old);
-                    self.drop_replicas(&old.replicas, old.size, old.version);
+                    self.dismiss_replicas(&old.replicas, old.size, old.version);
                 }
             }
         }
@@ -292,11 +304,13 @@ impl MasterState {
     ///
     /// False when the node was unmounted meanwhile.
     pub(crate) fn registered(&self, registration: Registration) -> bool {
+        let _one = self.lifecycle.lock();
         let node = registration.node;
         node.indexed.store(true, Ordering::Release);
         if !node.advance_phase(NodePhase::Rebuilding, NodePhase::Ok) {
             return false;
         }
+        self.departed.lock().remove(&node.id);
         self.rebuilding.fetch_sub(1, Ordering::AcqRel);
         self.segments.changed();
         self.progress.advance();
@@ -328,6 +342,7 @@ impl MasterState {
 
     /// A registration that broke off: the node counts as lost until it tries again.
     pub(crate) fn registration_failed(&self, node: &Arc<NodeState>) {
+        let _one = self.lifecycle.lock();
         if node.advance_phase(NodePhase::Rebuilding, NodePhase::Lost) {
             self.rebuilding.fetch_sub(1, Ordering::AcqRel);
             self.segments.changed();
@@ -336,6 +351,7 @@ impl MasterState {
 
     /// The node's session broke.
     pub(crate) fn lost(&self, node: &Arc<NodeState>) {
+        let _one = self.lifecycle.lock();
         match node.phase() {
             NodePhase::Gone => {}
             NodePhase::Rebuilding => self.registration_failed(node),
@@ -348,6 +364,7 @@ impl MasterState {
 
     /// Takes a node out with everything that lay only there.
     pub(crate) fn unmount(&self, node: &Arc<NodeState>, _now: Millis) {
+        let _one = self.lifecycle.lock();
         self.registration_failed(node);
         self.depart(node);
         self.segments.unmount(node);
@@ -415,6 +432,7 @@ impl MasterState {
             length,
             client,
             what,
+            versions_end: self.next_version(),
             not_before: now,
             sent: false,
         };
@@ -437,13 +455,14 @@ impl MasterState {
         }
     }
 
-    /// Which versions a job concerns (`0..0`: all in its range), and those of them that are objects: the node keeps them.
+    /// Which versions a job concerns, and those of them that are objects: the node keeps them.
     pub(crate) fn kept(&self, job: &ReconcileJob) -> (std::ops::Range<u64>, Vec<u64>) {
         let Settles::Arena(id) = &job.what else {
-            return (0..0, Vec::new());
+            return (0..job.versions_end, Vec::new());
         };
         let Some(arena) = self.arenas.lock().get(id).cloned() else {
-            return (0..0, Vec::new());
+            // Given up already: nothing in its range is ours to settle.
+            return (1..1, Vec::new());
         };
         let versions = arena.lock().versions.clone();
         let mut kept = Vec::new();

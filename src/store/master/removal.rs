@@ -54,14 +54,14 @@ impl MasterState {
         now: Millis,
     ) -> Result<(), StoreError> {
         let hash = key::hash(qualified);
+        // A node that has not reported yet may hold another replica, which would come back with it.
+        if self.recovering(now) {
+            return Err(StoreError::Rebuilding);
+        }
         let object = {
             let mut shard = self.shard(hash);
             let Some(object) = shard.get(hash, qualified) else {
-                return Err(if self.recovering(now) {
-                    StoreError::Rebuilding
-                } else {
-                    StoreError::NotFound
-                });
+                return Err(StoreError::NotFound);
             };
             if !force && object.leased_until() > now {
                 return Err(StoreError::Leased);
@@ -69,8 +69,9 @@ impl MasterState {
             shard.remove(hash, qualified)
         };
         if let Some(object) = object {
-            self.note_gone(object.hash);
+            // In this order: a node that is unmounted in between takes note of the one or the other.
             self.dismiss(&object);
+            self.note_gone(object.hash);
             add(&self.counters.removed, 1);
         }
         Ok(())
@@ -95,8 +96,8 @@ impl MasterState {
             });
             removed += gone.len() as u64;
             for object in gone {
-                self.note_gone(object.hash);
                 self.dismiss(&object);
+                self.note_gone(object.hash);
             }
         }
         add(&self.counters.removed, removed);
@@ -119,7 +120,7 @@ impl MasterState {
 
     fn dismiss(&self, object: &Object) {
         self.gone(&self.segments.view(), object);
-        self.drop_replicas(&object.replicas, object.size, object.version);
+        self.dismiss_replicas(&object.replicas, object.size, object.version);
     }
 
     /// What must be acknowledged before everything removed or evicted so far cannot come back.

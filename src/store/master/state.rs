@@ -6,13 +6,13 @@
 //!
 //! Lock order: a shard, then a group, then a segment's allocator or a node's queue. Never two shards at once.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use foldhash::fast::FixedState;
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard, ReentrantMutex};
 
 use super::config::MasterConfig;
 use super::eviction::Access;
@@ -77,12 +77,15 @@ pub(crate) struct MasterState {
     shards: Box<[Mutex<Shard>]>,
     pub(crate) segments: SegmentTable,
     pub(crate) pending: Box<[Mutex<HashMap<u64, PendingPut, FixedState>>]>,
-    pub(crate) arenas: Mutex<HashMap<u64, Arc<Mutex<Arena>>>>,
+    /// By id, which is the first of its versions.
+    pub(crate) arenas: Mutex<BTreeMap<u64, Arc<Mutex<Arena>>>>,
     pub(crate) groups: Mutex<HashMap<Box<[u8]>, Arc<Group>>>,
     pub(crate) reconciles: Mutex<HashMap<u64, ReconcileJob>>,
     /// Nodes unmounted by this master that may return.
     pub(crate) departed: Mutex<HashMap<Id128, Departed>>,
     pub(crate) any_departed: AtomicBool,
+    /// Held while a node joins, is lost or leaves: its phase and what hangs on it change together.
+    pub(crate) lifecycle: ReentrantMutex<()>,
     pub(crate) next_id: AtomicU64,
     versions: AtomicU64,
     term: AtomicU64,
@@ -109,6 +112,7 @@ impl MasterState {
             reconciles: Mutex::default(),
             departed: Mutex::default(),
             any_departed: AtomicBool::new(false),
+            lifecycle: ReentrantMutex::new(()),
             next_id: AtomicU64::new(1),
             // Later masters issue larger versions and terms: both begin at the wall clock, and what nodes report
             // corrects a clock that went back. 1024 versions a microsecond cannot be outrun.
@@ -161,6 +165,11 @@ impl MasterState {
     /// A block of fresh versions; the first of `count`.
     pub(crate) fn take_versions(&self, count: u64) -> u64 {
         self.versions.fetch_add(count, Ordering::Relaxed)
+    }
+
+    /// The version that would be issued next.
+    pub(crate) fn next_version(&self) -> u64 {
+        self.versions.load(Ordering::Relaxed)
     }
 
     /// Versions issued from now on are larger than `version`.

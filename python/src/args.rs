@@ -1,0 +1,170 @@
+//! From Python's arguments to the library's, with upstream's tolerance: keys are `str` (or `bytes`), addresses are ints,
+//! lists may be any sequence. What has the wrong type is a `TypeError` that says which argument.
+
+use mooncake::store::model::error::StoreError;
+use pyo3::buffer::PyUntypedBuffer;
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyList, PyString};
+
+/// One key, alive as long as the argument.
+pub(crate) struct Key<'py>(Bound<'py, PyAny>);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Key<'py> {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        if let Ok(text) = object.cast::<PyString>() {
+            // Fails for lone surrogates; the UTF-8 form is cached in the string.
+            text.to_str()
+                .map_err(|_| PyTypeError::new_err("a key must be text that UTF-8 can express"))?;
+        } else if object.cast::<PyBytes>().is_err() {
+            let kind = object.get_type().name()?;
+            return Err(PyTypeError::new_err(format!(
+                "a key must be str, not {kind}"
+            )));
+        }
+        Ok(Self(object.to_owned()))
+    }
+}
+
+impl Key<'_> {
+    /// Its bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        if let Ok(text) = self.0.cast::<PyString>() {
+            return text.to_str().map_or(&[], str::as_bytes);
+        }
+        self.0.cast::<PyBytes>().map_or(&[], |b| b.as_bytes())
+    }
+}
+
+/// A sequence of keys.
+pub(crate) struct Keys<'py>(Vec<Key<'py>>);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Keys<'py> {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        if object.cast::<PyString>().is_ok() || object.cast::<PyBytes>().is_ok() {
+            return Err(PyTypeError::new_err("keys must be a list of str"));
+        }
+        Ok(Self(sequence(object, "keys")?))
+    }
+}
+
+impl Keys<'_> {
+    /// Their bytes, in order.
+    pub(crate) fn bytes(&self) -> Vec<&[u8]> {
+        self.0.iter().map(Key::bytes).collect()
+    }
+    /// How many.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+fn sequence<'a, 'py, T>(object: Borrowed<'a, 'py, PyAny>, what: &str) -> PyResult<Vec<T>>
+where
+    T: for<'x> FromPyObject<'x, 'py, Error = PyErr>,
+{
+    let each = |item: Bound<'py, PyAny>| T::extract(item.as_borrowed());
+    if let Ok(list) = object.cast::<PyList>() {
+        return list.iter().map(each).collect();
+    }
+    let wrong = || PyTypeError::new_err(format!("{what} must be a list"));
+    let items = object.try_iter().map_err(|_| wrong())?;
+    items.map(|item| each(item?)).collect()
+}
+
+/// An address or a number of bytes. Negative or larger than 64 bits is a `TypeError`.
+#[derive(Clone, Copy)]
+pub(crate) struct Word(pub(crate) usize);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Word {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        object.extract::<usize>().map(Self).map_err(|_| {
+            let shown = object
+                .repr()
+                .map_or_else(|_| "?".to_owned(), |r| r.to_string());
+            PyTypeError::new_err(format!(
+                "addresses and sizes must be ints from 0 to 2**64 - 1, not {shown}"
+            ))
+        })
+    }
+}
+
+/// A list of addresses or sizes.
+pub(crate) struct Words(pub(crate) Vec<usize>);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Words {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        let words: Vec<Word> = sequence(object, "addresses and sizes")?;
+        Ok(Self(words.into_iter().map(|w| w.0).collect()))
+    }
+}
+
+/// A list of lists of addresses or sizes.
+pub(crate) struct WordLists(pub(crate) Vec<Words>);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for WordLists {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        sequence(object, "the list of lists").map(Self)
+    }
+}
+
+/// The bytes of any contiguous exporter of the buffer protocol. The caller must not change them during the call.
+pub(crate) struct Value {
+    // Holds the export; released with the lock held when this is dropped.
+    _export: PyUntypedBuffer,
+    pub(crate) pointer: *mut u8,
+    pub(crate) length: usize,
+}
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Value {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        let export = PyUntypedBuffer::get(&object).map_err(|_| {
+            let kind = object
+                .get_type()
+                .name()
+                .map_or_else(|_| "?".to_owned(), |n| n.to_string());
+            PyTypeError::new_err(format!("a value must be bytes-like, not {kind}"))
+        })?;
+        if !export.is_c_contiguous() {
+            return Err(PyTypeError::new_err(
+                "a value must be contiguous: make a copy first",
+            ));
+        }
+        Ok(Self {
+            pointer: export.buf_ptr().cast(),
+            length: export.len_bytes(),
+            _export: export,
+        })
+    }
+}
+
+/// Several values.
+pub(crate) struct Values(pub(crate) Vec<Value>);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Values {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        sequence(object, "values").map(Self)
+    }
+}
+
+/// Upstream's answer for an error. An empty key is `INVALID_PARAMS` there.
+pub(crate) fn code(error: &StoreError) -> i32 {
+    match error {
+        StoreError::InvalidKey { length: 0 } => -600,
+        other => other.code(),
+    }
+}

@@ -1,0 +1,206 @@
+//! Memory on the Python side: buffers the caller has registered, memory allocated for callers, and objects handed out
+//! whole.
+
+use std::collections::BTreeMap;
+use std::ffi::c_int;
+
+use parking_lot::{Mutex, RwLock};
+use pyo3::exceptions::PyValueError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+
+use crate::args::Word;
+use crate::memory_map;
+
+/// Address ranges the caller has vouched for.
+#[derive(Default)]
+pub(crate) struct Registered {
+    ranges: RwLock<BTreeMap<usize, usize>>,
+}
+
+impl Registered {
+    /// Takes a range; false when it is null, empty, not memory of this process, or overlaps a registered one.
+    pub(crate) fn add(&self, address: usize, length: usize) -> bool {
+        if address == 0 || length == 0 || !memory_map::usable(address, length, true) {
+            return false;
+        }
+        let mut ranges = self.ranges.write();
+        let before = ranges.range(..address + length).next_back();
+        if before.is_some_and(|(start, size)| start + size > address) {
+            return false;
+        }
+        ranges.insert(address, length);
+        true
+    }
+
+    /// Gives a range back; false when it is not registered.
+    pub(crate) fn remove(&self, address: usize) -> bool {
+        self.ranges.write().remove(&address).is_some()
+    }
+
+    /// Whether every range may be touched: registered, or at least mapped.
+    pub(crate) fn all_usable(
+        &self,
+        ranges: impl Iterator<Item = (usize, usize)>,
+        write: bool,
+    ) -> bool {
+        let registered = self.ranges.read();
+        let mut last = 0..0;
+        for (address, length) in ranges {
+            if length == 0 {
+                continue;
+            }
+            let Some(end) = address.checked_add(length) else {
+                return false;
+            };
+            if last.start <= address && end <= last.end {
+                continue;
+            }
+            let known = registered.range(..=address).next_back();
+            match known.filter(|(start, size)| end <= *start + **size) {
+                Some((start, size)) => last = *start..start + size,
+                None if address != 0 && memory_map::usable(address, length, write) => {}
+                None => return false,
+            }
+        }
+        true
+    }
+}
+
+/// An object's bytes, owned by Python.
+#[pyclass(module = "mooncake.store", frozen)]
+pub(crate) struct BufferHandle {
+    bytes: Box<[u8]>,
+}
+
+impl BufferHandle {
+    pub(crate) fn new(bytes: Vec<u8>) -> Self {
+        Self {
+            bytes: bytes.into_boxed_slice(),
+        }
+    }
+}
+
+#[pymethods]
+impl BufferHandle {
+    /// Address of the first byte; valid as long as this object lives.
+    fn ptr(&self) -> usize {
+        self.bytes.as_ptr() as usize
+    }
+    /// Bytes.
+    fn size(&self) -> usize {
+        self.bytes.len()
+    }
+    fn __len__(&self) -> usize {
+        self.bytes.len()
+    }
+    // SAFETY: `FillInfo` takes a reference to `slf`, which owns the bytes and never moves or changes them.
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        if view.is_null() {
+            return Err(PyValueError::new_err("no view"));
+        }
+        let bytes = &slf.get().bytes;
+        // SAFETY: see above; upstream's handle is writable, so this one is: the bytes are the caller's own copy.
+        let code = unsafe {
+            ffi::PyBuffer_FillInfo(
+                view,
+                slf.as_ptr(),
+                bytes.as_ptr().cast_mut().cast(),
+                bytes.len() as ffi::Py_ssize_t,
+                0,
+                flags,
+            )
+        };
+        if code == 0 {
+            Ok(())
+        } else {
+            Err(PyErr::fetch(slf.py()))
+        }
+    }
+}
+
+/// Page-aligned memory for callers. Freed on `free` or with the allocator.
+#[pyclass(module = "mooncake.store", frozen, name = "MooncakeHostMemAllocator")]
+#[derive(Default)]
+pub(crate) struct HostMemoryAllocator {
+    blocks: Mutex<BTreeMap<usize, usize>>,
+}
+
+impl HostMemoryAllocator {
+    pub(crate) fn allocate(&self, length: usize) -> Option<usize> {
+        const HUGE: usize = 2 << 20;
+        let length = length.checked_next_multiple_of(if length >= HUGE { HUGE } else { 4096 })?;
+        if length == 0 {
+            return None;
+        }
+        // SAFETY: a fresh anonymous mapping overlaps nothing.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return None;
+        }
+        // SAFETY: advice on our own mapping.
+        unsafe { libc::madvise(address, length, libc::MADV_HUGEPAGE) };
+        self.blocks.lock().insert(address as usize, length);
+        Some(address as usize)
+    }
+
+    fn release(&self, address: usize) -> bool {
+        let Some(length) = self.blocks.lock().remove(&address) else {
+            return false;
+        };
+        // SAFETY: mapped by `allocate` with this length, and taken off the list once.
+        unsafe { libc::munmap(address as *mut libc::c_void, length) };
+        true
+    }
+}
+
+impl Drop for HostMemoryAllocator {
+    fn drop(&mut self) {
+        let left: Vec<usize> = self.blocks.lock().keys().copied().collect();
+        for address in left {
+            self.release(address);
+        }
+    }
+}
+
+#[pymethods]
+impl HostMemoryAllocator {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+    /// Address of `size` bytes of zeroed memory; 0 when there is none.
+    fn alloc(&self, size: Word) -> usize {
+        self.allocate(size.0).unwrap_or(0)
+    }
+    /// Gives memory back; 0, or -600 for an address that is not from here.
+    fn free(&self, address: Word) -> i32 {
+        if self.release(address.0) { 0 } else { -600 }
+    }
+}
+
+/// Binds this thread's memory to a NUMA node; 0, or -300 where the kernel refuses.
+#[pyfunction]
+pub(crate) fn bind_to_numa_node(node: i32) -> i32 {
+    const MPOL_BIND: c_int = 2;
+    let Some(mask) = u32::try_from(node).ok().and_then(|n| 1u64.checked_shl(n)) else {
+        return -300;
+    };
+    // SAFETY: one word of mask, read by the kernel during the call.
+    let code =
+        unsafe { libc::syscall(libc::SYS_set_mempolicy, MPOL_BIND, &raw const mask, 65usize) };
+    if code == 0 { 0 } else { -300 }
+}
