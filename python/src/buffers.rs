@@ -157,7 +157,12 @@ impl HostMemoryAllocator {
         Some(address as usize)
     }
 
-    fn release(&self, address: usize) -> bool {
+    /// Whether an address is from here.
+    pub(crate) fn owns(&self, address: usize) -> bool {
+        self.blocks.lock().contains_key(&address)
+    }
+
+    pub(crate) fn release(&self, address: usize) -> bool {
         let Some(length) = self.blocks.lock().remove(&address) else {
             return false;
         };

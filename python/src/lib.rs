@@ -8,6 +8,7 @@ mod args;
 mod buffers;
 mod config;
 mod descriptors;
+mod engine;
 mod memory_map;
 mod process;
 mod store;
@@ -19,6 +20,8 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     process::init();
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add_class::<store::Store>()?;
+    m.add_class::<engine::Engine>()?;
+    m.add_class::<engine::TransferNotify>()?;
     m.add_class::<buffers::BufferHandle>()?;
     m.add_class::<buffers::HostMemoryAllocator>()?;
     m.add_class::<config::ReplicateConfig>()?;

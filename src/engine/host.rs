@@ -143,14 +143,47 @@ impl SegmentHost {
     /// Adds memory as the next segment.
     pub fn add(&self, name: String, incarnation: u64, memory: Arc<Memory>) -> Arc<Segment> {
         let mut segments = self.segments.write();
+        // The place of one that was taken away, if there is any.
+        let free = segments.iter().position(|s| s.memory.is_empty());
         let segment = Arc::new(Segment {
-            index: segments.len() as u32,
+            index: free.unwrap_or(segments.len()) as u32,
             incarnation,
             name,
             memory,
         });
-        segments.push(segment.clone());
+        match free {
+            Some(at) => segments[at] = segment.clone(),
+            None => segments.push(segment.clone()),
+        }
         segment
+    }
+
+    /// Takes a segment away: no new access passes the gate. Returns whether those under way had ended by `deadline`; the
+    /// memory may go once it is true.
+    pub fn remove(&self, segment: Arc<Segment>, deadline: Instant) -> bool {
+        {
+            let mut segments = self.segments.write();
+            let at = segment.index as usize;
+            if !segments.get(at).is_some_and(|s| Arc::ptr_eq(s, &segment)) {
+                return false;
+            }
+            // SAFETY: of length 0, nothing is ever touched there.
+            let nothing = unsafe { Memory::borrowed(std::ptr::NonNull::dangling(), 0) };
+            segments[at] = Arc::new(Segment {
+                index: segment.index,
+                incarnation: 0,
+                name: String::new(),
+                memory: Arc::new(nothing),
+            });
+        }
+        // Every access holds the segment for as long as it lasts.
+        while Arc::strong_count(&segment) > 1 {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        true
     }
 
     /// All segments.

@@ -30,12 +30,13 @@ impl PageKind {
     }
 }
 
-/// A shared mapping of a memfd, unmapped on drop.
+/// A shared mapping of a memfd, unmapped on drop; or memory of the caller's, borrowed.
 #[derive(Debug)]
 pub struct Memory {
     base: NonNull<u8>,
     length: usize,
-    fd: OwnedFd,
+    /// None for borrowed memory.
+    fd: Option<OwnedFd>,
     pages: PageKind,
 }
 
@@ -119,7 +120,7 @@ impl Memory {
         let memory = Self {
             base,
             length,
-            fd,
+            fd: Some(fd),
             pages,
         };
         if pages == PageKind::Small {
@@ -128,6 +129,19 @@ impl Memory {
                 unsafe { rustix::mm::madvise(base.as_ptr().cast(), length, Advice::LinuxHugepage) };
         }
         Ok(memory)
+    }
+
+    /// Names memory of the caller's. It cannot be handed to other processes and is left alone on drop.
+    ///
+    /// # Safety
+    /// Mapped readable and writable for as long as this lives.
+    pub unsafe fn borrowed(base: NonNull<u8>, length: usize) -> Self {
+        Self {
+            base,
+            length,
+            fd: None,
+            pages: PageKind::Small,
+        }
     }
 
     /// Touches every page of a range so that later access does not fault. Blocking; changes no byte.
@@ -164,9 +178,9 @@ impl Memory {
     pub fn pages(&self) -> PageKind {
         self.pages
     }
-    /// The memfd, to be handed to a same-host peer.
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    /// The memfd, to be handed to a same-host peer; none for borrowed memory.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.fd.as_ref().map(AsFd::as_fd)
     }
 
     /// Pointer to `length` bytes at `offset`; `None` when they do not lie inside.
@@ -204,6 +218,9 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        if self.fd.is_none() {
+            return;
+        }
         // SAFETY: mapped by us with this length; nobody holds a pointer longer than the Arc that owns this.
         let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.length) };
     }
@@ -221,11 +238,14 @@ mod tests {
         assert!(memory.range(u64::MAX, 2).is_none());
         assert!(memory.word(4).is_none());
         memory.publish(8, 42);
-        let fd = memory.fd().try_clone_to_owned().unwrap();
+        let fd = memory.fd().unwrap().try_clone_to_owned().unwrap();
         let other = Memory::from_fd(fd, 1 << 20).unwrap();
         assert!(other.word_is(8, 42));
-        let fd = memory.fd().try_clone_to_owned().unwrap();
+        let fd = memory.fd().unwrap().try_clone_to_owned().unwrap();
         assert!(Memory::from_fd(fd, 2 << 20).is_err());
-        assert!(rustix::fs::ftruncate(memory.fd(), 0).is_err(), "sealed");
+        assert!(
+            rustix::fs::ftruncate(memory.fd().unwrap(), 0).is_err(),
+            "sealed"
+        );
     }
 }

@@ -11,6 +11,8 @@ pub mod error;
 pub mod grant;
 pub mod host;
 pub mod memory;
+pub mod metadata;
+pub mod peer;
 pub mod pending;
 pub mod transport;
 

@@ -2,10 +2,14 @@
 //!
 //! Knows bytes only: no sockets, no memory. Everything here must survive any input; the fuzz target drives it.
 
+use std::sync::Arc;
+
+use crate::base::id::Id128;
 use crate::base::trust::MAC_BYTES;
 use crate::engine::batch::{TransferRequest, Word};
 use crate::engine::error::TransferError;
 use crate::engine::grant::Grant;
+use crate::engine::host::Segment;
 
 /// First two bytes of every frame, "MK".
 pub(crate) const FRAME_MAGIC: u16 = 0x4B4D;
@@ -34,6 +38,8 @@ pub(crate) enum Operation {
     Ping = 3,
     /// Hand over a segment's memory (Unix sockets only): item 0 names it.
     Attach = 4,
+    /// List the registered segments with their addresses.
+    Describe = 5,
 }
 
 impl Operation {
@@ -43,6 +49,7 @@ impl Operation {
             2 => Self::Write,
             3 => Self::Ping,
             4 => Self::Attach,
+            5 => Self::Describe,
             _ => return None,
         })
     }
@@ -132,6 +139,52 @@ fn u32_at(b: &[u8], at: usize) -> u32 {
 }
 fn u64_at(b: &[u8], at: usize) -> u64 {
     u64::from(u32_at(b, at)) | u64::from(u32_at(b, at + 4)) << 32
+}
+
+/// Most bytes of a description.
+pub(crate) const DESCRIPTION_BYTES_MAX: u64 = 64 << 20;
+const REGION_BYTES: usize = 32;
+
+/// A segment as a peer sees it that names memory by address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Region {
+    pub(crate) segment: u32,
+    pub(crate) incarnation: u64,
+    /// In the peer's address space.
+    pub(crate) address: u64,
+    pub(crate) length: u64,
+}
+
+/// A node's identity and its regions.
+pub(crate) fn encode_description(node: Id128, segments: &[Arc<Segment>]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(16 + segments.len() * REGION_BYTES);
+    out.extend_from_slice(&node.high.to_le_bytes());
+    out.extend_from_slice(&node.low.to_le_bytes());
+    for s in segments.iter().filter(|s| !s.memory.is_empty()) {
+        out.extend_from_slice(&u64::from(s.index).to_le_bytes());
+        out.extend_from_slice(&s.incarnation.to_le_bytes());
+        out.extend_from_slice(&(s.memory.as_ptr() as u64).to_le_bytes());
+        out.extend_from_slice(&(s.memory.len() as u64).to_le_bytes());
+    }
+    out
+}
+
+/// The other direction.
+pub(crate) fn decode_description(bytes: &[u8]) -> Result<(Id128, Vec<Region>), &'static str> {
+    if bytes.len() < 16 || !(bytes.len() - 16).is_multiple_of(REGION_BYTES) {
+        return Err("length of the description");
+    }
+    let node = Id128 {
+        high: u64_at(bytes, 0),
+        low: u64_at(bytes, 8),
+    };
+    let regions = bytes[16..].chunks_exact(REGION_BYTES).map(|b| Region {
+        segment: u32_at(b, 0),
+        incarnation: u64_at(b, 8),
+        address: u64_at(b, 16),
+        length: u64_at(b, 24),
+    });
+    Ok((node, regions.collect()))
 }
 
 /// Appends a request frame without its payload.

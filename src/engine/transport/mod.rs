@@ -4,6 +4,7 @@
 //! transports are tried is the engine's.
 
 pub mod control;
+pub(crate) mod describe;
 pub mod faulty;
 pub(crate) mod frame;
 pub(crate) mod lane;

@@ -316,6 +316,7 @@ impl ServedLane<'_> {
                 }
                 Operation::Ping => self.answer(Status::Ok, 0, 0, header.id, until)?,
                 Operation::Attach => self.attach(&header, until)?,
+                Operation::Describe => self.describe(&header, until)?,
             }
             self.socket.shrink();
         }
@@ -407,7 +408,9 @@ impl ServedLane<'_> {
         );
         self.reply.extend_from_slice(&statuses);
         // Small replies leave in one piece: copied, re-checked, sent with the verdict.
-        if payload <= 32 << 10 {
+        // Borrowed memory may have been unmapped by its owner: the kernel finds out without a signal.
+        let owned = |s: &Option<Arc<Segment>>| s.as_ref().is_none_or(|s| s.memory.fd().is_some());
+        if payload <= 32 << 10 && segments.iter().all(owned) {
             for source in &sources {
                 let at = self.reply.len();
                 self.reply.reserve(source.length);
@@ -523,6 +526,17 @@ impl ServedLane<'_> {
         Ok(Ok(()))
     }
 
+    /// Sends what is registered here: who we are, then the regions.
+    fn describe(&mut self, header: &RequestHeader, until: Until) -> io::Result<()> {
+        let host = &self.shared.host;
+        let payload = frame::encode_description(host.node, &host.segments());
+        self.reply.clear();
+        let length = payload.len() as u64;
+        frame::encode_reply(&mut self.reply, Status::Ok, 0, length, header.id);
+        self.reply.extend_from_slice(&payload);
+        self.socket.write_all_from(&self.reply, &[], until)
+    }
+
     /// Sends a segment's descriptor along the Unix socket, in the reply's first byte.
     fn attach(&mut self, header: &RequestHeader, until: Until) -> io::Result<()> {
         let wanted = self.items.first().copied();
@@ -535,6 +549,10 @@ impl ServedLane<'_> {
                 what: "attach needs a Unix socket and an item",
             }),
         };
+        let segment = segment.and_then(|s| match s.memory.fd() {
+            Some(_) => Ok(s),
+            None => Err(TransferError::Stale),
+        });
         let segment = match segment {
             Ok(segment) => segment,
             Err(error) => {
@@ -542,12 +560,15 @@ impl ServedLane<'_> {
                 return self.answer(status, 0, 0, header.id, until);
             }
         };
+        let Some(fd) = segment.memory.fd() else {
+            return self.answer(Status::Stale, 0, 0, header.id, until);
+        };
         self.reply.clear();
         let size = segment.memory.len() as u64;
         frame::encode_reply(&mut self.reply, Status::Ok, 0, size, header.id);
         let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        let fds = [segment.memory.fd()];
+        let fds = [fd];
         ancillary.push(SendAncillaryMessage::ScmRights(&fds));
         let vectors = [io::IoSlice::new(&self.reply)];
         let sent = rustix::net::sendmsg(

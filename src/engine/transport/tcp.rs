@@ -16,7 +16,7 @@ pub struct TcpTransport {
     lanes: LanePool,
 }
 
-fn connect(address: &str, timeout: Duration) -> std::io::Result<Socket> {
+pub(super) fn connect(address: &str, timeout: Duration) -> std::io::Result<Socket> {
     Socket::connect_tcp(resolve_one(address)?, timeout)
 }
 

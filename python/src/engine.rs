@@ -1,0 +1,809 @@
+//! `mooncake.engine`: processes that read and write each other's memory by address.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use mooncake::base::net::{join_host_port, resolve_one, split_host_port};
+use mooncake::base::trust::{ClusterKeys, Token};
+use mooncake::engine::batch::{LocalSlice, Opcode};
+use mooncake::engine::error::TransferError;
+use mooncake::engine::metadata::Metadata;
+use mooncake::engine::peer::{Move, Notify, PeerEngine, PeerError};
+use parking_lot::{Condvar, Mutex, RwLock};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+use crate::args::{Value, Word, Words};
+use crate::buffers::HostMemoryAllocator;
+use crate::{memory_map, process};
+
+// Codes of upstream's transfer engine: another space than the store's.
+const INVALID_ARGUMENT: i64 = -1;
+const ADDRESS_NOT_REGISTERED: i64 = -3;
+const ADDRESS_OVERLAPPED: i64 = -7;
+const DNS: i64 = -101;
+const SOCKET: i64 = -102;
+const METADATA: i64 = -200;
+/// Batches submitted and not asked for; more are refused.
+const BATCHES_MAX: usize = 4096;
+const TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
+
+fn code(error: &PeerError) -> i64 {
+    match error {
+        PeerError::Overlaps => ADDRESS_OVERLAPPED,
+        PeerError::NotRegistered => ADDRESS_NOT_REGISTERED,
+        _ => INVALID_ARGUMENT,
+    }
+}
+
+/// A message that goes with a transfer.
+#[pyclass(module = "mooncake.engine", get_all, set_all, from_py_object)]
+#[derive(Clone)]
+pub(crate) struct TransferNotify {
+    name: String,
+    msg: String,
+}
+
+#[pymethods]
+impl TransferNotify {
+    #[new]
+    #[pyo3(signature = (name="", msg=""))]
+    fn new(name: &str, msg: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            msg: msg.to_owned(),
+        }
+    }
+    fn __repr__(&self) -> String {
+        format!("TransferNotify(name={:?}, msg={:?})", self.name, self.msg)
+    }
+}
+
+/// What `initialize` opened.
+struct Running {
+    engine: PeerEngine,
+    metadata: Metadata,
+    name: String,
+    generation: u32,
+    /// 0 under way, 1 done, -1 failed.
+    batches: Mutex<HashMap<i64, i32>>,
+    ended: Condvar,
+}
+
+/// Memory of this process and of its peers.
+#[pyclass(module = "mooncake._native", subclass, frozen, name = "TransferEngine")]
+#[derive(Default)]
+pub(crate) struct Engine {
+    running: RwLock<Option<Arc<Running>>>,
+    managed: HostMemoryAllocator,
+    next_batch: AtomicI64,
+}
+
+fn opcode(value: &Bound<'_, PyAny>) -> PyResult<Opcode> {
+    let number = value
+        .extract::<i64>()
+        .or_else(|_| value.getattr("value")?.extract::<i64>())?;
+    match number {
+        0 => Ok(Opcode::Read),
+        1 => Ok(Opcode::Write),
+        _ => Err(pyo3::exceptions::PyValueError::new_err(
+            "opcode must be TransferOpcode.Read or TransferOpcode.Write",
+        )),
+    }
+}
+
+impl Running {
+    /// The ranges of a call, or the code it is refused with.
+    fn moves(
+        opcode: Opcode,
+        local: &[usize],
+        remote: &[usize],
+        lengths: &[usize],
+    ) -> Result<Vec<Move>, i64> {
+        if local.len() != remote.len() || local.len() != lengths.len() {
+            return Err(INVALID_ARGUMENT);
+        }
+        let mut moves = Vec::with_capacity(local.len());
+        for ((local, remote), length) in local.iter().zip(remote).zip(lengths) {
+            let write = opcode == Opcode::Read;
+            if *length > 0 && (*local == 0 || !memory_map::usable(*local, *length, write)) {
+                return Err(INVALID_ARGUMENT);
+            }
+            moves.push(Move {
+                opcode,
+                // SAFETY: mapped memory of this process; that it stays so during the transfer is the caller's promise.
+                local: unsafe { LocalSlice::new(*local as *mut u8, *length) },
+                remote_address: *remote as u64,
+            });
+        }
+        Ok(moves)
+    }
+
+    fn address(&self, name: &str) -> Result<String, i64> {
+        match self.metadata.lookup(name) {
+            Ok(Some(address)) => Ok(address),
+            Ok(None) => Err(INVALID_ARGUMENT),
+            Err(error) => {
+                tracing::warn!(%error, "transfer");
+                Err(METADATA)
+            }
+        }
+    }
+
+    fn transfer(&self, name: &str, moves: &[Move], notify: Option<&Notify>) -> i64 {
+        let outcome = self.address(name).and_then(|address| {
+            self.engine
+                .transfer(&address, moves, notify)
+                .map_err(|error| {
+                    tracing::debug!(%error, "transfer");
+                    code(&error)
+                })
+        });
+        outcome.err().unwrap_or(0)
+    }
+}
+
+impl Engine {
+    fn running(&self) -> Result<Arc<Running>, i64> {
+        let running = self.running.read();
+        let running = running.as_ref().ok_or(INVALID_ARGUMENT)?;
+        if running.generation == process::generation() {
+            Ok(running.clone())
+        } else {
+            Err(INVALID_ARGUMENT)
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the parts of a call, once")]
+    fn run(
+        &self,
+        py: Python<'_>,
+        target: &str,
+        local: &[usize],
+        remote: &[usize],
+        lengths: &[usize],
+        opcode: Opcode,
+        notify: Option<TransferNotify>,
+    ) -> i64 {
+        let notify = notify.map(|n| Notify {
+            name: n.name,
+            message: n.msg,
+        });
+        py.detach(|| {
+            let running = match self.running() {
+                Ok(running) => running,
+                Err(code) => return code,
+            };
+            match Running::moves(opcode, local, remote, lengths) {
+                Ok(moves) => running.transfer(target, &moves, notify.as_ref()),
+                Err(code) => code,
+            }
+        })
+    }
+
+    /// Id of a batch that goes on in a thread of its own; 0 when it was refused.
+    fn submit(
+        &self,
+        target: &str,
+        local: &[usize],
+        remote: &[usize],
+        lengths: &[usize],
+        opcode: Opcode,
+    ) -> i64 {
+        let Ok(running) = self.running() else {
+            return 0;
+        };
+        let Ok(moves) = Running::moves(opcode, local, remote, lengths) else {
+            return 0;
+        };
+        let id = self.next_batch.fetch_add(1, Ordering::Relaxed) + 1;
+        {
+            let mut batches = running.batches.lock();
+            if batches.len() >= BATCHES_MAX {
+                return 0;
+            }
+            batches.insert(id, 0);
+        }
+        let target = target.to_owned();
+        let worker = running.clone();
+        let spawned = std::thread::Builder::new()
+            .name("transfer".into())
+            .spawn(move || {
+                let done = worker.transfer(&target, &moves, None);
+                worker
+                    .batches
+                    .lock()
+                    .insert(id, if done == 0 { 1 } else { -1 });
+                worker.ended.notify_all();
+            });
+        if spawned.is_err() {
+            running.batches.lock().remove(&id);
+            return 0;
+        }
+        id
+    }
+
+    fn open(local_hostname: &str, metadata_server: &str) -> Result<Running, i64> {
+        let metadata = Metadata::open(metadata_server).map_err(|error| {
+            tracing::warn!("initialize: {error}");
+            METADATA
+        })?;
+        let name = if local_hostname.is_empty() {
+            "127.0.0.1"
+        } else {
+            local_hostname
+        };
+        let (host, port) = split_host_port(name, 0).map_err(|_| INVALID_ARGUMENT)?;
+        let wanted = resolve_one(&join_host_port(&host, port)).map_err(|error| {
+            tracing::warn!("initialize: {error}");
+            DNS
+        })?;
+        let token = std::env::var("MOONCAKE_TOKEN")
+            .ok()
+            .and_then(|t| Token::new(&t));
+        if token.is_none() && !wanted.ip().is_loopback() {
+            tracing::warn!(
+                "NO TOKEN: anybody who reaches {} can read and write what is registered here; set MOONCAKE_TOKEN",
+                wanted.ip()
+            );
+        }
+        let timeout = std::env::var("MC_TRANSFER_TIMEOUT")
+            .ok()
+            .and_then(|t| t.parse().ok())
+            .map_or(TIMEOUT_DEFAULT, Duration::from_secs);
+        let keys = ClusterKeys::derive(token.as_ref());
+        let any = SocketAddr::new(wanted.ip(), 0);
+        // The port in the name is the metadata name's; it is used when it is free, as upstream does.
+        let engine = PeerEngine::open(wanted, keys.clone(), timeout)
+            .or_else(|_| PeerEngine::open(any, keys, timeout))
+            .map_err(|error| {
+                tracing::warn!("initialize: cannot listen on {}: {error}", wanted.ip());
+                SOCKET
+            })?;
+        let port = engine.address().port();
+        metadata.publish(name, &host, port).map_err(|error| {
+            tracing::warn!("initialize: {error}");
+            METADATA
+        })?;
+        Ok(Running {
+            engine,
+            name: name.to_owned(),
+            metadata,
+            generation: process::generation(),
+            batches: Mutex::default(),
+            ended: Condvar::new(),
+        })
+    }
+
+    fn register(&self, address: usize, length: usize) -> i64 {
+        let running = match self.running() {
+            Ok(running) => running,
+            Err(code) => return code,
+        };
+        let Some(pointer) = NonNull::new(address as *mut u8) else {
+            return INVALID_ARGUMENT;
+        };
+        if !memory_map::usable(address, length, true) {
+            return INVALID_ARGUMENT;
+        }
+        // SAFETY: mapped now; that it stays so until it is unregistered is the caller's promise, as with upstream.
+        let outcome = unsafe { running.engine.register(pointer, length) };
+        outcome.err().as_ref().map_or(0, code)
+    }
+
+    fn unregister(&self, address: usize) -> i64 {
+        match self.running() {
+            Ok(running) => running
+                .engine
+                .unregister(address)
+                .err()
+                .as_ref()
+                .map_or(0, code),
+            Err(code) => code,
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.generation == process::generation()
+            && let Err(error) = self.metadata.withdraw(&self.name)
+        {
+            tracing::debug!(%error, "the name was not taken back");
+        }
+    }
+}
+
+#[pymethods]
+impl Engine {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+
+    /// Listens and is ready: 0, or a negative code. `metadata_server`: P2PHANDSHAKE, http://…/metadata, redis://….
+    fn initialize(
+        &self,
+        py: Python<'_>,
+        local_hostname: &str,
+        metadata_server: &str,
+        protocol: &str,
+        device_name: &str,
+    ) -> i64 {
+        let _ = device_name;
+        if protocol != "tcp" && !protocol.is_empty() {
+            tracing::warn!("initialize: protocol `{protocol}` is not in this build: using TCP");
+        }
+        if self.running().is_ok() {
+            return INVALID_ARGUMENT;
+        }
+        match py.detach(|| Self::open(local_hostname, metadata_server)) {
+            Ok(running) => {
+                let old = self.running.write().replace(Arc::new(running));
+                // Of the process this one was forked from.
+                std::mem::forget(old);
+                0
+            }
+            Err(code) => code,
+        }
+    }
+
+    /// `initialize` with the kind of the metadata service beside its address.
+    fn initialize_ext(
+        &self,
+        py: Python<'_>,
+        local_hostname: &str,
+        metadata_server: &str,
+        protocol: &str,
+        device_name: &str,
+        metadata_type: &str,
+    ) -> i64 {
+        let server = match metadata_type {
+            "" | "p2p" | "P2PHANDSHAKE" => metadata_server.to_owned(),
+            kind if metadata_server.contains("://") || metadata_server == "P2PHANDSHAKE" => {
+                let _ = kind;
+                metadata_server.to_owned()
+            }
+            kind => format!("{kind}://{metadata_server}"),
+        };
+        self.initialize(py, local_hostname, &server, protocol, device_name)
+    }
+
+    /// Port that peers connect to.
+    fn get_rpc_port(&self) -> i64 {
+        self.running()
+            .map_or_else(|code| code, |r| i64::from(r.engine.address().port()))
+    }
+
+    /// Opens memory to peers: 0, -7 when it overlaps, -1 when it is not memory of this process.
+    #[pyo3(signature = (buffer_addr, capacity, location="*"))]
+    fn register_memory(
+        &self,
+        py: Python<'_>,
+        buffer_addr: Word,
+        capacity: Word,
+        location: &str,
+    ) -> i64 {
+        let _ = location;
+        py.detach(|| self.register(buffer_addr.0, capacity.0))
+    }
+
+    /// Closes memory to peers once transfers under way have ended: 0, -3 when nothing is registered there.
+    fn unregister_memory(&self, py: Python<'_>, buffer_addr: Word) -> i64 {
+        py.detach(|| self.unregister(buffer_addr.0))
+    }
+
+    /// All or none.
+    #[pyo3(signature = (buffer_addresses, capacities, location="*"))]
+    fn batch_register_memory(
+        &self,
+        py: Python<'_>,
+        buffer_addresses: Words,
+        capacities: Words,
+        location: &str,
+    ) -> i64 {
+        let _ = location;
+        if buffer_addresses.0.len() != capacities.0.len() {
+            return INVALID_ARGUMENT;
+        }
+        py.detach(|| {
+            for (at, (address, length)) in buffer_addresses.0.iter().zip(&capacities.0).enumerate()
+            {
+                let code = self.register(*address, *length);
+                if code != 0 {
+                    for done in &buffer_addresses.0[..at] {
+                        self.unregister(*done);
+                    }
+                    return code;
+                }
+            }
+            0
+        })
+    }
+
+    /// 0, or the first negative code; the others are closed all the same.
+    fn batch_unregister_memory(&self, py: Python<'_>, buffer_addresses: Words) -> i64 {
+        py.detach(|| {
+            let codes = buffer_addresses.0.iter().map(|a| self.unregister(*a));
+            codes.fold(0, |first, code| if first == 0 { code } else { first })
+        })
+    }
+
+    /// Address of `length` bytes open to peers; 0 when there are none.
+    fn allocate_managed_buffer(&self, length: Word) -> usize {
+        match self.managed.allocate(length.0) {
+            Some(address) if self.register(address, length.0) == 0 => address,
+            Some(address) => {
+                self.managed.release(address);
+                0
+            }
+            None => 0,
+        }
+    }
+
+    /// Gives it back: 0, or a negative code.
+    fn free_managed_buffer(&self, py: Python<'_>, address: Word, length: Word) -> i64 {
+        let _ = length;
+        if !self.managed.owns(address.0) {
+            return INVALID_ARGUMENT;
+        }
+        let code = py.detach(|| self.unregister(address.0));
+        // Memory that a transfer may still touch is kept.
+        if code == 0 {
+            self.managed.release(address.0);
+        }
+        code
+    }
+
+    /// Copies `length` bytes from here to a peer; 0 when they are there.
+    #[pyo3(signature = (target_hostname, buffer, peer_buffer_address, length, transport_hint=""))]
+    fn transfer_sync_write(
+        &self,
+        py: Python<'_>,
+        target_hostname: &str,
+        buffer: Word,
+        peer_buffer_address: Word,
+        length: Word,
+        transport_hint: &str,
+    ) -> i64 {
+        let _ = transport_hint;
+        self.run(
+            py,
+            target_hostname,
+            &[buffer.0],
+            &[peer_buffer_address.0],
+            &[length.0],
+            Opcode::Write,
+            None,
+        )
+    }
+
+    /// Copies `length` bytes from a peer to here; 0 when they are here.
+    #[pyo3(signature = (target_hostname, buffer, peer_buffer_address, length, transport_hint=""))]
+    fn transfer_sync_read(
+        &self,
+        py: Python<'_>,
+        target_hostname: &str,
+        buffer: Word,
+        peer_buffer_address: Word,
+        length: Word,
+        transport_hint: &str,
+    ) -> i64 {
+        let _ = transport_hint;
+        self.run(
+            py,
+            target_hostname,
+            &[buffer.0],
+            &[peer_buffer_address.0],
+            &[length.0],
+            Opcode::Read,
+            None,
+        )
+    }
+
+    /// Either direction; the notify is delivered after the data.
+    #[pyo3(name = "transfer_sync", signature = (target_hostname, buffer, peer_buffer_address, length, opcode, notify=None, transport_hint=""))]
+    #[expect(clippy::too_many_arguments, reason = "upstream's signature")]
+    fn transfer_sync(
+        &self,
+        py: Python<'_>,
+        target_hostname: &str,
+        buffer: Word,
+        peer_buffer_address: Word,
+        length: Word,
+        opcode: &Bound<'_, PyAny>,
+        notify: Option<TransferNotify>,
+        transport_hint: &str,
+    ) -> PyResult<i64> {
+        let _ = transport_hint;
+        let opcode = self::opcode(opcode)?;
+        Ok(self.run(
+            py,
+            target_hostname,
+            &[buffer.0],
+            &[peer_buffer_address.0],
+            &[length.0],
+            opcode,
+            notify,
+        ))
+    }
+
+    /// Several ranges to one peer.
+    #[pyo3(signature = (target_hostname, buffers, peer_buffer_addresses, lengths, transport_hint=""))]
+    fn batch_transfer_sync_write(
+        &self,
+        py: Python<'_>,
+        target_hostname: &str,
+        buffers: Words,
+        peer_buffer_addresses: Words,
+        lengths: Words,
+        transport_hint: &str,
+    ) -> i64 {
+        let _ = transport_hint;
+        self.run(
+            py,
+            target_hostname,
+            &buffers.0,
+            &peer_buffer_addresses.0,
+            &lengths.0,
+            Opcode::Write,
+            None,
+        )
+    }
+
+    /// Several ranges from one peer.
+    #[pyo3(signature = (target_hostname, buffers, peer_buffer_addresses, lengths, transport_hint=""))]
+    fn batch_transfer_sync_read(
+        &self,
+        py: Python<'_>,
+        target_hostname: &str,
+        buffers: Words,
+        peer_buffer_addresses: Words,
+        lengths: Words,
+        transport_hint: &str,
+    ) -> i64 {
+        let _ = transport_hint;
+        self.run(
+            py,
+            target_hostname,
+            &buffers.0,
+            &peer_buffer_addresses.0,
+            &lengths.0,
+            Opcode::Read,
+            None,
+        )
+    }
+
+    /// Several ranges, either direction.
+    #[pyo3(name = "batch_transfer_sync", signature = (target_hostname, buffers, peer_buffer_addresses, lengths, opcode, notify=None, transport_hint=""))]
+    #[expect(clippy::too_many_arguments, reason = "upstream's signature")]
+    fn batch_transfer_sync(
+        &self,
+        py: Python<'_>,
+        target_hostname: &str,
+        buffers: Words,
+        peer_buffer_addresses: Words,
+        lengths: Words,
+        opcode: &Bound<'_, PyAny>,
+        notify: Option<TransferNotify>,
+        transport_hint: &str,
+    ) -> PyResult<i64> {
+        let _ = transport_hint;
+        let opcode = self::opcode(opcode)?;
+        Ok(self.run(
+            py,
+            target_hostname,
+            &buffers.0,
+            &peer_buffer_addresses.0,
+            &lengths.0,
+            opcode,
+            notify,
+        ))
+    }
+
+    /// Begins to write: the batch's id, 0 when it was refused.
+    fn batch_transfer_async_write(
+        &self,
+        target_hostname: &str,
+        buffers: Words,
+        peer_buffer_addresses: Words,
+        lengths: Words,
+    ) -> i64 {
+        self.submit(
+            target_hostname,
+            &buffers.0,
+            &peer_buffer_addresses.0,
+            &lengths.0,
+            Opcode::Write,
+        )
+    }
+
+    /// Begins to read: the batch's id, 0 when it was refused.
+    fn batch_transfer_async_read(
+        &self,
+        target_hostname: &str,
+        buffers: Words,
+        peer_buffer_addresses: Words,
+        lengths: Words,
+    ) -> i64 {
+        self.submit(
+            target_hostname,
+            &buffers.0,
+            &peer_buffer_addresses.0,
+            &lengths.0,
+            Opcode::Read,
+        )
+    }
+
+    /// Begins either: the batch's id, 0 when it was refused.
+    fn batch_transfer_async(
+        &self,
+        target_hostname: &str,
+        buffers: Words,
+        peer_buffer_addresses: Words,
+        lengths: Words,
+        opcode: &Bound<'_, PyAny>,
+    ) -> PyResult<i64> {
+        let opcode = self::opcode(opcode)?;
+        Ok(self.submit(
+            target_hostname,
+            &buffers.0,
+            &peer_buffer_addresses.0,
+            &lengths.0,
+            opcode,
+        ))
+    }
+
+    /// Begins to write one range: the batch's id, 0 when it was refused.
+    fn transfer_submit_write(
+        &self,
+        target_hostname: &str,
+        buffer: Word,
+        peer_buffer_address: Word,
+        length: Word,
+    ) -> i64 {
+        self.submit(
+            target_hostname,
+            &[buffer.0],
+            &[peer_buffer_address.0],
+            &[length.0],
+            Opcode::Write,
+        )
+    }
+
+    /// 0 under way, 1 done, -1 failed (or no such batch). A batch that has ended is forgotten by this call.
+    fn transfer_check_status(&self, batch_id: i64) -> i32 {
+        let Ok(running) = self.running() else {
+            return -1;
+        };
+        let mut batches = running.batches.lock();
+        match batches.get(&batch_id).copied() {
+            Some(0) => 0,
+            Some(state) => {
+                batches.remove(&batch_id);
+                state
+            }
+            None => -1,
+        }
+    }
+
+    /// Waits for batches: 0 when all have arrived, else -1. They are forgotten.
+    fn get_batch_transfer_status(&self, py: Python<'_>, batch_ids: Vec<i64>) -> i32 {
+        let Ok(running) = self.running() else {
+            return -1;
+        };
+        py.detach(|| {
+            let mut answer = 0;
+            let mut batches = running.batches.lock();
+            for id in batch_ids {
+                // Each batch has a deadline of its own.
+                while batches.get(&id) == Some(&0) {
+                    running.ended.wait(&mut batches);
+                }
+                if batches.remove(&id) != Some(1) {
+                    answer = -1;
+                }
+            }
+            answer
+        })
+    }
+
+    /// Copies bytes to an address of this process: 0, or -1.
+    fn write_bytes_to_buffer(&self, dest_address: Word, src: Value, length: Word) -> i64 {
+        let inside = length.0 <= src.length && memory_map::usable(dest_address.0, length.0, true);
+        if !inside || dest_address.0 == 0 {
+            return INVALID_ARGUMENT;
+        }
+        // SAFETY: both mapped and long enough; may overlap.
+        unsafe { std::ptr::copy(src.pointer, dest_address.0 as *mut u8, length.0) };
+        0
+    }
+
+    /// Bytes at an address of this process.
+    fn read_bytes_from_buffer<'py>(
+        &self,
+        py: Python<'py>,
+        source_address: Word,
+        length: Word,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        if source_address.0 == 0 || !memory_map::usable(source_address.0, length.0, false) {
+            return Err(pyo3::exceptions::PyValueError::new_err(
+                "not memory of this process",
+            ));
+        }
+        // SAFETY: mapped and readable for this length.
+        let bytes = unsafe { std::slice::from_raw_parts(source_address.0 as *const u8, length.0) };
+        Ok(PyBytes::new(py, bytes))
+    }
+
+    /// First registered address of a peer; 0 when there is none.
+    fn get_first_buffer_address(&self, py: Python<'_>, segment_name: &str) -> u64 {
+        py.detach(|| {
+            let running = self.running().ok()?;
+            let address = running.address(segment_name).ok()?;
+            running.engine.first_address(&address).ok()
+        })
+        .unwrap_or(0)
+    }
+
+    /// Notifies received since the last call.
+    fn get_notifies(&self) -> Vec<TransferNotify> {
+        let Ok(running) = self.running() else {
+            return Vec::new();
+        };
+        let notifies = running.engine.take_notifies().into_iter();
+        notifies
+            .map(|n| TransferNotify {
+                name: n.name,
+                msg: n.message,
+            })
+            .collect()
+    }
+
+    /// 0 when the peer answers, -102 when not.
+    fn send_probe(&self, py: Python<'_>, peer_server_name: &str) -> i64 {
+        py.detach(|| {
+            let running = match self.running() {
+                Ok(running) => running,
+                Err(code) => return code,
+            };
+            let address = match running.address(peer_server_name) {
+                Ok(address) => address,
+                Err(code) => return code,
+            };
+            match running.engine.probe(&address) {
+                Ok(()) => 0,
+                Err(PeerError::Transfer(TransferError::Refused { .. })) => -104,
+                Err(_) => SOCKET,
+            }
+        })
+    }
+
+    /// The devices of this host as upstream's JSON: one location, no RDMA device in this build.
+    #[pyo3(signature = (device_name=None))]
+    fn get_local_topology(&self, device_name: Option<&str>) -> &'static str {
+        let _ = device_name;
+        r#"{"cpu:0": [[], []]}"#
+    }
+
+    /// This object: what `setup(engine=…)` takes.
+    fn get_engine(slf: PyRef<'_, Self>) -> Py<Self> {
+        slf.into()
+    }
+
+    /// A number that is not 0 while the engine runs; there is no C++ object to point to.
+    fn get_engine_ptr(&self) -> usize {
+        self.running().map_or(0, |r| Arc::as_ptr(&r) as usize)
+    }
+
+    /// Nothing to warm up here: 0.
+    #[pyo3(signature = (segment_name, **_others))]
+    fn warmup_efa_segment(&self, segment_name: &str, _others: Option<&Bound<'_, PyDict>>) -> i64 {
+        let _ = segment_name;
+        0
+    }
+}
