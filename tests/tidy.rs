@@ -178,6 +178,7 @@ fn unsafe_code_is_where_memory_is_shared() {
         "engine/",
         "store/client/get.rs",
         "store/client/put.rs",
+        "store/client/put_session.rs",
         "cmd/put.rs",
         "cmd/bench/",
     ];

@@ -74,3 +74,37 @@ def test_console_names():
         path = os.path.join(sysconfig.get_path("scripts"), name)
         done = subprocess.run([path, "--help"], capture_output=True, text=True, timeout=30)
         assert done.returncode == 0 and "Usage: mooncake" in done.stdout
+
+
+EXAMPLES = os.path.join(os.path.dirname(__file__), "..", "examples")
+
+
+@pytest.mark.parametrize("name", ["embedded_pool.py", "kv_blocks.py", "memory_by_address.py"])
+def test_examples_run(name, master, lender):
+    import sys
+
+    command = [sys.executable, os.path.join(EXAMPLES, name), master.address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_stubs_name_what_is_there():
+    """Every method of the stub exists, and every public method of the module is in the stub."""
+    import ast
+
+    import mooncake.store
+
+    path = os.path.join(os.path.dirname(mooncake.store.__file__), "store.pyi")
+    with open(path, encoding="utf-8") as file:
+        classes = {n.name: n for n in ast.parse(file.read()).body if isinstance(n, ast.ClassDef)}
+    for name, node in classes.items():
+        real = getattr(mooncake.store, name)
+        stubbed = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+        stubbed -= {"__getattr__", "__buffer__"}
+        assert all(hasattr(real, method) for method in stubbed), name
+    store = mooncake.store.MooncakeDistributedStore
+    methods = {n.name for n in classes["MooncakeDistributedStore"].body if hasattr(n, "name")}
+    native = {m for m in vars(store.__mro__[2]) if not m.startswith("_") and m != "tearDownAll"}
+    known_only_by_name = {"unmount_local_disk_segment", "get_offload_rpc_read_count"}
+    assert native - methods <= known_only_by_name, native - methods
