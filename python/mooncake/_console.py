@@ -28,6 +28,20 @@ def master():
     _become("master")
 
 
+def http_metadata_server():
+    """`mooncake_http_metadata_server`: a master serves `/metadata` on its port. Loopback unless `--host` says otherwise."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="mooncake_http_metadata_server")
+    parser.add_argument("--port", default="8080")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--log-level", default="info")
+    given = parser.parse_args()
+    os.environ.setdefault("RUST_LOG", given.log_level.lower())
+    sys.argv[1:] = ["--port", given.port, "--bind", given.host, "--metrics-port", "off"]
+    _become("master")
+
+
 def client():
     """`mooncake_client`: `mooncake node`."""
     _become("node")

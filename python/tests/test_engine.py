@@ -2,10 +2,12 @@
 
 import ctypes
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -171,22 +173,45 @@ class Metadata(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(params=["http", "redis"])
-def metadata(request):
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(params=["master", "console", "http", "redis", "etcd"])
+def metadata(request, tmp_path):
+    if request.param == "master":
+        yield f"http://{request.getfixturevalue('master').address}/metadata"
+        return
+    if request.param == "console":
+        script = os.path.join(sysconfig.get_path("scripts"), "mooncake_http_metadata_server")
+        process = subprocess.Popen([script, "--port", "0"], stdout=subprocess.PIPE, text=True)
+        address = re.search(r"listening on (\S+)", process.stdout.readline()).group(1)
+        yield f"http://{address}/metadata"
+        process.kill()
+        process.wait()
+        return
     if request.param == "http":
         server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/metadata"
         server.shutdown()
         return
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    program = "redis-server" if request.param == "redis" else "etcd"
+    binary = shutil.which(program)
+    # tools/test-python installs both.
+    assert binary, f"{program} is not installed"
+    port, other = free_port(), free_port()
+    if request.param == "redis":
+        command = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    else:
+        client, peers = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{other}"
+        command = ["--data-dir", str(tmp_path), "--listen-client-urls", client]
+        command += ["--advertise-client-urls", client, "--listen-peer-urls", peers]
+        command += ["--initial-advertise-peer-urls", peers, "--initial-cluster", f"default={peers}"]
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen([binary, *command], stdout=quiet, stderr=quiet)
     until = time.monotonic() + 10
     while time.monotonic() < until:
         try:
@@ -194,7 +219,7 @@ def metadata(request):
             break
         except OSError:
             time.sleep(0.02)
-    yield f"redis://127.0.0.1:{port}"
+    yield f"{request.param}://127.0.0.1:{port}"
     process.kill()
     process.wait()
 

@@ -48,6 +48,23 @@ pub struct Setting {
 }
 
 impl Setting {
+    /// A setting by its parts.
+    pub const fn new(
+        name: &'static str,
+        aliases: &'static [&'static str],
+        kind: Kind,
+        default: &'static str,
+        help: &'static str,
+    ) -> Self {
+        Self {
+            name,
+            aliases,
+            kind,
+            default,
+            help,
+        }
+    }
+
     /// The environment variable of this setting.
     pub fn variable(&self) -> String {
         format!(

@@ -18,177 +18,161 @@ use crate::store::node::{Node, NodeConfig};
 const MS: Kind = Kind::Time(Duration::from_millis(1));
 const SECONDS: Kind = Kind::Time(Duration::from_secs(1));
 
-const fn setting(
-    name: &'static str,
-    aliases: &'static [&'static str],
-    kind: Kind,
-    default: &'static str,
-    help: &'static str,
-) -> Setting {
-    Setting {
-        name,
-        aliases,
-        kind,
-        default,
-        help,
-    }
-}
-
 /// An upstream flag that has no meaning here; taken so that start scripts keep working.
 const fn ignored(name: &'static str, aliases: &'static [&'static str]) -> Setting {
-    setting(name, aliases, Kind::Text, "", "")
+    Setting::new(name, aliases, Kind::Text, "", "")
 }
 
 /// Names, defaults and units follow upstream's `mooncake_master` where it has the setting.
 static SETTINGS: &[Setting] = &[
-    setting(
+    Setting::new(
         "port",
         &["rpc_port"],
         Kind::Integer(0, 65_535),
         "50051",
         "Port for gRPC, HTTP and control lanes; 0 = any free one",
     ),
-    setting(
+    Setting::new(
         "bind",
         &["rpc_address"],
         Kind::Text,
         "127.0.0.1",
         "Address to listen on; beyond loopback only when told so",
     ),
-    setting(
+    Setting::new(
         "token-file",
         &[],
         Kind::Text,
         "",
         "File with the cluster token (or MOONCAKE_TOKEN); required of everybody then",
     ),
-    setting(
+    Setting::new(
         "memory",
         &[],
         Kind::SizeOrNone(1 << 20, 1 << 50),
         "0",
         "Also host an embedded node with this much memory",
     ),
-    setting(
+    Setting::new(
         "node-port",
         &[],
         Kind::Integer(0, 65_535),
         "0",
         "Data port of the embedded node; 0 = any free one",
     ),
-    setting(
+    Setting::new(
         "advertise",
         &[],
         Kind::Text,
         "",
         "HOST or HOST:PORT under which clients reach the embedded node, when it is not --bind",
     ),
-    setting(
+    Setting::new(
         "metrics-port",
         &[],
         Kind::Text,
         "9003",
         "Second HTTP listener for tools that expect upstream's port; `off` = none",
     ),
-    setting(
+    Setting::new(
         "metrics-host",
         &[],
         Kind::Text,
         "127.0.0.1",
         "Address of the second HTTP listener",
     ),
-    setting(
+    Setting::new(
         "enable-metric-reporting",
         &[],
         Kind::Flag,
         "true",
         "Log a summary every 10 s",
     ),
-    setting(
+    Setting::new(
         "default-kv-lease-ttl",
         &[],
         MS,
         "10s",
         "Lease granted by get and exist; a bare number is milliseconds",
     ),
-    setting(
+    Setting::new(
         "max-kv-soft-pin-ttl",
         &[],
         MS,
         "24h",
         "Longest soft pin accepted; a bare number is milliseconds",
     ),
-    setting(
+    Setting::new(
         "allow-evict-soft-pinned-objects",
         &[],
         Kind::Flag,
         "true",
         "Evict soft-pinned objects when nothing else is left",
     ),
-    setting(
+    Setting::new(
         "eviction-high-watermark-ratio",
         &[],
         Kind::Ratio,
         "0.90",
         "Share of the capacity above which eviction runs",
     ),
-    setting(
+    Setting::new(
         "eviction-ratio",
         &[],
         Kind::Ratio,
         "0.05",
         "Share of the capacity that a round of eviction frees",
     ),
-    setting(
+    Setting::new(
         "eviction-policy",
         &[],
         Kind::Choice(PolicyKind::NAMES),
         "sieve",
         "What is evicted first",
     ),
-    setting(
+    Setting::new(
         "allocation-strategy",
         &[],
         Kind::Choice(PlacementStrategy::NAMES),
         "random",
         "Where replicas are placed",
     ),
-    setting(
+    Setting::new(
         "client-ttl",
         &[],
         SECONDS,
         "10s",
         "A node silent for this long is unmounted; a bare number is seconds",
     ),
-    setting(
+    Setting::new(
         "put-start-release-timeout",
         &["put_start_release_timeout_sec"],
         SECONDS,
         "600s",
         "An unfinished put is reclaimed after this; a bare number is seconds",
     ),
-    setting(
+    Setting::new(
         "put-wait",
         &[],
         MS,
         "2s",
         "How long a put waits for space when its client names no deadline",
     ),
-    setting(
+    Setting::new(
         "recovery-grace",
         &[],
         MS,
         "1s",
         "After the start, absence is not answered for this long: nodes may still be on their way",
     ),
-    setting(
+    Setting::new(
         "max-lanes",
         &[],
         Kind::Integer(1, 65_536),
         "4096",
         "Control lanes open at once; as many data lanes of the embedded node",
     ),
-    setting(
+    Setting::new(
         "log-format",
         &[],
         Kind::Choice(&["text", "json"]),

@@ -9,101 +9,85 @@ use crate::base::config::{Kind, Resolved, Setting};
 use crate::base::units::ByteSize;
 use crate::store::node::{Node, NodeConfig, NodePhase};
 
-const fn setting(
-    name: &'static str,
-    aliases: &'static [&'static str],
-    kind: Kind,
-    default: &'static str,
-    help: &'static str,
-) -> Setting {
-    Setting {
-        name,
-        aliases,
-        kind,
-        default,
-        help,
-    }
-}
-
 static SETTINGS: &[Setting] = &[
-    setting(
+    Setting::new(
         "master",
         &["master_server_address"],
         Kind::Text,
         "127.0.0.1:50051",
         "HOST:PORT of the master",
     ),
-    setting(
+    Setting::new(
         "memory",
         &["global_segment_size"],
         Kind::Size(1 << 20, 1 << 50),
         "4GiB",
         "Memory to contribute",
     ),
-    setting(
+    Setting::new(
         "segments",
         &[],
         Kind::Integer(1, 64),
         "1",
         "Number of segments the memory is split into",
     ),
-    setting(
+    Setting::new(
         "bind",
         &["host"],
         Kind::Text,
         "127.0.0.1",
         "Address to listen on for data; beyond loopback only when told so",
     ),
-    setting(
+    Setting::new(
         "port",
         &[],
         Kind::Integer(0, 65_535),
         "0",
         "Port for data; 0 = any free one",
     ),
-    setting(
+    Setting::new(
         "advertise",
         &["local_hostname"],
         Kind::Text,
         "",
         "HOST or HOST:PORT that others connect to, when it is not --bind",
     ),
-    setting(
+    Setting::new(
         "name",
         &[],
         Kind::Text,
         "",
         "Name of this node [default: its address]",
     ),
-    setting(
+    Setting::new(
         "populate",
         &[],
         Kind::Flag,
         "true",
         "Touch all memory in the background after the start",
     ),
-    setting(
+    Setting::new(
         "token-file",
         &[],
         Kind::Text,
         "",
         "File with the cluster token (or MOONCAKE_TOKEN)",
     ),
-    setting(
+    Setting::new(
         "max-lanes",
         &[],
         Kind::Integer(1, 65_536),
         "4096",
         "Data lanes open at once",
     ),
-    setting(
+    Setting::new(
         "drain-timeout",
         &[],
         Kind::Time(Duration::from_secs(1)),
         "10s",
         "How long a stop may take; a bare number is seconds",
     ),
-    setting(
+    Setting::new(
         "log-format",
         &[],
         Kind::Choice(&["text", "json"]),

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
 use crate::base::net::{join_host_port, split_host_port};
@@ -14,7 +16,9 @@ const TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum MetadataError {
     /// Not an address of a service this build knows.
-    #[error("`{given}` is none of P2PHANDSHAKE, http://HOST:PORT/metadata, redis://HOST:PORT")]
+    #[error(
+        "`{given}` is none of P2PHANDSHAKE, http://HOST:PORT/metadata, redis://HOST:PORT, etcd://HOST:PORT"
+    )]
     Unknown {
         /// What was given.
         given: String,
@@ -35,6 +39,8 @@ pub enum Metadata {
     PeerToPeer,
     /// `GET`, `PUT` and `DELETE` of `URL?key=…`.
     Http(String),
+    /// etcd through its JSON gateway (on by default since 3.0): base URL.
+    Etcd(String),
     /// Plain keys.
     Redis {
         /// Its address.
@@ -63,6 +69,9 @@ impl Metadata {
         if server.starts_with("http://") {
             return Ok(Self::Http(server.to_owned()));
         }
+        if let Some(address) = server.strip_prefix("etcd://") {
+            return Ok(Self::Etcd(format!("http://{address}/v3/kv")));
+        }
         if server.starts_with("redis://") {
             let client = redis::Client::open(server).map_err(|_| unknown())?;
             return Ok(Self::Redis {
@@ -85,6 +94,10 @@ impl Metadata {
                 let sent = agent().put(url).query("key", key(name)).send(&value);
                 sent.map(|_| ()).map_err(|e| failed(url, &e))
             }
+            Self::Etcd(url) => {
+                let pair = json!({ "key": base64(&key(name)), "value": base64(&value) });
+                etcd(url, "put", &pair).map(|_| ())
+            }
             Self::Redis { server, client } => connection(server, client).and_then(|mut c| {
                 redis::cmd("SET")
                     .arg(key(name))
@@ -105,6 +118,9 @@ impl Metadata {
             Self::Http(url) => {
                 let sent = agent().delete(url).query("key", key(name)).call();
                 sent.map(|_| ()).map_err(|e| failed(url, &e))
+            }
+            Self::Etcd(url) => {
+                etcd(url, "deleterange", &json!({ "key": base64(&key(name)) })).map(|_| ())
             }
             Self::Redis { server, client } => connection(server, client).and_then(|mut c| {
                 redis::cmd("DEL")
@@ -133,6 +149,12 @@ impl Metadata {
                 Err(ureq::Error::StatusCode(404)) => None,
                 Err(error) => return Err(failed(url, &error)),
             },
+            Self::Etcd(url) => {
+                let answer = etcd(url, "range", &json!({ "key": base64(&key(name)) }))?;
+                let value = answer.pointer("/kvs/0/value").and_then(Value::as_str);
+                let bytes = value.and_then(|v| BASE64_STANDARD.decode(v).ok());
+                bytes.and_then(|b| String::from_utf8(b).ok())
+            }
             Self::Redis { server, client } => {
                 let mut connection = connection(server, client)?;
                 redis::cmd("GET")
@@ -158,6 +180,19 @@ fn failed(server: &str, reason: &dyn std::fmt::Display) -> MetadataError {
         server: server.to_owned(),
         reason: reason.to_string(),
     }
+}
+
+fn base64(text: &str) -> String {
+    BASE64_STANDARD.encode(text)
+}
+
+/// One call of etcd's gateway.
+fn etcd(url: &str, what: &str, request: &Value) -> Result<Value, MetadataError> {
+    let place = format!("{url}/{what}");
+    let answer = agent().post(&place).send(&request.to_string());
+    let text = answer.and_then(|mut a| a.body_mut().read_to_string());
+    let text = text.map_err(|e| failed(&place, &e))?;
+    serde_json::from_str(&text).map_err(|e| failed(&place, &e))
 }
 
 fn agent() -> ureq::Agent {

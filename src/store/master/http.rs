@@ -11,7 +11,7 @@ use axum::routing::{get, post};
 use serde_json::{Value, json};
 
 use super::eviction::Access;
-use super::{Master, operations};
+use super::{Master, names, operations};
 use crate::base::clock::Millis;
 use crate::store::model::error::{StoreError, code_name};
 use crate::store::model::key;
@@ -34,6 +34,10 @@ pub(crate) fn router(master: Arc<Master>) -> Router {
         .route("/get_segments_detail", get(segments_detail))
         .route("/query_segment", get(query_segment))
         .route("/api/v1/remove_all", post(remove_all))
+        .route(
+            "/metadata",
+            get(names::get).put(names::put).delete(names::delete),
+        )
         .fallback(|| async { (StatusCode::NOT_FOUND, "404 Not Found") })
         .with_state(master)
 }

@@ -13,6 +13,7 @@ pub mod eviction;
 mod http;
 mod lanes;
 mod metrics;
+mod names;
 mod object;
 mod operations;
 pub mod placement;
@@ -59,6 +60,7 @@ pub struct Master {
     pub(crate) state: state::MasterState,
     pub(crate) keys: ClusterKeys,
     pub(crate) metrics: metrics::Metrics,
+    pub(crate) names: names::Names,
     clients: Mutex<HashMap<Id128, ClientLanes>>,
     started: Instant,
 }
@@ -70,6 +72,7 @@ impl Master {
             state: state::MasterState::new(config, Millis::now()),
             keys,
             metrics: metrics::Metrics::new(),
+            names: names::Names::default(),
             clients: Mutex::default(),
             started: Instant::now(),
         })

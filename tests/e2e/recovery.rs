@@ -1,0 +1,272 @@
+//! Processes that die, stop, leave and come back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use mooncake::engine::transport::TransportKind;
+use mooncake::store::client::{PutOptions, PutOutcome};
+use mooncake::store::model::error::StoreError;
+
+use crate::pool::{Blob, Pool, Server, eventually, pattern};
+use crate::{copies, put};
+
+#[test]
+fn d1_d2_a_killed_master_loses_nothing_and_brings_nothing_back() {
+    let mut pool = Pool::start(3, "64MiB", &[]);
+    let client = pool.client();
+    for n in 0..300u64 {
+        let options = PutOptions {
+            replicas: 1 + n as u32 % 2,
+            hard_pin: n == 5,
+            group: if n % 7 == 0 {
+                "g".into()
+            } else {
+                String::new()
+            },
+            ..PutOptions::default()
+        };
+        client
+            .put_bytes(format!("k{n}").as_bytes(), &pattern(3000, n), &options)
+            .unwrap();
+    }
+    let gone: Vec<String> = (0..300).step_by(3).map(|n| format!("k{n}")).collect();
+    let keys: Vec<&[u8]> = gone.iter().map(String::as_bytes).collect();
+    assert!(
+        client
+            .remove(&keys, true)
+            .unwrap()
+            .iter()
+            .all(Result::is_ok)
+    );
+    for round in 0..3 {
+        pool.restart_master();
+        // No hand: the same client, and a new one.
+        for client in [&client, &pool.client()] {
+            for n in 0..300u64 {
+                let got = client.get(format!("k{n}").as_bytes()).map(Blob);
+                if n % 3 == 0 {
+                    assert_eq!(got, Err(StoreError::NotFound), "D2, round {round}, k{n}");
+                } else {
+                    assert_eq!(got, Ok(Blob(pattern(3000, n))), "D1, round {round}, k{n}");
+                }
+            }
+        }
+    }
+    let five = client.stat(b"k5").unwrap();
+    assert!(five.hard_pin, "attributes come back too");
+    assert_eq!(client.stat(b"k7").unwrap().group, "g");
+}
+
+#[test]
+fn d1_master_killed_under_load() {
+    let rounds = std::env::var("MOONCAKE_TEST_ROUNDS")
+        .ok()
+        .and_then(|r| r.parse().ok())
+        .unwrap_or(4u32);
+    let mut pool = Pool::start(3, "256MiB", &[]);
+    let stop = Arc::new(AtomicBool::new(false));
+    let writers: Vec<_> = (0..3u64)
+        .map(|w| {
+            let (client, stop) = (pool.client(), stop.clone());
+            std::thread::spawn(move || {
+                let mut acknowledged = Vec::new();
+                let mut n = 0u64;
+                while !stop.load(Ordering::Relaxed) {
+                    let key = format!("w{w}-{n}");
+                    let size = if n.is_multiple_of(10) { 100_000 } else { 700 };
+                    let options = copies(1 + u32::from(n.is_multiple_of(5)));
+                    if client
+                        .put_bytes(key.as_bytes(), &pattern(size, w << 40 | n), &options)
+                        .is_ok()
+                    {
+                        acknowledged.push((key, size, w << 40 | n));
+                    }
+                    n += 1;
+                    if n.is_multiple_of(64) {
+                        std::thread::sleep(Duration::from_millis(2));
+                    }
+                    // Well below the capacity: nothing is evicted, so everything must be found.
+                    if n > 12_000 {
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                }
+                acknowledged
+            })
+        })
+        .collect();
+    for _ in 0..rounds {
+        std::thread::sleep(Duration::from_millis(400));
+        pool.restart_master();
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    stop.store(true, Ordering::Relaxed);
+    let reader = pool.client();
+    let mut total = 0;
+    for writer in writers {
+        for (key, size, seed) in writer.join().unwrap() {
+            assert_eq!(
+                reader.get(key.as_bytes()).map(Blob),
+                Ok(Blob(pattern(size, seed))),
+                "D1: {key}"
+            );
+            total += 1;
+        }
+    }
+    assert_eq!(reader.overview().unwrap().evicted_objects, 0);
+    assert!(total > 300, "the load was a load: {total}");
+    println!("{total} acknowledged puts over {rounds} kills of the master, all found");
+}
+
+#[test]
+fn f1_a_killed_node_costs_no_wait_and_is_unmounted() {
+    let mut pool = Pool::start(3, "64MiB", &["--client-ttl", "2s"]);
+    let client = pool.client_over(TransportKind::Tcp);
+    for n in 0..60u64 {
+        client
+            .put_bytes(format!("k{n}").as_bytes(), &pattern(5000, n), &copies(2))
+            .unwrap();
+        client
+            .put_bytes(
+                format!("s{n}").as_bytes(),
+                &pattern(500, n),
+                &PutOptions::default(),
+            )
+            .unwrap();
+    }
+    pool.nodes[0].kill();
+    let start = Instant::now();
+    for n in 0..60u64 {
+        assert_eq!(
+            client.get(format!("k{n}").as_bytes()).map(Blob),
+            Ok(Blob(pattern(5000, n)))
+        );
+    }
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "failover without waiting: {:?}",
+        start.elapsed()
+    );
+    // New puts do not fail either.
+    for n in 0..30u64 {
+        put(&client, &format!("n{n}"), &pattern(900, n)).unwrap();
+        assert_eq!(
+            client.get(format!("n{n}").as_bytes()).map(Blob),
+            Ok(Blob(pattern(900, n)))
+        );
+    }
+    let mut lost = 0;
+    for n in 0..60u64 {
+        match client.get(format!("s{n}").as_bytes()) {
+            Ok(bytes) => assert_eq!(Blob(bytes), Blob(pattern(500, n))),
+            Err(StoreError::NotFound | StoreError::TransferFailed { .. }) => lost += 1,
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert!(
+        (1..60).contains(&lost),
+        "single copies of that node are gone, the others are not: {lost}"
+    );
+    eventually("unmounted after client-ttl", Duration::from_secs(6), || {
+        client.segments().unwrap().len() == 2
+    });
+    pool.add_node("64MiB");
+    assert_eq!(client.segments().unwrap().len(), 3);
+}
+
+#[test]
+fn a_stopped_node_comes_back_with_what_it_has() {
+    let pool = Pool::start(2, "64MiB", &["--client-ttl", "1s"]);
+    let client = pool.client_over(TransportKind::Tcp);
+    for n in 0..40u64 {
+        put(&client, &format!("k{n}"), &pattern(800, n)).unwrap();
+    }
+    pool.nodes[0].signal("-STOP");
+    eventually("unmounted", Duration::from_secs(8), || {
+        client.segments().unwrap().len() == 1
+    });
+    pool.nodes[0].signal("-CONT");
+    eventually("mounted again", Duration::from_secs(8), || {
+        client
+            .segments()
+            .unwrap()
+            .iter()
+            .filter(|s| s.state == "ok")
+            .count()
+            == 2
+    });
+    for n in 0..40u64 {
+        assert_eq!(
+            client.get(format!("k{n}").as_bytes()).map(Blob),
+            Ok(Blob(pattern(800, n))),
+            "k{n}"
+        );
+    }
+}
+
+#[test]
+fn r2_a_killed_writer_leaves_nothing_readable_and_its_space_returns() {
+    let pool = Pool::start(1, "256MiB", &[]);
+    let client = pool.client();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("big");
+    std::fs::write(&file, pattern(150 << 20, 1)).unwrap();
+    let file = file.to_str().unwrap();
+    for transport in ["tcp", "shm"] {
+        let arguments = [
+            "put",
+            "big",
+            file,
+            "--master",
+            &pool.address,
+            "--transport",
+            transport,
+        ];
+        let mut writer = Server::start(&arguments);
+        eventually("the put began", Duration::from_secs(10), || {
+            client.overview().unwrap().used_bytes > 100 << 20
+        });
+        writer.kill();
+        if client.exist(&[b"big"]).unwrap()[0] {
+            // It was done before the kill: then it must be whole.
+            assert_eq!(
+                client.get(b"big").map(Blob),
+                Ok(Blob(pattern(150 << 20, 1)))
+            );
+            assert!(client.remove(&[b"big"], true).unwrap()[0].is_ok());
+        } else {
+            assert_eq!(client.get(b"big"), Err(StoreError::NotFound));
+        }
+        // Long before any timeout of 30 or 600 s.
+        eventually("its space is free again", Duration::from_secs(10), || {
+            client.overview().unwrap().used_bytes < 1 << 20
+        });
+    }
+    // And the key is free for others at once.
+    assert_eq!(
+        put(&client, "big", b"small").unwrap(),
+        PutOutcome::Stored { replicas: 1 }
+    );
+}
+
+#[test]
+fn a_node_leaves_cleanly_on_sigterm() {
+    let mut pool = Pool::start(2, "32MiB", &[]);
+    let client = pool.client();
+    for n in 0..50u64 {
+        client
+            .put_bytes(format!("k{n}").as_bytes(), &pattern(1000, n), &copies(2))
+            .unwrap();
+    }
+    pool.nodes[0].signal("-TERM");
+    let start = Instant::now();
+    assert_eq!(pool.nodes[0].wait(), 0);
+    assert!(start.elapsed() < Duration::from_secs(8));
+    assert_eq!(client.segments().unwrap().len(), 1);
+    for n in 0..50u64 {
+        assert_eq!(
+            client.get(format!("k{n}").as_bytes()).map(Blob),
+            Ok(Blob(pattern(1000, n)))
+        );
+    }
+}
