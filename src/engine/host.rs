@@ -40,8 +40,21 @@ pub struct NotifyOrigin {
     pub offset: u64,
     /// Its length.
     pub length: u64,
-    /// Whether the bytes are in place; false on shared memory, where the writer copies while this is recorded.
-    pub in_place: bool,
+    /// Term of the grant.
+    pub term: u64,
+    /// How near the writer is.
+    pub reach: Reach,
+}
+
+/// What a writer can do besides sending requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// It is in this process.
+    Process,
+    /// It may have our memory mapped.
+    Host,
+    /// Nothing.
+    Network,
 }
 
 /// Takes the notifies that come with writes.

@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -38,6 +38,9 @@ pub struct Memory {
     /// None for borrowed memory.
     fd: Option<OwnedFd>,
     pages: PageKind,
+    /// Chunks whose pages are in our page tables already: a fault per page costs more than copying it. Only for mappings
+    /// of a peer's memory; whoever created memory touches all of it.
+    touched: Box<[AtomicBool]>,
 }
 
 // SAFETY: a mapping is not tied to a thread; all access goes through raw pointers and atomics (module header).
@@ -46,6 +49,8 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 const HUGE_PAGE: usize = 2 << 20;
+/// Chunk in which page tables of a peer's memory are filled.
+const CHUNK: usize = 2 << 20;
 
 impl Memory {
     /// Creates `length` bytes of zeroed memory, untouched: pages come on first use or by [`Memory::populate`].
@@ -95,7 +100,10 @@ impl Memory {
                 "the shared memory is not sealed against shrinking",
             ));
         }
-        Self::map(fd, length, PageKind::Small)
+        let mut memory = Self::map(fd, length, PageKind::Small)?;
+        let chunks = length.div_ceil(CHUNK);
+        memory.touched = (0..chunks).map(|_| AtomicBool::new(false)).collect();
+        Ok(memory)
     }
 
     fn map(fd: OwnedFd, length: usize, pages: PageKind) -> io::Result<Self> {
@@ -122,6 +130,7 @@ impl Memory {
             length,
             fd: Some(fd),
             pages,
+            touched: Box::default(),
         };
         if pages == PageKind::Small {
             // SAFETY: advice on our own mapping changes no contents.
@@ -141,6 +150,7 @@ impl Memory {
             length,
             fd: None,
             pages: PageKind::Small,
+            touched: Box::default(),
         }
     }
 
@@ -160,6 +170,22 @@ impl Memory {
             )?;
         }
         Ok(())
+    }
+
+    /// Fills the page tables of the chunks a copy is about to touch, once each.
+    pub fn touch(&self, offset: u64, length: u64) {
+        if self.touched.is_empty() {
+            return;
+        }
+        let last = (offset + length.max(1) - 1) as usize / CHUNK;
+        let first = offset as usize / CHUNK;
+        for chunk in first..=last {
+            let touched = self.touched.get(chunk);
+            if touched.is_some_and(|t| !t.swap(true, Ordering::Relaxed)) {
+                // An error means only that the copy faults page by page.
+                let _ = self.populate(chunk * CHUNK, CHUNK);
+            }
+        }
     }
 
     /// First byte.

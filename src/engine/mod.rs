@@ -296,6 +296,14 @@ impl TransferEngine {
             .find_map(|t| t.map(peer, segment, incarnation))
     }
 
+    /// Whether the process behind memory from [`TransferEngine::map`] still lives.
+    pub fn lives(&self, peer: &Peer, segment: u32, incarnation: u64) -> bool {
+        self.transports
+            .iter()
+            .filter(|t| t.reaches(peer))
+            .any(|t| t.lives(peer, segment, incarnation))
+    }
+
     /// The transport that would be tried first for a peer.
     pub fn path(&self, peer: &Peer) -> Option<TransportKind> {
         self.transports

@@ -1,6 +1,7 @@
 //! The pool: master, node and client over the transfer engine. Knows no HTTP client, no command line.
 
 pub mod alloc;
+pub mod arena_table;
 pub mod client;
 pub mod master;
 pub mod model;

@@ -68,13 +68,23 @@ fn d1_master_killed_under_load() {
     let stop = Arc::new(AtomicBool::new(false));
     let writers: Vec<_> = (0..3u64)
         .map(|w| {
-            let (client, stop) = (pool.client(), stop.clone());
+            // Two through shared memory, one over TCP.
+            let client = if w == 2 {
+                pool.client_over(TransportKind::Tcp)
+            } else {
+                pool.client()
+            };
+            let stop = stop.clone();
             std::thread::spawn(move || {
                 let mut acknowledged = Vec::new();
                 let mut n = 0u64;
                 while !stop.load(Ordering::Relaxed) {
                     let key = format!("w{w}-{n}");
-                    let size = if n.is_multiple_of(10) { 100_000 } else { 700 };
+                    let size = match n {
+                        n if n % 200 == 7 => 600_000,
+                        n if n.is_multiple_of(10) => 100_000,
+                        _ => 700,
+                    };
                     let options = copies(1 + u32::from(n.is_multiple_of(5)));
                     if client
                         .put_bytes(key.as_bytes(), &pattern(size, w << 40 | n), &options)

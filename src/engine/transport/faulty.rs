@@ -111,6 +111,10 @@ impl Transport for Faulty {
     fn map(&self, peer: &Peer, segment: u32, incarnation: u64) -> Option<Arc<Memory>> {
         self.inner.map(peer, segment, incarnation)
     }
+
+    fn lives(&self, peer: &Peer, segment: u32, incarnation: u64) -> bool {
+        self.inner.lives(peer, segment, incarnation)
+    }
 }
 
 /// Keeps the first `keep` results of `inner` and fails the rest.

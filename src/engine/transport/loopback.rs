@@ -9,7 +9,7 @@ use super::{InFlight, Transport, TransportKind};
 use crate::base::id::Id128;
 use crate::engine::batch::{Opcode, Peer, TransferRequest, TransferResult};
 use crate::engine::error::TransferError;
-use crate::engine::host::{NotifyOrigin, SegmentHost};
+use crate::engine::host::{NotifyOrigin, Reach, SegmentHost};
 use crate::engine::memory::Memory;
 
 /// Reaches the hosts of this process.
@@ -71,6 +71,11 @@ impl Transport for LoopbackTransport {
         let host = self.host(peer)?;
         Some(host.segment(segment, incarnation).ok()?.memory.clone())
     }
+
+    fn lives(&self, peer: &Peer, segment: u32, incarnation: u64) -> bool {
+        let host = self.host(peer);
+        host.is_some_and(|h| h.segment(segment, incarnation).is_ok())
+    }
 }
 
 struct Copying<'a> {
@@ -101,7 +106,8 @@ fn one(host: &SegmentHost, client: Id128, r: &TransferRequest) -> TransferResult
                 segment: r.grant.segment,
                 offset: r.offset,
                 length: r.length,
-                in_place: true,
+                term: r.grant.term,
+                reach: Reach::Process,
             };
             host.notify(origin, &r.notify)?;
             if let Some(word) = r.word {

@@ -72,6 +72,11 @@ pub trait Transport: Send + Sync {
     fn map(&self, _peer: &Peer, _segment: u32, _incarnation: u64) -> Option<Arc<Memory>> {
         None
     }
+
+    /// Whether the process behind a mapping of [`Transport::map`] still lives. Cheap.
+    fn lives(&self, _peer: &Peer, _segment: u32, _incarnation: u64) -> bool {
+        false
+    }
 }
 
 /// Requests under way.

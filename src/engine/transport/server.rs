@@ -20,7 +20,7 @@ use crate::base::handshake::{self, HandshakeError, LaneKind};
 use crate::base::id::{Id128, random_u64};
 use crate::engine::batch::{LocalSlice, Opcode};
 use crate::engine::error::TransferError;
-use crate::engine::host::{NotifyOrigin, Segment, SegmentHost};
+use crate::engine::host::{NotifyOrigin, Reach, Segment, SegmentHost};
 
 /// How long a caller may take over its handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -513,7 +513,12 @@ impl ServedLane<'_> {
             segment: item.grant.segment,
             offset: item.offset,
             length: item.length,
-            in_place: item.has_data || item.word.is_some(),
+            term: item.grant.term,
+            reach: if self.same_host {
+                Reach::Host
+            } else {
+                Reach::Network
+            },
         };
         if let Err(error) = host.notify(origin, notify) {
             return Ok(Err(error));

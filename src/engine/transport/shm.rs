@@ -10,7 +10,6 @@ use std::io::{IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -47,26 +46,6 @@ pub struct ShmTransport {
 struct Mapped {
     memory: Arc<Memory>,
     anchor: Lane,
-    /// Pages of each chunk that are in our page tables already: a fault per page costs more than copying it.
-    populated: Box<[AtomicBool]>,
-}
-
-/// Chunk in which page tables are filled.
-const CHUNK: usize = 2 << 20;
-
-impl Mapped {
-    /// Fills the page tables of the chunks a copy is about to touch, once each.
-    fn populate(&self, offset: u64, length: u64) {
-        let last = (offset + length.max(1) - 1) as usize / CHUNK;
-        let first = offset as usize / CHUNK;
-        for chunk in first..=last {
-            let done = self.populated.get(chunk);
-            if done.is_some_and(|done| !done.swap(true, Ordering::Relaxed)) {
-                // An error means only that the copy faults page by page.
-                let _ = self.memory.populate(chunk * CHUNK, CHUNK);
-            }
-        }
-    }
 }
 
 fn connect(address: &str, _timeout: Duration) -> std::io::Result<Socket> {
@@ -166,11 +145,9 @@ impl ShmTransport {
         let fd = fd.ok_or_else(|| broken("no descriptor came with the reply".to_owned()))?;
         let memory =
             Memory::from_fd(fd, reply.payload_bytes as usize).map_err(|e| broken(e.to_string()))?;
-        let chunks = memory.len().div_ceil(CHUNK);
         Ok(Mapped {
             memory: Arc::new(memory),
             anchor: lane,
-            populated: (0..chunks).map(|_| AtomicBool::new(false)).collect(),
         })
     }
 }
@@ -268,6 +245,13 @@ impl Transport for ShmTransport {
         let mapped = self.mapping(peer, segment, incarnation, deadline).ok()?;
         Some(mapped.memory.clone())
     }
+
+    fn lives(&self, _peer: &Peer, segment: u32, incarnation: u64) -> bool {
+        let mapped = self.mapped.read();
+        let mapped = mapped.get(&(segment, incarnation));
+        let open = |m: &Arc<Mapped>| m.anchor.socket.as_ref().is_some_and(|s| !s.is_spent());
+        mapped.is_some_and(open)
+    }
 }
 
 struct Recording {
@@ -302,7 +286,7 @@ impl Copying<'_> {
         let copy = |(r, m): (&TransferRequest, &Arc<Mapped>)| {
             // A small read of a known object must stay a copy and nothing else.
             if r.length >= 32 << 10 {
-                m.populate(r.offset, r.length);
+                m.memory.touch(r.offset, r.length);
             }
             copy_out(&m.memory, r)
         };
@@ -325,7 +309,7 @@ impl Copying<'_> {
         let mut publish = Vec::new();
         for (index, (r, m)) in self.requests.iter().zip(&self.mappings).enumerate() {
             if results[index].is_ok() {
-                m.populate(r.offset, r.length);
+                m.memory.touch(r.offset, r.length);
                 results[index] = copy_in(&m.memory, r);
             }
             if results[index].is_ok() && r.word.is_some() {

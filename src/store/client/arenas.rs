@@ -1,6 +1,7 @@
-//! Ranges granted ahead, one per segment, from which small puts take their place without asking the master.
+//! Ranges granted ahead, one per segment, from which puts take their place without asking the master.
 //!
-//! Owns the bump allocation and the rule when an arena may be closed: nobody writes into it any more.
+//! Owns the bump allocation and the rule when an arena may be given back: nobody writes into it any more. An arena in
+//! memory that is mapped here is filled without its node: objects are entered in its table (`store::arena_table`).
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,16 +11,34 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::engine::grant::Grant;
+use crate::store::arena_table::{ArenaTable, CONTROL_BYTES};
 use crate::store::client::view::SegmentRef;
-use crate::store::model::header::footprint;
+use crate::store::model::header::{footprint, pending};
 
+/// Room for a record and the table's end in an arena for a single object.
+const TABLE_BYTES: u64 = 20 << 10;
 /// An arena is replaced after this, well before its grant ends.
 const LIFETIME: Duration = Duration::from_secs(300);
-/// What is asked for first, and the most that is asked for; doubled each time one was used up.
+/// What is asked for first; doubled each time one was used up.
 const FIRST_BYTES: u64 = 1 << 20;
-const MOST_BYTES: u64 = 16 << 20;
-/// An object larger than this share of its arena takes the two-phase path.
-const OBJECT_SHARE: u64 = 8;
+
+/// The most that is asked for, and the largest share of it that one object may take; a larger one goes in two phases.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    most_bytes: u64,
+    object_share: u64,
+}
+
+/// Mapped memory is filled at memory speed, and opening an arena costs two exchanges.
+const NEAR: Limits = Limits {
+    most_bytes: 64 << 20,
+    object_share: 3,
+};
+/// Over the network large objects gain nothing from an arena.
+const FAR: Limits = Limits {
+    most_bytes: 16 << 20,
+    object_share: 8,
+};
 /// After the master granted none, it is left alone for this long.
 const REST: Duration = Duration::from_millis(500);
 
@@ -35,6 +54,8 @@ pub(crate) struct Arena {
     opened: Instant,
     /// Puts into it under way.
     writers: Arc<AtomicUsize>,
+    /// Its table, when its memory is mapped here.
+    pub(crate) table: Option<Arc<ArenaTable>>,
 }
 
 /// A place for one object. Counts as a writer until dropped.
@@ -45,6 +66,8 @@ pub(crate) struct Place {
     pub(crate) grant: Grant,
     pub(crate) offset: u64,
     pub(crate) version: u64,
+    /// Set when the object is entered there already and only its bytes are missing.
+    pub(crate) table: Option<Arc<ArenaTable>>,
     writers: Arc<AtomicUsize>,
 }
 
@@ -63,9 +86,13 @@ pub(crate) struct Arenas {
 #[derive(Default)]
 struct State {
     open: HashMap<u32, Arena>,
-    /// Used up or too old; closed once nobody writes into them.
+    /// Used up or too old; given back once nobody writes into them.
     retired: Vec<Arena>,
+    /// The master does not know them any more: left once nobody writes into them, so that their node can settle them.
+    lost: Vec<Arena>,
     wanted: HashMap<u32, u64>,
+    /// What the master granted, and when, where that was less than asked for.
+    caps: HashMap<u32, (u64, Instant)>,
     resting: HashMap<u32, Instant>,
 }
 
@@ -78,43 +105,109 @@ pub(crate) enum Wish {
     No,
 }
 
+/// What is to be stored: how its place is entered in a table.
+pub(crate) struct Wanted<'a> {
+    /// Payload bytes.
+    pub(crate) size: u64,
+    /// The header without its word.
+    pub(crate) header: &'a [u8],
+    /// The directory entry for a place.
+    pub(crate) entry: &'a dyn Fn(u64, u64) -> Vec<u8>,
+    /// Whether the segment's memory can be mapped here.
+    pub(crate) near: bool,
+}
+
+impl Arena {
+    fn is_fresh(&self, segment: &SegmentRef) -> bool {
+        self.opened.elapsed() < LIFETIME
+            && self.grant.incarnation == segment.incarnation
+            && self.table.as_ref().is_none_or(|t| t.is_open())
+    }
+
+    /// Takes the next `bytes`; in a table's memory with header and record. None when it is used up.
+    fn take(&mut self, bytes: u64, wanted: &Wanted<'_>) -> Option<Place> {
+        let (offset, version) = (self.cursor, self.next_version);
+        let end = offset + bytes;
+        if end > self.grant.offset + self.grant.length || version >= self.versions_end {
+            return None;
+        }
+        if let Some(table) = &self.table {
+            let record = (wanted.entry)(offset, version);
+            let memory = table.memory();
+            let header = memory.range(offset, wanted.header.len() as u64)?;
+            if end + ArenaTable::record_bytes(record.len()) > table.low() {
+                return None;
+            }
+            // SAFETY: in bounds, granted to this client, and handed out to nobody else while the lock is held.
+            unsafe {
+                std::ptr::copy_nonoverlapping(wanted.header.as_ptr(), header, wanted.header.len());
+            }
+            // In this order: the node looks at the word of what the table names.
+            memory.publish(offset, pending(version));
+            if !table.append(&record, end) {
+                return None;
+            }
+        }
+        self.writers.fetch_add(1, Ordering::AcqRel);
+        self.cursor = end;
+        self.next_version += 1;
+        Some(Place {
+            arena: self.id,
+            segment: self.segment.clone(),
+            grant: self.grant,
+            offset,
+            version,
+            table: self.table.clone(),
+            writers: self.writers.clone(),
+        })
+    }
+
+    fn is_idle(&self) -> bool {
+        self.writers.load(Ordering::Acquire) == 0
+    }
+}
+
 impl Arenas {
-    /// A place for an object of `size` payload bytes in a segment.
-    pub(crate) fn place(&self, segment: &SegmentRef, size: u64) -> Wish {
-        let Some(bytes) = footprint(size) else {
+    /// A place for an object in a segment.
+    pub(crate) fn place(&self, segment: &SegmentRef, wanted: &Wanted<'_>) -> Wish {
+        let limits = if wanted.near { NEAR } else { FAR };
+        let Some(bytes) = footprint(wanted.size) else {
             return Wish::No;
         };
-        if bytes > MOST_BYTES / OBJECT_SHARE {
-            return Wish::No;
-        }
         let mut state = self.state.lock();
         let state = &mut *state;
         let slot = segment.slot;
+        let granted = match state.caps.get(&slot) {
+            Some((granted, at)) if at.elapsed() < REST => *granted,
+            _ => u64::MAX,
+        };
+        let fits = if wanted.near {
+            bytes <= limits.most_bytes / limits.object_share && bytes + TABLE_BYTES <= granted
+        } else {
+            bytes <= limits.most_bytes.min(granted) / limits.object_share
+        };
+        if !fits {
+            return Wish::No;
+        }
         if let Some(arena) = state.open.get_mut(&slot) {
-            let fresh =
-                arena.opened.elapsed() < LIFETIME && arena.grant.incarnation == segment.incarnation;
-            let end = arena.grant.offset + arena.grant.length;
-            if fresh && arena.cursor + bytes <= end && arena.next_version < arena.versions_end {
-                let place = Place {
-                    arena: arena.id,
-                    segment: arena.segment.clone(),
-                    grant: arena.grant,
-                    offset: arena.cursor,
-                    version: arena.next_version,
-                    writers: arena.writers.clone(),
-                };
-                arena.writers.fetch_add(1, Ordering::AcqRel);
-                arena.cursor += bytes;
-                arena.next_version += 1;
+            let fresh = arena.is_fresh(segment);
+            if let Some(place) = fresh.then(|| arena.take(bytes, wanted)).flatten() {
                 return Wish::Granted(place);
             }
             // Too small for this object, though not used up: the larger path, and the arena stays.
-            if fresh && bytes * OBJECT_SHARE > arena.grant.length && arena.cursor + bytes > end {
+            let limit = arena.grant.length / limits.object_share;
+            if fresh && !wanted.near && bytes > limit {
                 return Wish::No;
             }
-            state.retired.extend(state.open.remove(&slot));
-            let wanted = state.wanted.entry(slot).or_insert(FIRST_BYTES);
-            *wanted = (*wanted * 2).min(MOST_BYTES);
+            let sealed = arena.table.as_ref().is_some_and(|t| !t.is_open());
+            let old = state.open.remove(&slot);
+            if sealed {
+                state.lost.extend(old);
+            } else {
+                state.retired.extend(old);
+            }
+            let grown = state.wanted.entry(slot).or_insert(FIRST_BYTES);
+            *grown = (*grown * 2).min(limits.most_bytes);
         }
         if state
             .resting
@@ -123,8 +216,9 @@ impl Arenas {
         {
             return Wish::No;
         }
-        let wanted = *state.wanted.get(&slot).unwrap_or(&FIRST_BYTES);
-        Wish::Open(wanted.max(bytes * OBJECT_SHARE))
+        let grown = *state.wanted.get(&slot).unwrap_or(&FIRST_BYTES);
+        let needed = bytes * limits.object_share + CONTROL_BYTES;
+        Wish::Open(grown.max(needed).min(limits.most_bytes))
     }
 
     /// Takes an arena into use.
@@ -134,6 +228,8 @@ impl Arenas {
         segment: Arc<SegmentRef>,
         grant: Grant,
         versions: std::ops::Range<u64>,
+        table: Option<ArenaTable>,
+        wanted_bytes: u64,
     ) {
         let arena = Arena {
             id,
@@ -144,8 +240,13 @@ impl Arenas {
             writers: Arc::default(),
             segment,
             grant,
+            table: table.map(Arc::new),
         };
         let mut state = self.state.lock();
+        if arena.grant.length < wanted_bytes {
+            let cap = (arena.grant.length, arena.opened);
+            state.caps.insert(arena.segment.slot, cap);
+        }
         let replaced = state.open.insert(arena.segment.slot, arena);
         state.retired.extend(replaced);
     }
@@ -155,24 +256,31 @@ impl Arenas {
         self.state.lock().resting.insert(slot, Instant::now());
     }
 
-    /// Arenas that may be closed now.
-    pub(crate) fn closable(&self) -> Vec<u64> {
-        let mut closable = Vec::new();
-        self.state.lock().retired.retain(|arena| {
-            let idle = arena.writers.load(Ordering::Acquire) == 0;
-            if idle {
-                closable.push(arena.id);
-            }
-            !idle
-        });
-        closable
+    /// Arenas that may be given back now. Those whose node knows them have to be ended there first.
+    pub(crate) fn closable(&self) -> Vec<Arena> {
+        let mut state = self.state.lock();
+        state.leave_lost();
+        let (idle, busy) = std::mem::take(&mut state.retired)
+            .into_iter()
+            .partition(Arena::is_idle);
+        state.retired = busy;
+        idle
     }
 
-    /// Forgets an arena the master does not know (any more).
+    /// Gives up an arena the master does not know (any more), or whose end could not be told.
     pub(crate) fn lost(&self, id: u64) {
         let mut state = self.state.lock();
-        state.open.retain(|_, a| a.id != id);
-        state.retired.retain(|a| a.id != id);
+        let state = &mut *state;
+        let open = state.open.iter().find(|(_, a)| a.id == id);
+        let open = open.map(|(slot, _)| *slot);
+        state
+            .lost
+            .extend(open.and_then(|slot| state.open.remove(&slot)));
+        let at = state.retired.iter().position(|a| a.id == id);
+        state
+            .lost
+            .extend(at.map(|at| state.retired.swap_remove(at)));
+        state.leave_lost();
     }
 
     /// Retires all: they are closed as soon as nobody writes.
@@ -180,5 +288,24 @@ impl Arenas {
         let mut state = self.state.lock();
         let open: Vec<Arena> = state.open.drain().map(|(_, a)| a).collect();
         state.retired.extend(open);
+    }
+}
+
+impl State {
+    fn leave_lost(&mut self) {
+        self.lost.retain(|arena| {
+            let idle = arena.is_idle();
+            if let (true, Some(table)) = (idle, &arena.table) {
+                table.leave();
+            }
+            !idle
+        });
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        // No put is under way: its caller would hold the client.
+        self.leave_lost();
     }
 }

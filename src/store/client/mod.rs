@@ -1,6 +1,7 @@
 //! The client library: put, get, exist, remove and the rest against a pool. Synchronous: small calls run in the
 //! caller's thread from end to end.
 
+mod arena_put;
 mod arenas;
 mod control;
 mod get;
@@ -408,16 +409,12 @@ impl PoolClient {
 impl Drop for PoolClient {
     fn drop(&mut self) {
         self.arenas.retire_all();
-        let closable = self.arenas.closable();
-        if closable.is_empty() {
+        let soon = Instant::now() + Duration::from_millis(300);
+        let closing = self.end_arenas(soon);
+        if closing.is_empty() {
             return;
         }
-        let close = |arena| operation::Kind::ArenaClose(wire::ArenaClose { arena }).into();
-        let soon = Instant::now() + Duration::from_millis(300);
-        if let Err(error) = self
-            .control
-            .call(closable.into_iter().map(close).collect(), soon)
-        {
+        if let Err(error) = self.control.call(closing, soon) {
             tracing::debug!(%error, "arenas were not given back; the master takes them");
         }
     }

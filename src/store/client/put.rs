@@ -1,5 +1,4 @@
-//! Writing. Small single-copy objects go into arenas: the commit leaves for the master and the bytes for the node at the
-//! same time, and the put returns when both have answered. Everything else goes in two phases.
+//! Writing. Single-copy objects go into arenas where they fit (`arena_put`); everything else goes in two phases.
 
 use std::time::Instant;
 
@@ -7,10 +6,9 @@ use prost::Message;
 use smallvec::SmallVec;
 
 use super::PoolClient;
-use super::arenas::{Place, Wish};
+use super::arenas::Place;
 use super::location_cache::ReplicaRef;
 use crate::engine::batch::{LocalSlice, Opcode, TransferRequest, TransferResult, Word};
-use crate::engine::error::TransferError;
 use crate::store::model::error::StoreError;
 use crate::store::model::header::{Checksum, HEADER_BYTES, ObjectHeader, footprint};
 use crate::store::model::key;
@@ -82,22 +80,22 @@ pub enum PutOutcome {
     Existed,
 }
 
-type PutResult = Result<PutOutcome, StoreError>;
-type Header = [u8; HEADER_BYTES as usize];
+pub(super) type PutResult = Result<PutOutcome, StoreError>;
+pub(super) type Header = [u8; HEADER_BYTES as usize];
 
 /// One object on its way, with what both paths need.
-struct Writing<'a> {
-    request: &'a PutRequest<'a>,
-    qualified: Vec<u8>,
-    hash: u64,
-    size: u64,
-    checksum: Option<u32>,
-    place: Option<Place>,
-    outcome: Option<PutResult>,
+pub(super) struct Writing<'a> {
+    pub(super) request: &'a PutRequest<'a>,
+    pub(super) qualified: Vec<u8>,
+    pub(super) hash: u64,
+    pub(super) size: u64,
+    pub(super) checksum: Option<u32>,
+    pub(super) place: Option<Place>,
+    pub(super) outcome: Option<PutResult>,
 }
 
 impl Writing<'_> {
-    fn header(&self) -> Header {
+    pub(super) fn header(&self) -> Header {
         // Version 0: the word is published when everything is in place.
         ObjectHeader {
             version: 0,
@@ -168,303 +166,10 @@ impl PoolClient {
         }
     }
 
-    // ------------------------------------------------------------------ arenas
-
-    fn put_by_arena(&self, writings: &mut [Writing<'_>], options: &PutOptions, deadline: Instant) {
-        for w in writings.iter_mut().filter(|w| w.outcome.is_none()) {
-            w.place = self.find_place(w.hash, w.size, deadline);
-        }
-        let mut placed: Vec<usize> = (0..writings.len())
-            .filter(|i| writings[*i].place.is_some())
-            .collect();
-        if placed.is_empty() {
-            return;
-        }
-        // Items of one arena next to each other: one commit and one data frame each.
-        let arena_of = |w: &Writing<'_>| w.place.as_ref().map_or(0, |p| p.arena);
-        placed.sort_by_key(|i| arena_of(&writings[*i]));
-        let commits = self.commits(writings, &placed, options, None);
-        let sent = match self.control.send(commits, deadline) {
-            Ok(sent) => sent,
-            Err(error) => {
-                for index in placed {
-                    writings[index].outcome = Some(Err(error.clone()));
-                }
-                return;
-            }
-        };
-        let headers: Vec<Header> = placed.iter().map(|i| writings[*i].header()).collect();
-        let requests: Vec<TransferRequest> = placed
-            .iter()
-            .zip(&headers)
-            .filter_map(|(index, header)| {
-                let w = &writings[*index];
-                let place = w.place.as_ref()?;
-                let replica = ReplicaRef {
-                    segment: place.segment.clone(),
-                    grant: place.grant,
-                };
-                Some(write_request(
-                    w,
-                    &replica,
-                    place.offset,
-                    place.version,
-                    header,
-                    options,
-                ))
-            })
-            .collect();
-        let attempt = deadline.min(Instant::now() + self.config.transfer_timeout);
-        let written = self.engine.begin(&requests, attempt).finish();
-        let committed = self.control.receive(sent).and_then(|batch| {
-            let mut codes = Vec::with_capacity(placed.len());
-            for reply in batch.replies {
-                match self.control.kind(Some(reply))? {
-                    reply::Kind::Codes(c) => codes.extend(c.codes),
-                    _ => return Err(self.control.surprise()),
-                }
-            }
-            if codes.len() == placed.len() {
-                Ok(codes)
-            } else {
-                Err(self.control.surprise())
-            }
-        });
-        self.settle_arena(writings, &placed, options, &written, committed, deadline);
-    }
-
-    fn find_place(&self, hash: u64, size: u64, deadline: Instant) -> Option<Place> {
-        // Twice: the first wish may open an arena.
-        for _ in 0..2 {
-            if self.view().epoch
-                != self
-                    .control
-                    .epoch
-                    .load(std::sync::atomic::Ordering::Acquire)
-                || self.view().epoch == 0
-            {
-                self.refresh_view(deadline).ok()?;
-            }
-            let view = self.view();
-            let segment = view.home(hash)?;
-            match self.arenas.place(segment, size) {
-                Wish::Granted(place) => return Some(place),
-                Wish::No => return None,
-                Wish::Open(wanted_bytes) => {
-                    let mut operations: Vec<wire::Operation> = self
-                        .arenas
-                        .closable()
-                        .into_iter()
-                        .map(|arena| operation::Kind::ArenaClose(wire::ArenaClose { arena }).into())
-                        .collect();
-                    let open = wire::ArenaOpen {
-                        segment: segment.slot,
-                        incarnation: segment.incarnation,
-                        wanted_bytes,
-                    };
-                    operations.push(operation::Kind::ArenaOpen(open).into());
-                    let reply = self.control.call(operations, deadline).ok()?.pop();
-                    match self.control.kind(reply) {
-                        Ok(reply::Kind::ArenaOpened(opened)) if opened.code == 0 => {
-                            let grant = opened.range.as_ref()?.grant(segment.node_segment)?;
-                            let first = opened.first_version;
-                            let versions = first..first + u64::from(opened.version_count);
-                            self.arenas
-                                .opened(opened.arena, segment.clone(), grant, versions);
-                        }
-                        _ => {
-                            self.arenas.refused(segment.slot);
-                            return None;
-                        }
-                    }
-                }
-            }
-        }
-        None
-    }
-
-    /// Commit (or revoke, with `unsettled` per index) operations for placed items, grouped by arena.
-    fn commits(
-        &self,
-        writings: &[Writing<'_>],
-        indices: &[usize],
-        options: &PutOptions,
-        revoke: Option<&[bool]>,
-    ) -> Vec<wire::Operation> {
-        let mut operations: Vec<(u64, wire::ArenaCommit)> = Vec::new();
-        for (position, index) in indices.iter().enumerate() {
-            let w = &writings[*index];
-            let Some(place) = &w.place else { continue };
-            let item = wire::ArenaItem {
-                key: bytes::Bytes::copy_from_slice(w.request.key),
-                offset: place.offset,
-                size_bytes: w.size,
-                version: place.version,
-                checksum: w.checksum.unwrap_or(0),
-                has_checksum: w.checksum.is_some(),
-                revoke: revoke.is_some(),
-                unsettled: revoke.is_some_and(|u| u[position]),
-                group: w.request.group.to_owned(),
-            };
-            match operations
-                .last_mut()
-                .filter(|(arena, _)| *arena == place.arena)
-            {
-                Some((_, commit)) => commit.items.push(item),
-                None => {
-                    let commit = wire::ArenaCommit {
-                        arena: place.arena,
-                        tenant: self.config.tenant.clone(),
-                        config: Some(self.wire_config(options)),
-                        items: vec![item],
-                    };
-                    operations.push((place.arena, commit));
-                }
-            }
-        }
-        let commits = operations.into_iter();
-        commits
-            .map(|(_, c)| operation::Kind::ArenaCommit(c).into())
-            .collect()
-    }
-
-    fn settle_arena(
-        &self,
-        writings: &mut [Writing<'_>],
-        placed: &[usize],
-        options: &PutOptions,
-        written: &[TransferResult],
-        committed: Result<Vec<i32>, StoreError>,
-        deadline: Instant,
-    ) {
-        let mut revoke = Vec::new();
-        let mut unsettled = Vec::new();
-        let mut discard = Vec::new();
-        for (position, index) in placed.iter().enumerate() {
-            let data = &written[position];
-            let code = committed.as_ref().map(|codes| codes[position]);
-            let w = &mut writings[*index];
-            match (data, &code) {
-                (Ok(()), Ok(0)) => w.outcome = Some(Ok(PutOutcome::Stored { replicas: 1 })),
-                (data, Ok(c)) if *c == StoreError::Exists.code() => {
-                    w.outcome = Some(Ok(PutOutcome::Existed));
-                    if data.is_ok() {
-                        discard.push(*index);
-                    }
-                    revoke.push(*index);
-                    unsettled.push(data.as_ref().is_err_and(TransferError::is_path_failure));
-                }
-                // The master does not know the arena (it was restarted, or the segment is gone): the two-phase path
-                // begins anew. The bytes are under a version nobody committed; their node settles that.
-                (_, Ok(c)) if *c != 0 => {
-                    if let Some(place) = &w.place {
-                        self.arenas.lost(place.arena);
-                    }
-                }
-                (Err(error), Ok(_)) => {
-                    if let (true, Some(place)) = (error.is_path_failure(), &w.place) {
-                        self.report(&place.segment.clone(), &error.to_string());
-                    }
-                    revoke.push(*index);
-                    unsettled.push(error.is_path_failure());
-                }
-                // Nobody knows whether the master committed: ask.
-                (_, Err(error)) => {
-                    // Whatever is under way there is settled when this client leaves, not by closing the arena.
-                    if let Some(place) = &w.place {
-                        self.arenas.lost(place.arena);
-                    }
-                    let place = w.place.as_ref();
-                    let stored = data.is_ok()
-                        && self.committed(w.request.key, place.map_or(0, |p| p.version), deadline);
-                    w.outcome = Some(if stored {
-                        Ok(PutOutcome::Stored { replicas: 1 })
-                    } else {
-                        Err(StoreError::clone(error))
-                    });
-                }
-                (Ok(()), Ok(_)) => {}
-            }
-        }
-        self.discard_at_nodes(writings, &discard, deadline);
-        if !revoke.is_empty() {
-            let operations = self.commits(writings, &revoke, options, Some(&unsettled));
-            if let Err(error) = self.taken_back(operations, deadline) {
-                tracing::debug!(%error, "items were not taken back; the master settles them when this client leaves");
-                for index in revoke {
-                    let w = &mut writings[index];
-                    // As long as the index may name bytes that never arrived, another attempt would find its own key.
-                    if w.outcome.is_none() {
-                        w.outcome = Some(Err(error.clone()));
-                    }
-                    if let Some(place) = &w.place {
-                        self.arenas.lost(place.arena);
-                    }
-                }
-            }
-        }
-        for index in placed {
-            writings[*index].place = None;
-        }
-    }
-
-    /// Carries out revocations; an error when any of them was not.
-    fn taken_back(
-        &self,
-        operations: Vec<wire::Operation>,
-        deadline: Instant,
-    ) -> Result<(), StoreError> {
-        let unknown = StoreError::InvalidWrite { what: "" }.code();
-        for reply in self.control.call(operations, deadline)? {
-            match self.control.kind(Some(reply))? {
-                // A master that does not know the arena has nothing of it in its index either.
-                reply::Kind::Codes(c) => {
-                    if let Some(code) = c.codes.iter().find(|c| **c != 0 && **c != unknown) {
-                        return Err(StoreError::from_code(*code));
-                    }
-                }
-                _ => return Err(self.control.surprise()),
-            }
-        }
-        Ok(())
-    }
-
     /// Whether the index has this very version of a key, as far as can be told by `deadline`.
     pub(super) fn committed(&self, key: &[u8], version: u64, deadline: Instant) -> bool {
         let found = self.locate(&[key], deadline);
         matches!(found.as_deref(), Ok([Ok(location)]) if location.version == version)
-    }
-
-    /// Has the nodes forget items whose commit was refused, before the put returns (D2 for what was never stored).
-    fn discard_at_nodes(&self, writings: &[Writing<'_>], indices: &[usize], deadline: Instant) {
-        let requests: Vec<TransferRequest> = indices
-            .iter()
-            .filter_map(|index| {
-                let w = &writings[*index];
-                let place = w.place.as_ref()?;
-                let discard = wire::DropItem {
-                    segment: place.grant.segment,
-                    offset: place.offset,
-                    version: place.version,
-                };
-                let notify = NodeNotify {
-                    kind: Some(node_notify::Kind::Discard(discard)),
-                };
-                Some(TransferRequest {
-                    opcode: Opcode::Write,
-                    peer: place.segment.peer.clone(),
-                    grant: place.grant,
-                    offset: place.offset,
-                    length: HEADER_BYTES + w.size,
-                    local: SmallVec::new(),
-                    word: None,
-                    notify: notify.encode_to_vec(),
-                })
-            })
-            .collect();
-        if !requests.is_empty() {
-            self.engine.transfer(&requests, deadline);
-        }
     }
 
     // ------------------------------------------------------------------ two phases
@@ -678,7 +383,7 @@ impl PoolClient {
     }
 }
 
-fn write_request(
+pub(super) fn write_request(
     w: &Writing<'_>,
     replica: &ReplicaRef,
     offset: u64,
@@ -690,24 +395,7 @@ fn write_request(
     let head = unsafe { LocalSlice::new(header.as_ptr().cast_mut(), header.len()) };
     let mut local: SmallVec<[LocalSlice; 2]> = [head].into_iter().collect();
     local.extend(w.request.source.iter().copied().filter(|s| !s.is_empty()));
-    let entry = wire::DirectoryEntry {
-        key: bytes::Bytes::copy_from_slice(&w.qualified),
-        segment: replica.grant.segment,
-        offset,
-        size_bytes: w.size,
-        version,
-        checksum: w.checksum.unwrap_or(0),
-        has_checksum: w.checksum.is_some(),
-        hard_pin: options.hard_pin,
-        soft_pin_ttl_ms: options.soft_pin_ttl_ms,
-        group: if w.request.group.is_empty() {
-            options.group.clone()
-        } else {
-            w.request.group.to_owned()
-        },
-        data_type: u32::from(options.data_type),
-        ..wire::DirectoryEntry::default()
-    };
+    let entry = directory_entry(w, replica.grant.segment, offset, version, options);
     let notify = NodeNotify {
         kind: Some(node_notify::Kind::Record(entry)),
     };
@@ -723,5 +411,33 @@ fn write_request(
             value: version,
         }),
         notify: notify.encode_to_vec(),
+    }
+}
+
+/// What the node is to know of an object.
+pub(super) fn directory_entry(
+    w: &Writing<'_>,
+    segment: u32,
+    offset: u64,
+    version: u64,
+    options: &PutOptions,
+) -> wire::DirectoryEntry {
+    wire::DirectoryEntry {
+        key: bytes::Bytes::copy_from_slice(&w.qualified),
+        segment,
+        offset,
+        size_bytes: w.size,
+        version,
+        checksum: w.checksum.unwrap_or(0),
+        has_checksum: w.checksum.is_some(),
+        hard_pin: options.hard_pin,
+        soft_pin_ttl_ms: options.soft_pin_ttl_ms,
+        group: if w.request.group.is_empty() {
+            options.group.clone()
+        } else {
+            w.request.group.to_owned()
+        },
+        data_type: u32::from(options.data_type),
+        ..wire::DirectoryEntry::default()
     }
 }

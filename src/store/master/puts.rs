@@ -21,9 +21,9 @@ use crate::store::model::header::{ALIGNMENT, footprint};
 use crate::store::model::key;
 
 /// Largest share of a segment that one arena may take, as a divisor.
-const ARENA_SHARE: u64 = 64;
+const ARENA_SHARE: u64 = 32;
 /// Largest arena.
-const ARENA_BYTES_MAX: u64 = 16 << 20;
+const ARENA_BYTES_MAX: u64 = 64 << 20;
 /// All arenas of a segment together leave this share of it alone, as a divisor.
 const ARENAS_SHARE: u64 = 8;
 
@@ -450,7 +450,11 @@ impl MasterState {
             now,
             ..Access::default()
         };
+        let (hash, version) = (object.hash, object.version);
         shard.insert(object, &access);
+        if shard.len() == 1 {
+            self.eviction_order.list(Self::shard_number(hash), version);
+        }
     }
 
     /// Bookkeeping for an object that has left the index; its ranges are the caller's business.
@@ -558,11 +562,15 @@ impl MasterState {
         let no_space = StoreError::NoSpace {
             wanted_bytes: wanted,
         };
+        let mut allocator = segment.allocator.lock();
+        // In a full pool the free ranges are what eviction left: a shorter arena is better than none.
+        let length = length.min(allocator.largest_free());
         let granted = segment.arena_bytes.load(Ordering::Relaxed);
         if length < 4 * ALIGNMENT || granted + length > segment.size / ARENAS_SHARE {
             return Err(no_space);
         }
-        let offset = segment.allocator.lock().allocate(length).ok_or(no_space)?;
+        let offset = allocator.allocate(length).ok_or(no_space)?;
+        drop(allocator);
         segment.arena_bytes.fetch_add(length, Ordering::Relaxed);
         let count = length / (2 * ALIGNMENT);
         let first = self.take_versions(count);

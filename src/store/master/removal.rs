@@ -14,8 +14,9 @@ use crate::store::model::error::StoreError;
 use crate::store::model::header::footprint;
 use crate::store::model::key;
 
-/// Most objects taken from one shard under one lock.
+/// Most objects taken from one shard under one lock, and the share of its objects that this may be, as a divisor.
 const VICTIMS_PER_LOCK: usize = 16;
+const VICTIMS_SHARE: usize = 64;
 /// Most slots examined under one lock: keeps the hold far below a millisecond.
 const EXAMINED_PER_LOCK: u32 = 512;
 
@@ -140,7 +141,7 @@ impl MasterState {
 
     /// Evicts until `bytes` are on their way to being free or nothing more may go. Returns the bytes.
     ///
-    /// Walks the shards in turn, a bounded step under each lock.
+    /// Takes the shards in the order of their oldest candidates, a bounded step under each lock.
     pub(crate) fn evict(&self, bytes: u64, now: Millis) -> u64 {
         add(&self.counters.eviction_rounds, 1);
         let mut wanted = bytes;
@@ -150,36 +151,56 @@ impl MasterState {
             &[false]
         };
         for soft_pinned_too in passes {
-            // A policy may need one pass over everything to age it and one to choose: stop when two found nothing.
-            let mut idle_shards = 0;
-            while wanted > 0 && idle_shards < IDLE_ROUNDS * self.shard_count() {
-                let index = self.eviction_cursor.fetch_add(1, Ordering::Relaxed);
-                let start = Instant::now();
-                let victims = {
-                    let mut shard = self.shard_at(index);
-                    shard.evict(
-                        now,
-                        *soft_pinned_too,
-                        VICTIMS_PER_LOCK,
-                        EXAMINED_PER_LOCK,
-                        &mut wanted,
-                    )
-                };
-                let held = start.elapsed().as_nanos() as u64;
-                self.counters
-                    .eviction_hold_max_ns
-                    .fetch_max(held, Ordering::Relaxed);
-                if victims.is_empty() {
-                    idle_shards += 1;
-                    continue;
-                }
-                idle_shards = 0;
-                for victim in victims {
-                    wanted = wanted.saturating_sub(self.evict_one(&victim, *soft_pinned_too, now));
+            // A policy may need several passes over a full shard to age it and one to choose.
+            for _ in 0..IDLE_ROUNDS {
+                if wanted == 0 || self.evict_round(*soft_pinned_too, now, &mut wanted) == 0 {
+                    break;
                 }
             }
         }
         bytes - wanted
+    }
+
+    /// One round over the shards; those that gave nothing are left alone until its end. Returns how many were looked at.
+    fn evict_round(&self, soft_pinned_too: bool, now: Millis, wanted: &mut u64) -> usize {
+        let mut idle = Vec::new();
+        let mut looked_at = 0;
+        while *wanted > 0 {
+            let Some((number, rank)) = self.eviction_order.take() else {
+                break;
+            };
+            let start = Instant::now();
+            let mut shard = self.shard_at(usize::from(number));
+            let outdated = shard.rank().is_some_and(|r| r > rank);
+            let victims = if outdated {
+                Vec::new()
+            } else {
+                looked_at += 1;
+                let most = (shard.len() / VICTIMS_SHARE).clamp(1, VICTIMS_PER_LOCK);
+                shard.evict(now, soft_pinned_too, most, EXAMINED_PER_LOCK, wanted)
+            };
+            let rank = shard.rank();
+            drop(shard);
+            let held = start.elapsed().as_nanos() as u64;
+            self.counters
+                .eviction_hold_max_ns
+                .fetch_max(held, Ordering::Relaxed);
+            match rank {
+                Some(rank) if outdated || !victims.is_empty() => {
+                    self.eviction_order.list(number, rank);
+                }
+                Some(rank) => idle.push((number, rank)),
+                // An empty shard is listed by the next insertion.
+                None => {}
+            }
+            for victim in victims {
+                *wanted = wanted.saturating_sub(self.evict_one(&victim, soft_pinned_too, now));
+            }
+        }
+        for (number, rank) in idle {
+            self.eviction_order.list(number, rank);
+        }
+        looked_at
     }
 
     /// Finishes the eviction of an object that has left its shard, with its group. Returns the bytes of the others.

@@ -140,6 +140,17 @@ impl Shard {
         slot.and_then(|slot| self.remove_slot(slot))
     }
 
+    /// Version of the object that eviction would look at first.
+    pub(crate) fn rank(&self) -> Option<u64> {
+        let slot = self.policy.next()?;
+        self.slots[slot as usize].as_ref().map(|o| o.version)
+    }
+
+    /// Number of objects.
+    pub(crate) fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
     /// Evicts up to `most` objects, examining at most `budget`.
     pub(crate) fn evict(
         &mut self,

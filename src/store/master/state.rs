@@ -16,6 +16,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard, ReentrantMutex};
 
 use super::config::MasterConfig;
 use super::eviction::Access;
+use super::eviction::order::EvictionOrder;
 use super::object::{Group, Object};
 use super::puts::{Arena, PendingPut};
 use super::rebuild::{Departed, ReconcileJob};
@@ -92,7 +93,7 @@ pub(crate) struct MasterState {
     pub(crate) objects: AtomicU64,
     pub(crate) rebuilding: AtomicUsize,
     pub(crate) recovery_until: Millis,
-    pub(crate) eviction_cursor: AtomicUsize,
+    pub(crate) eviction_order: EvictionOrder,
     pub(crate) counters: Counters,
     pub(crate) progress: Progress,
 }
@@ -121,7 +122,7 @@ impl MasterState {
             objects: AtomicU64::new(0),
             rebuilding: AtomicUsize::new(0),
             recovery_until,
-            eviction_cursor: AtomicUsize::new(0),
+            eviction_order: EvictionOrder::default(),
             counters: Counters::default(),
             progress: Progress::default(),
             config,
@@ -158,8 +159,9 @@ impl MasterState {
         self.shards[index % SHARDS].lock()
     }
 
-    pub(crate) fn shard_count(&self) -> usize {
-        SHARDS
+    /// Which shard a hash belongs to.
+    pub(crate) fn shard_number(hash: u64) -> u16 {
+        (hash as usize % SHARDS) as u16
     }
 
     /// A block of fresh versions; the first of `count`.

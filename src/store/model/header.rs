@@ -1,7 +1,7 @@
 //! The 64 bytes in front of every object in a segment, and the sizes that follow from them.
 //!
 //! ```text
-//!  0  u64  version      written last; 0 = no object here
+//!  0  u64  version      written last; 0 = no object here; with bit 63 = being copied through shared memory
 //!  8  u64  length       bytes of the payload
 //! 16  u64  key hash     of the qualified key
 //! 24  u32  checksum     CRC-32C of the payload, when flag 0 is set
@@ -18,6 +18,14 @@ pub const ALIGNMENT: u64 = 64;
 
 const FORMAT: u32 = u32::from_le_bytes(*b"MKO1");
 const FLAG_CHECKSUM: u32 = 1;
+
+/// Set in the word of an object whose bytes are still being copied through shared memory; no version has it.
+const PENDING: u64 = 1 << 63;
+
+/// The word of an object of `version` on its way: no reader accepts it.
+pub fn pending(version: u64) -> u64 {
+    version | PENDING
+}
 
 /// Bytes an object of `length` payload bytes takes in a segment; `None` when that is beyond any segment.
 pub fn footprint(length: u64) -> Option<u64> {

@@ -1,7 +1,8 @@
 //! What lies in this node's segments: the truth that masters are rebuilt from.
 //!
-//! Every object written here leaves an entry before it is published; an entry counts as complete while the object's
-//! header in memory carries its version. Knows nothing of masters; `session` tells them.
+//! Every object written here leaves an entry before it is published: its own message, or a record in the table of an arena
+//! that its writer fills through shared memory, which is gathered when somebody asks. An entry counts as complete while
+//! the object's header in memory carries its version. Knows nothing of masters; `session` tells them.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -11,8 +12,9 @@ use parking_lot::{Mutex, RwLock};
 use prost::Message;
 
 use crate::base::id::Id128;
-use crate::engine::host::{NotifyOrigin, NotifySink, Segment};
-use crate::store::model::header::{ALIGNMENT, footprint};
+use crate::engine::host::{NotifyOrigin, NotifySink, Reach, Segment};
+use crate::store::arena_table::ArenaTable;
+use crate::store::model::header::{ALIGNMENT, HEADER_BYTES, footprint, pending};
 use crate::store::model::key;
 use crate::store::wire::{self, DirectoryEntry, NodeNotify, node_notify};
 
@@ -33,10 +35,38 @@ struct Entry {
 /// Entries of one segment, by offset: at most one object lies at a place.
 type Entries = BTreeMap<u64, Entry>;
 
+/// An arena that its writer fills through shared memory.
+#[derive(Debug)]
+struct SharedArena {
+    client: Id128,
+    reach: Reach,
+    length: u64,
+    /// Term of its grant.
+    term: u64,
+    table: ArenaTable,
+    /// Bytes of the table that are in the entries already.
+    gathered: u64,
+    /// A later master was told of it: its writer acknowledges nothing there any more.
+    sealed: bool,
+    /// Its writer is known to be gone and parts of it have been settled: its table is not read any more.
+    over: bool,
+}
+
+/// What one segment holds.
+#[derive(Debug, Default)]
+struct Contents {
+    entries: Entries,
+    /// By offset; they do not overlap.
+    arenas: BTreeMap<u64, SharedArena>,
+}
+
+/// Arenas of one segment at most; beyond that writers send their records.
+const ARENAS_MAX: usize = 8192;
+
 /// See the module header.
 #[derive(Default)]
 pub struct NodeDirectory {
-    segments: RwLock<Vec<(Arc<Segment>, Mutex<Entries>)>>,
+    segments: RwLock<Vec<(Arc<Segment>, Mutex<Contents>)>>,
     /// Same-host lanes open, by client.
     shared_writers: Mutex<HashMap<Id128, i32>>,
 }
@@ -52,7 +82,7 @@ impl NodeDirectory {
         self.segments
             .read()
             .iter()
-            .map(|(_, e)| e.lock().len())
+            .map(|(_, c)| c.lock().entries.len())
             .sum()
     }
 
@@ -75,47 +105,101 @@ impl NodeDirectory {
             return false;
         }
         let segments = self.segments.read();
-        let Some((_, entries)) = segments.get(e.segment as usize) else {
+        let Some((memory, contents)) = segments.get(e.segment as usize) else {
             return false;
         };
-        let mut entries = entries.lock();
-        // Whatever lay there has been freed by the master and is being overwritten.
-        let from = entries
-            .range(..e.offset)
-            .next_back()
-            .filter(|(at, old)| **at + footprint(old.size).unwrap_or(0) > e.offset)
-            .map_or(e.offset, |(at, _)| *at);
-        let displaced: Vec<u64> = entries
-            .range(from..e.offset + bytes)
-            .map(|(at, _)| *at)
-            .collect();
-        for at in displaced {
-            entries.remove(&at);
-        }
-        entries.insert(
-            e.offset,
-            Entry {
-                key: e.key.as_ref().into(),
-                size: e.size_bytes,
-                version: e.version,
-                checksum: e.has_checksum.then_some(e.checksum),
-                hard_pin: e.hard_pin,
-                soft_pin_ttl_ms: e.soft_pin_ttl_ms,
-                group: e.group.into(),
-                data_type: e.data_type as u8,
-                client: origin.client,
-            },
-        );
+        let mut contents = contents.lock();
+        contents.end_strange_arenas(memory, e.offset, bytes, origin.client);
+        contents.insert(e, bytes, origin.client);
         true
+    }
+
+    /// Takes note of an arena and opens its table.
+    fn begin_arena(&self, origin: &NotifyOrigin) -> bool {
+        let segments = self.segments.read();
+        let Some((memory, contents)) = segments.get(origin.segment as usize) else {
+            return false;
+        };
+        let table = ArenaTable::new(memory.memory.clone(), origin.offset, origin.length);
+        let Some(table) = table.filter(|_| origin.reach != Reach::Network) else {
+            return false;
+        };
+        let mut contents = contents.lock();
+        contents.end_strange_arenas(memory, origin.offset, origin.length, Id128::NONE);
+        if contents.arenas.len() >= ARENAS_MAX {
+            return false;
+        }
+        // Whatever lay there has been freed by the master.
+        contents.displace(origin.offset, origin.length);
+        table.open();
+        let arena = SharedArena {
+            client: origin.client,
+            reach: origin.reach,
+            length: origin.length,
+            term: origin.term,
+            table,
+            gathered: 0,
+            sealed: false,
+            over: false,
+        };
+        contents.arenas.insert(origin.offset, arena);
+        true
+    }
+
+    /// Its writer has left an arena: what its table says goes into the entries.
+    fn end_arena(&self, origin: &NotifyOrigin) -> bool {
+        let segments = self.segments.read();
+        let Some((memory, contents)) = segments.get(origin.segment as usize) else {
+            return false;
+        };
+        let mut contents = contents.lock();
+        let own = |a: &SharedArena| a.client == origin.client && a.length == origin.length;
+        if !contents.arenas.get(&origin.offset).is_some_and(own) {
+            return false;
+        }
+        contents.gather(memory, origin.offset);
+        contents.arenas.remove(&origin.offset);
+        true
+    }
+
+    /// Ends the writers' right to acknowledge in arenas of terms before `term`, before the directory is read for a new
+    /// master.
+    pub fn seal_before(&self, term: u64) {
+        for (_, contents) in self.segments.read().iter() {
+            let mut contents = contents.lock();
+            contents.arenas.retain(|_, a| !a.over);
+            for arena in contents.arenas.values_mut().filter(|a| a.term < term) {
+                arena.table.seal();
+                arena.sealed = true;
+            }
+        }
+    }
+
+    /// Takes what the tables of a segment's arenas say into its entries, and returns the parts of sealed arenas that no
+    /// entry accounts for: their writers may still be writing there, so that they must not be given to others yet.
+    pub fn gather(&self, segment: u32) -> Vec<DirectoryEntry> {
+        let segments = self.segments.read();
+        let Some((memory, contents)) = segments.get(segment as usize) else {
+            return Vec::new();
+        };
+        let mut contents = contents.lock();
+        let all: Vec<u64> = contents.arenas.keys().copied().collect();
+        for offset in all {
+            contents.gather(memory, offset);
+        }
+        contents.unaccounted(segment)
     }
 
     /// Forgets an object and makes it unreadable, if it is (still) this version.
     pub fn drop_object(&self, segment: u32, offset: u64, version: u64) {
+        if version == 0 {
+            return;
+        }
         let segments = self.segments.read();
-        let Some((segment, entries)) = segments.get(segment as usize) else {
+        let Some((segment, contents)) = segments.get(segment as usize) else {
             return;
         };
-        let mut entries = entries.lock();
+        let entries = &mut contents.lock().entries;
         if entries.get(&offset).is_some_and(|e| e.version == version) {
             entries.remove(&offset);
         }
@@ -131,10 +215,10 @@ impl NodeDirectory {
         count: usize,
     ) -> (Vec<DirectoryEntry>, Option<u64>) {
         let segments = self.segments.read();
-        let Some((memory, entries)) = segments.get(segment as usize) else {
+        let Some((memory, contents)) = segments.get(segment as usize) else {
             return (Vec::new(), None);
         };
-        let entries = entries.lock();
+        let entries = &contents.lock().entries;
         let page: Vec<(u64, Entry)> = entries
             .range(from..)
             .take(count)
@@ -171,10 +255,12 @@ impl NodeDirectory {
         let all = r.version_to == 0;
         let concerned = |v: u64| all || (r.version_from..r.version_to).contains(&v);
         let segments = self.segments.read();
-        let Some((memory, entries)) = segments.get(r.segment as usize) else {
+        let Some((memory, contents)) = segments.get(r.segment as usize) else {
             return r.keep.clone();
         };
-        let mut entries = entries.lock();
+        let mut contents = contents.lock();
+        contents.end_arenas_within(memory, r.offset, r.length_bytes);
+        let entries = &mut contents.entries;
         let end = r.offset.saturating_add(r.length_bytes);
         let found: Vec<(u64, u64)> = entries
             .range(r.offset..end)
@@ -193,16 +279,170 @@ impl NodeDirectory {
         keep.difference(&kept).copied().collect()
     }
 
-    /// Whether a client has our memory mapped.
-    pub fn is_shared_writer(&self, client: Id128) -> bool {
-        self.shared_writers.lock().contains_key(&client)
+    /// Whether a client may still write into a range: it has our memory mapped and has not left the arena there.
+    pub fn may_write(&self, client: Id128, segment: u32, offset: u64, length: u64) -> bool {
+        let mapped = self.shared_writers.lock().contains_key(&client);
+        let segments = self.segments.read();
+        let Some((_, contents)) = segments.get(segment as usize) else {
+            return mapped;
+        };
+        let contents = contents.lock();
+        let around = contents.arenas.range(..=offset).next_back();
+        match around {
+            Some((at, a)) if a.client == client && offset + length <= at + a.length => {
+                !a.table.is_left() && (mapped || a.reach == Reach::Process)
+            }
+            _ => mapped,
+        }
+    }
+}
+
+impl Contents {
+    fn displace(&mut self, offset: u64, bytes: u64) {
+        let from = self
+            .entries
+            .range(..offset)
+            .next_back()
+            .filter(|(at, old)| **at + footprint(old.size).unwrap_or(0) > offset)
+            .map_or(offset, |(at, _)| *at);
+        let displaced: Vec<u64> = self
+            .entries
+            .range(from..offset + bytes)
+            .map(|(at, _)| *at)
+            .collect();
+        for at in displaced {
+            self.entries.remove(&at);
+        }
+    }
+
+    /// Whatever lay there has been freed by the master and is being overwritten.
+    fn insert(&mut self, e: DirectoryEntry, bytes: u64, client: Id128) {
+        self.displace(e.offset, bytes);
+        self.entries.insert(
+            e.offset,
+            Entry {
+                key: e.key.as_ref().into(),
+                size: e.size_bytes,
+                version: e.version,
+                checksum: e.has_checksum.then_some(e.checksum),
+                hard_pin: e.hard_pin,
+                soft_pin_ttl_ms: e.soft_pin_ttl_ms,
+                group: e.group.into(),
+                data_type: e.data_type as u8,
+                client,
+            },
+        );
+    }
+
+    /// Takes new records of one arena into the entries. Objects whose word says neither that they are there nor that
+    /// they are on their way were dropped.
+    fn gather(&mut self, memory: &Segment, offset: u64) {
+        let Some(arena) = self.arenas.get_mut(&offset).filter(|a| !a.over) else {
+            return;
+        };
+        let (records, gathered) = arena.table.records(arena.gathered);
+        arena.gathered = gathered;
+        let (low, client) = (arena.table.low(), arena.client);
+        for record in records {
+            let Ok(e) = DirectoryEntry::decode(record.as_slice()) else {
+                continue;
+            };
+            let Some(bytes) = footprint(e.size_bytes) else {
+                continue;
+            };
+            let inside = e.offset >= offset
+                && e.offset.is_multiple_of(ALIGNMENT)
+                && e.offset.checked_add(bytes).is_some_and(|end| end <= low);
+            if !inside || e.size_bytes == 0 || e.version == 0 || key::split(&e.key).is_none() {
+                continue;
+            }
+            let there = memory.memory.word_is(e.offset, e.version)
+                || memory.memory.word_is(e.offset, pending(e.version));
+            if there {
+                self.insert(e, bytes, client);
+            }
+        }
+    }
+
+    /// Gathers and forgets arenas that lie within a range: it is being settled.
+    fn end_arenas_within(&mut self, memory: &Segment, offset: u64, length: u64) {
+        let end = offset.saturating_add(length);
+        let within: Vec<u64> = self
+            .arenas
+            .range(offset..end)
+            .filter(|(at, a)| **at + a.length <= end)
+            .map(|(at, _)| *at)
+            .collect();
+        for at in within {
+            self.gather(memory, at);
+            self.arenas.remove(&at);
+        }
+        // A sealed one is settled in parts, once nobody writes there: then this was its last word.
+        let around = self.arenas.range(..=offset).next_back();
+        let around = around
+            .filter(|(at, a)| offset < **at + a.length)
+            .map(|(at, _)| *at);
+        if let Some(at) = around {
+            self.gather(memory, at);
+            if let Some(arena) = self.arenas.get_mut(&at).filter(|a| a.sealed) {
+                arena.over = true;
+            }
+        }
+    }
+
+    /// A writer was given a range where another's arena was: that one has come to its end unnoticed.
+    fn end_strange_arenas(&mut self, memory: &Segment, offset: u64, length: u64, client: Id128) {
+        let end = offset.saturating_add(length);
+        let strange: Vec<u64> = self
+            .arenas
+            .range(..end)
+            .rev()
+            .take_while(|(at, a)| **at + a.length > offset)
+            .filter(|(_, a)| a.client != client)
+            .map(|(at, _)| *at)
+            .collect();
+        for at in strange {
+            if self.arenas.get(&at).is_some_and(|a| !a.sealed || a.over) {
+                self.gather(memory, at);
+                self.arenas.remove(&at);
+            }
+        }
+    }
+
+    fn unaccounted(&self, segment: u32) -> Vec<DirectoryEntry> {
+        let mut gaps = Vec::new();
+        for (offset, arena) in self.arenas.iter().filter(|(_, a)| a.sealed && !a.over) {
+            let end = offset + arena.length;
+            let mut at = *offset;
+            let taken = self.entries.range(*offset..end);
+            let taken = taken.map(|(at, e)| (*at, *at + footprint(e.size).unwrap_or(0)));
+            for (start, stop) in taken.chain([(end, end)]) {
+                if start >= at + HEADER_BYTES {
+                    gaps.push(DirectoryEntry {
+                        // Any key: a pending range is never read.
+                        key: bytes::Bytes::from_static(b"\0arena"),
+                        segment,
+                        offset: at,
+                        size_bytes: start - at - HEADER_BYTES,
+                        pending: true,
+                        client_high: arena.client.high,
+                        client_low: arena.client.low,
+                        ..DirectoryEntry::default()
+                    });
+                }
+                at = at.max(stop);
+            }
+        }
+        gaps
     }
 }
 
 /// Takes the version out of the header, so that no reader accepts it any more.
 fn erase(segment: &Segment, offset: u64, version: u64) {
     if let Some(word) = segment.memory.word(offset) {
-        let _ = word.compare_exchange(version, 0, Ordering::AcqRel, Ordering::Relaxed);
+        for told in [version, pending(version)] {
+            let _ = word.compare_exchange(told, 0, Ordering::SeqCst, Ordering::Relaxed);
+        }
     }
 }
 
@@ -224,6 +464,12 @@ impl NotifySink for NodeDirectory {
                 self.drop_object(origin.segment, offset, version);
                 true
             }
+            Ok(NodeNotify {
+                kind: Some(node_notify::Kind::ArenaBegin(_)),
+            }) => self.begin_arena(&origin),
+            Ok(NodeNotify {
+                kind: Some(node_notify::Kind::ArenaEnd(_)),
+            }) => self.end_arena(&origin),
             _ => false,
         }
     }
@@ -273,7 +519,8 @@ mod tests {
             segment: 0,
             offset,
             length: 64 + size,
-            in_place: true,
+            term: 1,
+            reach: Reach::Network,
         };
         d.notify(origin, &notify.encode_to_vec())
     }
@@ -325,7 +572,8 @@ mod tests {
             segment: 0,
             offset: 64,
             length: 128,
-            in_place: true,
+            term: 1,
+            reach: Reach::Network,
         };
         assert!(!d.notify(origin, b"\xff\xff"));
         let entry = DirectoryEntry {
@@ -339,5 +587,156 @@ mod tests {
             kind: Some(node_notify::Kind::Record(entry)),
         };
         assert!(!d.notify(origin, &too_large.encode_to_vec()));
+    }
+
+    const ARENA: u64 = 8192;
+    const LENGTH: u64 = 16384;
+
+    fn tell(d: &NodeDirectory, client: u64, kind: node_notify::Kind, reach: Reach) -> bool {
+        let origin = NotifyOrigin {
+            client: Id128 {
+                high: 7,
+                low: client,
+            },
+            segment: 0,
+            offset: ARENA,
+            length: LENGTH,
+            term: 5,
+            reach,
+        };
+        let notify = NodeNotify { kind: Some(kind) };
+        d.notify(origin, &notify.encode_to_vec())
+    }
+
+    fn begin(d: &NodeDirectory) -> bool {
+        let kind = node_notify::Kind::ArenaBegin(wire::ArenaBegin {});
+        tell(d, 1, kind, Reach::Host)
+    }
+
+    fn end(d: &NodeDirectory, client: u64) -> bool {
+        let kind = node_notify::Kind::ArenaEnd(wire::ArenaEnd {});
+        tell(d, client, kind, Reach::Host)
+    }
+
+    /// As the writer does it: word, record, and (for `published`) the word again.
+    fn enter(t: &ArenaTable, key: &[u8], offset: u64, version: u64, published: bool) {
+        let mut qualified = Vec::new();
+        key::qualify("", key, &mut qualified).unwrap();
+        let entry = DirectoryEntry {
+            key: qualified.into(),
+            offset,
+            size_bytes: 1000,
+            version,
+            ..DirectoryEntry::default()
+        };
+        t.memory().publish(offset, pending(version));
+        assert!(t.append(&entry.encode_to_vec(), offset + 1088));
+        if published {
+            t.memory().publish(offset, version);
+        }
+    }
+
+    #[test]
+    fn an_arena_is_gathered_when_it_ends() {
+        let (d, s) = directory();
+        let kind = node_notify::Kind::ArenaBegin(wire::ArenaBegin {});
+        assert!(!tell(&d, 1, kind, Reach::Network), "it cannot write there");
+        assert!(begin(&d));
+        let table = ArenaTable::new(s.memory.clone(), ARENA, LENGTH).unwrap();
+        assert!(table.is_open());
+        enter(&table, b"a", ARENA, 50, true);
+        enter(&table, b"b", ARENA + 1088, 51, true);
+        enter(&table, b"removed", ARENA + 2176, 52, true);
+        d.drop_object(0, ARENA + 2176, 52);
+        enter(&table, b"removed on its way", ARENA + 3264, 53, false);
+        d.drop_object(0, ARENA + 3264, 53);
+        assert!(
+            s.memory.word_is(ARENA + 3264, 0),
+            "its writer cannot publish it"
+        );
+        // Outside of the arena, and into the table: not taken.
+        let outside = DirectoryEntry {
+            key: vec![0, b'x'].into(),
+            offset: 64,
+            size_bytes: 10,
+            version: 54,
+            ..DirectoryEntry::default()
+        };
+        s.memory.publish(64, 54);
+        assert!(table.append(&outside.encode_to_vec(), ARENA));
+        assert_eq!(d.len(), 0, "nothing until somebody asks");
+        assert!(!end(&d, 2), "another's");
+        assert!(end(&d, 1));
+        let (page, _) = d.page(0, 0, 10);
+        let found: Vec<_> = page.iter().map(|e| (e.version, e.pending)).collect();
+        assert_eq!(found, [(50, false), (51, false)]);
+        assert!(!end(&d, 1), "over");
+    }
+
+    #[test]
+    fn a_new_master_hears_of_everything_a_writer_may_still_touch() {
+        let (d, s) = directory();
+        assert!(begin(&d));
+        let table = ArenaTable::new(s.memory.clone(), ARENA, LENGTH).unwrap();
+        enter(&table, b"a", ARENA, 50, true);
+        enter(&table, b"on its way", ARENA + 1088, 51, false);
+        assert!(d.gather(0).is_empty(), "its master knows the arena");
+        d.seal_before(5);
+        assert!(table.is_open(), "the same term");
+        d.seal_before(6);
+        assert!(!table.is_open());
+        let rest = d.gather(0);
+        assert_eq!(rest.len(), 1);
+        assert_eq!((rest[0].offset, rest[0].pending), (ARENA + 2176, true));
+        let end = rest[0].offset + footprint(rest[0].size_bytes).unwrap();
+        assert_eq!(end, ARENA + LENGTH, "up to the end, the table included");
+        let (page, _) = d.page(0, 0, 10);
+        let found: Vec<_> = page.iter().map(|e| (e.version, e.pending)).collect();
+        assert_eq!(found, [(50, false), (51, true)]);
+        let writer = Id128 { high: 7, low: 1 };
+        d.shared_writer(writer, 1);
+        assert!(d.may_write(writer, 0, ARENA + 2176, 64));
+        table.leave();
+        assert!(!d.may_write(writer, 0, ARENA + 2176, 64));
+        assert!(
+            d.may_write(writer, 0, 0, 64),
+            "it still has the segment mapped"
+        );
+        // Settled in parts: what is left there later is read no more.
+        let part = wire::Reconcile {
+            offset: ARENA + 1088,
+            length_bytes: 1088,
+            version_to: 1000,
+            ..wire::Reconcile::default()
+        };
+        assert!(d.settle(&part).is_empty());
+        assert!(s.memory.word_is(ARENA + 1088, 0));
+        enter(&table, b"too late", ARENA + 2176, 52, true);
+        assert!(d.gather(0).is_empty());
+        assert_eq!(d.len(), 1);
+        d.seal_before(7);
+        assert!(begin(&d), "given to the next");
+        assert!(d.is_empty());
+    }
+
+    #[test]
+    fn settling_a_whole_arena_keeps_what_was_committed() {
+        let (d, s) = directory();
+        assert!(begin(&d));
+        let table = ArenaTable::new(s.memory.clone(), ARENA, LENGTH).unwrap();
+        enter(&table, b"a", ARENA, 50, true);
+        enter(&table, b"b", ARENA + 1088, 51, true);
+        enter(&table, b"never arrived", ARENA + 2176, 52, false);
+        let all = wire::Reconcile {
+            offset: ARENA,
+            length_bytes: LENGTH,
+            keep: vec![50, 52],
+            version_from: 50,
+            version_to: 60,
+            ..wire::Reconcile::default()
+        };
+        assert_eq!(d.settle(&all), [52]);
+        assert_eq!(d.len(), 1);
+        assert!(s.memory.word_is(ARENA, 50) && s.memory.word_is(ARENA + 1088, 0));
     }
 }

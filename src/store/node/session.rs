@@ -115,6 +115,7 @@ async fn session(shared: &Arc<Shared>) -> Result<(), String> {
     if !fenced {
         return Err("writes granted by an earlier master are still under way".to_owned());
     }
+    shared.directory.seal_before(welcome.term);
     shared.term.store(welcome.term, Ordering::Release);
     stream_directory(shared, &out).await?;
     serve(
@@ -143,6 +144,11 @@ async fn send(out: &mpsc::Sender<NodeMessage>, kind: Out) -> Result<(), String> 
 async fn stream_directory(shared: &Shared, out: &mpsc::Sender<NodeMessage>) -> Result<(), String> {
     let mut total = 0;
     for segment in shared.host.segments() {
+        let unaccounted = tokio::task::block_in_place(|| shared.directory.gather(segment.index));
+        if !unaccounted.is_empty() {
+            let entries = unaccounted;
+            send(out, Out::Directory(wire::DirectoryChunk { entries })).await?;
+        }
         let mut from = Some(0);
         while let Some(at) = from {
             let (entries, next) =
@@ -223,7 +229,10 @@ fn reconcile(shared: &Shared, r: &wire::Reconcile) -> wire::ReconcileReport {
     let ended = shared
         .host
         .fence_range(fence, Instant::now() + Duration::from_millis(200));
-    let busy = !ended || shared.directory.is_shared_writer(client);
+    let busy = !ended
+        || shared
+            .directory
+            .may_write(client, r.segment, r.offset, r.length_bytes);
     let missing = if busy {
         Vec::new()
     } else {

@@ -23,6 +23,10 @@ impl EvictionPolicy for Lru {
         self.links.unlink(slot);
     }
 
+    fn next(&self) -> Option<u32> {
+        self.links.tail
+    }
+
     fn candidate(&mut self, budget: &mut u32) -> Option<u32> {
         if *budget == 0 {
             return None;

@@ -4,6 +4,7 @@
 //! may not evict. To add one: a file, a line in [`PolicyKind`], a run of the tests below.
 
 mod lru;
+pub(crate) mod order;
 mod sieve;
 
 use crate::base::clock::Millis;
@@ -31,6 +32,8 @@ pub trait EvictionPolicy: Send {
     fn accessed(&mut self, slot: u32, access: &Access);
     /// The object is gone.
     fn removed(&mut self, slot: u32);
+    /// The slot that `candidate` would look at first.
+    fn next(&self) -> Option<u32>;
     /// The next to evict. The caller removes it, or leaves it (leased, pinned) and asks again.
     fn candidate(&mut self, budget: &mut u32) -> Option<u32>;
     /// A key that was asked for and not there; part of what a policy may learn from.

@@ -30,10 +30,14 @@ impl EvictionPolicy for Sieve {
         self.links.unlink(slot);
     }
 
+    fn next(&self) -> Option<u32> {
+        self.hand.or(self.links.tail)
+    }
+
     fn candidate(&mut self, budget: &mut u32) -> Option<u32> {
         while *budget > 0 {
             *budget -= 1;
-            let slot = self.hand.or(self.links.tail)?;
+            let slot = self.next()?;
             self.hand = self.links.newer(slot);
             let visited = &mut self.visited[slot as usize];
             if !*visited {

@@ -1,0 +1,500 @@
+//! Puts into arenas: the commit leaves for the master while the bytes go to the node, and the put returns when both are
+//! there. In memory that is mapped here the bytes are copied by this thread and the node is not asked at all.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use prost::Message;
+use smallvec::SmallVec;
+
+use super::PoolClient;
+use super::arenas::{Place, Wanted, Wish};
+use super::location_cache::ReplicaRef;
+use super::put::{Header, PutOptions, PutOutcome, Writing, directory_entry, write_request};
+use super::view::SegmentRef;
+use crate::engine::batch::{Opcode, TransferRequest, TransferResult};
+use crate::engine::error::TransferError;
+use crate::engine::grant::Grant;
+use crate::engine::transport::TransportKind;
+use crate::store::arena_table::ArenaTable;
+use crate::store::model::error::StoreError;
+use crate::store::model::header::{HEADER_BYTES, pending};
+use crate::store::wire::{self, NodeNotify, node_notify, operation, reply};
+
+impl PoolClient {
+    pub(super) fn put_by_arena(
+        &self,
+        writings: &mut [Writing<'_>],
+        options: &PutOptions,
+        deadline: Instant,
+    ) {
+        for w in writings.iter_mut().filter(|w| w.outcome.is_none()) {
+            w.place = self.find_place(w, options, deadline);
+        }
+        let mut placed: Vec<usize> = (0..writings.len())
+            .filter(|i| writings[*i].place.is_some())
+            .collect();
+        if placed.is_empty() {
+            return;
+        }
+        // Items of one arena next to each other: one commit and one data frame each.
+        let arena_of = |w: &Writing<'_>| w.place.as_ref().map_or(0, |p| p.arena);
+        placed.sort_by_key(|i| arena_of(&writings[*i]));
+        let commits = self.commits(writings, &placed, options, None);
+        let sent = match self.control.send(commits, deadline) {
+            Ok(sent) => sent,
+            Err(error) => {
+                for index in placed {
+                    writings[index].outcome = Some(Err(error.clone()));
+                    // Nobody committed it: what its table says of it must not be found by a later master.
+                    if let Some(place) = &writings[index].place {
+                        place.table.iter().for_each(|table| take_back(place, table));
+                        self.arenas.lost(place.arena);
+                    }
+                }
+                return;
+            }
+        };
+        let written = self.write_placed(writings, &placed, options, deadline);
+        let committed = self.control.receive(sent).and_then(|batch| {
+            let mut codes = Vec::with_capacity(placed.len());
+            for reply in batch.replies {
+                match self.control.kind(Some(reply))? {
+                    reply::Kind::Codes(c) => codes.extend(c.codes),
+                    _ => return Err(self.control.surprise()),
+                }
+            }
+            if codes.len() == placed.len() {
+                Ok(codes)
+            } else {
+                Err(self.control.surprise())
+            }
+        });
+        self.settle_arena(writings, &placed, options, &written, committed, deadline);
+    }
+
+    /// Brings the bytes of all placed items to their places: far ones are sent first and near ones copied meanwhile.
+    fn write_placed(
+        &self,
+        writings: &[Writing<'_>],
+        placed: &[usize],
+        options: &PutOptions,
+        deadline: Instant,
+    ) -> Vec<TransferResult> {
+        let mut results: Vec<TransferResult> = placed.iter().map(|_| Ok(())).collect();
+        let table = |index: usize| writings[index].place.as_ref().and_then(|p| p.table.clone());
+        let far: Vec<usize> = (0..placed.len())
+            .filter(|at| table(placed[*at]).is_none())
+            .collect();
+        let headers: Vec<Header> = far
+            .iter()
+            .map(|at| writings[placed[*at]].header())
+            .collect();
+        let requests: Vec<TransferRequest> = far
+            .iter()
+            .zip(&headers)
+            .filter_map(|(at, header)| {
+                let w = &writings[placed[*at]];
+                let place = w.place.as_ref()?;
+                let replica = ReplicaRef {
+                    segment: place.segment.clone(),
+                    grant: place.grant,
+                };
+                let (offset, version) = (place.offset, place.version);
+                Some(write_request(w, &replica, offset, version, header, options))
+            })
+            .collect();
+        let attempt = deadline.min(Instant::now() + self.config.transfer_timeout);
+        let begun = self.engine.begin(&requests, attempt);
+        let near = |index: usize| {
+            let w = &writings[index];
+            let place = w.place.as_ref()?;
+            Some((w, place, place.table.as_ref()?))
+        };
+        for (at, index) in placed.iter().enumerate() {
+            if let Some((w, place, table)) = near(*index) {
+                results[at] = copy_near(w, place, table);
+            }
+        }
+        // Memory of a process that has died can still be written: nobody would read it there.
+        let mut known: Option<(u64, bool)> = None;
+        for (at, index) in placed.iter().enumerate() {
+            let Some((_, place, _)) = near(*index) else {
+                continue;
+            };
+            let alive = match known {
+                Some((arena, alive)) if arena == place.arena => alive,
+                _ => self.is_alive(place),
+            };
+            known = Some((place.arena, alive));
+            if !alive {
+                results[at] = Err(TransferError::Broken {
+                    peer: place.segment.peer.shm_socket.clone(),
+                    reason: "the node is gone".to_owned(),
+                });
+            }
+        }
+        for (at, result) in far.into_iter().zip(begun.finish()) {
+            results[at] = result;
+        }
+        results
+    }
+
+    fn is_alive(&self, place: &Place) -> bool {
+        let segment = &place.segment;
+        self.engine
+            .lives(&segment.peer, segment.node_segment, segment.incarnation)
+    }
+
+    fn find_place(
+        &self,
+        w: &Writing<'_>,
+        options: &PutOptions,
+        deadline: Instant,
+    ) -> Option<Place> {
+        let header = w.header();
+        // Twice: the first wish may open an arena.
+        for _ in 0..2 {
+            let epoch = self.view().epoch;
+            if epoch != self.control.epoch.load(Ordering::Acquire) || epoch == 0 {
+                self.refresh_view(deadline).ok()?;
+            }
+            let view = self.view();
+            let segment = view.home(w.hash)?;
+            let wanted = Wanted {
+                size: w.size,
+                header: &header,
+                entry: &|offset, version| {
+                    directory_entry(w, segment.node_segment, offset, version, options)
+                        .encode_to_vec()
+                },
+                near: self.is_near(segment),
+            };
+            match self.arenas.place(segment, &wanted) {
+                Wish::Granted(place) => return Some(place),
+                Wish::No => return None,
+                Wish::Open(wanted_bytes) => self.open_arena(segment, wanted_bytes, deadline)?,
+            }
+        }
+        None
+    }
+
+    fn is_near(&self, segment: &SegmentRef) -> bool {
+        matches!(
+            self.engine.path(&segment.peer),
+            Some(TransportKind::Loopback | TransportKind::Shm)
+        )
+    }
+
+    /// Has the master grant an arena, and its node keep a table for it where memory is shared.
+    fn open_arena(
+        &self,
+        segment: &Arc<SegmentRef>,
+        wanted_bytes: u64,
+        deadline: Instant,
+    ) -> Option<()> {
+        let mut operations = self.end_arenas(deadline);
+        let open = wire::ArenaOpen {
+            segment: segment.slot,
+            incarnation: segment.incarnation,
+            wanted_bytes,
+        };
+        operations.push(operation::Kind::ArenaOpen(open).into());
+        let reply = self.control.call(operations, deadline).ok()?.pop();
+        match self.control.kind(reply) {
+            Ok(reply::Kind::ArenaOpened(opened)) if opened.code == 0 => {
+                let grant = opened.range.as_ref()?.grant(segment.node_segment)?;
+                let first = opened.first_version;
+                let versions = first..first + u64::from(opened.version_count);
+                let table = self.begin_table(segment, grant, deadline);
+                let segment = segment.clone();
+                self.arenas
+                    .opened(opened.arena, segment, grant, versions, table, wanted_bytes);
+                Some(())
+            }
+            _ => {
+                self.arenas.refused(segment.slot);
+                None
+            }
+        }
+    }
+
+    fn begin_table(
+        &self,
+        segment: &SegmentRef,
+        grant: Grant,
+        deadline: Instant,
+    ) -> Option<ArenaTable> {
+        if !self.is_near(segment) {
+            return None;
+        }
+        let peer = &segment.peer;
+        let memory = self
+            .engine
+            .map(peer, segment.node_segment, segment.incarnation)?;
+        let table = ArenaTable::new(memory, grant.offset, grant.length)?;
+        let begin = node_notify::Kind::ArenaBegin(wire::ArenaBegin {});
+        let request = notice(segment, grant, grant.offset, grant.length, begin);
+        let begun = self.engine.transfer(&[request], deadline);
+        (begun == [Ok(())] && table.is_open()).then_some(table)
+    }
+
+    /// Ends arenas nobody writes into any more at their nodes; returns what closes them at the master.
+    pub(super) fn end_arenas(&self, deadline: Instant) -> Vec<wire::Operation> {
+        let mut closing = Vec::new();
+        for arena in self.arenas.closable() {
+            let grant = arena.grant;
+            let ended = arena.table.as_ref().is_none_or(|table| {
+                let end = node_notify::Kind::ArenaEnd(wire::ArenaEnd {});
+                let notice = notice(&arena.segment, grant, grant.offset, grant.length, end);
+                let ended = self.engine.transfer(&[notice], deadline) == [Ok(())];
+                table.leave();
+                ended
+            });
+            // One whose end its node did not hear of is settled by the master when this client leaves.
+            if ended {
+                let close = wire::ArenaClose { arena: arena.id };
+                closing.push(operation::Kind::ArenaClose(close).into());
+            }
+        }
+        closing
+    }
+
+    /// Commit (or revoke, with `unsettled` per index) operations for placed items, grouped by arena.
+    fn commits(
+        &self,
+        writings: &[Writing<'_>],
+        indices: &[usize],
+        options: &PutOptions,
+        revoke: Option<&[bool]>,
+    ) -> Vec<wire::Operation> {
+        let mut operations: Vec<(u64, wire::ArenaCommit)> = Vec::new();
+        for (position, index) in indices.iter().enumerate() {
+            let w = &writings[*index];
+            let Some(place) = &w.place else { continue };
+            let item = wire::ArenaItem {
+                key: bytes::Bytes::copy_from_slice(w.request.key),
+                offset: place.offset,
+                size_bytes: w.size,
+                version: place.version,
+                checksum: w.checksum.unwrap_or(0),
+                has_checksum: w.checksum.is_some(),
+                revoke: revoke.is_some(),
+                unsettled: revoke.is_some_and(|u| u[position]),
+                group: w.request.group.to_owned(),
+            };
+            match operations
+                .last_mut()
+                .filter(|(arena, _)| *arena == place.arena)
+            {
+                Some((_, commit)) => commit.items.push(item),
+                None => {
+                    let commit = wire::ArenaCommit {
+                        arena: place.arena,
+                        tenant: self.config.tenant.clone(),
+                        config: Some(self.wire_config(options)),
+                        items: vec![item],
+                    };
+                    operations.push((place.arena, commit));
+                }
+            }
+        }
+        let commits = operations.into_iter();
+        commits
+            .map(|(_, c)| operation::Kind::ArenaCommit(c).into())
+            .collect()
+    }
+
+    fn settle_arena(
+        &self,
+        writings: &mut [Writing<'_>],
+        placed: &[usize],
+        options: &PutOptions,
+        written: &[TransferResult],
+        committed: Result<Vec<i32>, StoreError>,
+        deadline: Instant,
+    ) {
+        let mut revoke = Vec::new();
+        let mut unsettled = Vec::new();
+        let mut discard = Vec::new();
+        for (position, index) in placed.iter().enumerate() {
+            let data = &written[position];
+            let code = committed.as_ref().map(|codes| codes[position]);
+            let w = &mut writings[*index];
+            match (data, &code) {
+                (Ok(()), Ok(0)) => w.outcome = Some(Ok(PutOutcome::Stored { replicas: 1 })),
+                (data, Ok(c)) if *c == StoreError::Exists.code() => {
+                    w.outcome = Some(Ok(PutOutcome::Existed));
+                    if data.is_ok() {
+                        match w.place.as_ref().and_then(|p| Some((p, p.table.as_ref()?))) {
+                            Some((place, table)) => take_back(place, table),
+                            None => discard.push(*index),
+                        }
+                    }
+                    revoke.push(*index);
+                    unsettled.push(data.as_ref().is_err_and(TransferError::is_path_failure));
+                }
+                // The master does not know the arena (it was restarted, or the segment is gone): the two-phase path
+                // begins anew. The bytes are under a version nobody committed; their node settles that.
+                (_, Ok(c)) if *c != 0 => {
+                    if let Some(place) = &w.place {
+                        self.arenas.lost(place.arena);
+                    }
+                }
+                (Err(error), Ok(_)) => {
+                    if let (true, Some(place)) = (error.is_path_failure(), &w.place) {
+                        self.report(&place.segment.clone(), &error.to_string());
+                    }
+                    if let Some(place) = w.place.as_ref().filter(|p| p.table.is_some()) {
+                        self.arenas.lost(place.arena);
+                    }
+                    revoke.push(*index);
+                    unsettled.push(error.is_path_failure());
+                }
+                // Nobody knows whether the master committed: ask.
+                (_, Err(error)) => {
+                    // Whatever is under way there is settled when this client leaves, not by closing the arena.
+                    if let Some(place) = &w.place {
+                        self.arenas.lost(place.arena);
+                    }
+                    let place = w.place.as_ref();
+                    let stored = data.is_ok()
+                        && self.committed(w.request.key, place.map_or(0, |p| p.version), deadline);
+                    w.outcome = Some(if stored {
+                        Ok(PutOutcome::Stored { replicas: 1 })
+                    } else {
+                        Err(StoreError::clone(error))
+                    });
+                }
+                (Ok(()), Ok(_)) => {}
+            }
+        }
+        self.discard_at_nodes(writings, &discard, deadline);
+        if !revoke.is_empty() {
+            let operations = self.commits(writings, &revoke, options, Some(&unsettled));
+            if let Err(error) = self.taken_back(operations, deadline) {
+                tracing::debug!(%error, "items were not taken back; the master settles them when this client leaves");
+                for index in revoke {
+                    let w = &mut writings[index];
+                    // As long as the index may name bytes that never arrived, another attempt would find its own key.
+                    if w.outcome.is_none() {
+                        w.outcome = Some(Err(error.clone()));
+                    }
+                    if let Some(place) = &w.place {
+                        self.arenas.lost(place.arena);
+                    }
+                }
+            }
+        }
+        for index in placed {
+            writings[*index].place = None;
+        }
+    }
+
+    /// Carries out revocations; an error when any of them was not.
+    fn taken_back(
+        &self,
+        operations: Vec<wire::Operation>,
+        deadline: Instant,
+    ) -> Result<(), StoreError> {
+        let unknown = StoreError::InvalidWrite { what: "" }.code();
+        for reply in self.control.call(operations, deadline)? {
+            match self.control.kind(Some(reply))? {
+                // A master that does not know the arena has nothing of it in its index either.
+                reply::Kind::Codes(c) => {
+                    if let Some(code) = c.codes.iter().find(|c| **c != 0 && **c != unknown) {
+                        return Err(StoreError::from_code(*code));
+                    }
+                }
+                _ => return Err(self.control.surprise()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the nodes forget items whose commit was refused, before the put returns (D2 for what was never stored).
+    fn discard_at_nodes(&self, writings: &[Writing<'_>], indices: &[usize], deadline: Instant) {
+        let requests: Vec<TransferRequest> = indices
+            .iter()
+            .filter_map(|index| {
+                let w = &writings[*index];
+                let place = w.place.as_ref()?;
+                let discard = wire::DropItem {
+                    segment: place.grant.segment,
+                    offset: place.offset,
+                    version: place.version,
+                };
+                let discard = node_notify::Kind::Discard(discard);
+                let length = HEADER_BYTES + w.size;
+                Some(notice(
+                    &place.segment,
+                    place.grant,
+                    place.offset,
+                    length,
+                    discard,
+                ))
+            })
+            .collect();
+        if !requests.is_empty() {
+            self.engine.transfer(&requests, deadline);
+        }
+    }
+}
+
+/// A message to a segment's node about a granted range.
+fn notice(
+    segment: &SegmentRef,
+    grant: Grant,
+    offset: u64,
+    length: u64,
+    kind: node_notify::Kind,
+) -> TransferRequest {
+    TransferRequest {
+        opcode: Opcode::Write,
+        peer: segment.peer.clone(),
+        grant,
+        offset,
+        length,
+        local: SmallVec::new(),
+        word: None,
+        notify: NodeNotify { kind: Some(kind) }.encode_to_vec(),
+    }
+}
+
+/// Copies a payload to where its table has it already, publishes it, and only then looks whether that still counts.
+fn copy_near(w: &Writing<'_>, place: &Place, table: &ArenaTable) -> TransferResult {
+    let memory = table.memory();
+    let from = place.offset + HEADER_BYTES;
+    let mut target = memory
+        .range(from, w.size)
+        .ok_or(TransferError::OutOfBounds)?;
+    memory.touch(from, w.size);
+    for source in w.request.source {
+        // SAFETY: target: in bounds, this put's alone; source: promise of LocalSlice::new.
+        unsafe {
+            std::ptr::copy_nonoverlapping(source.pointer, target, source.length);
+            target = target.add(source.length);
+        }
+    }
+    let (before, after) = (pending(place.version), place.version);
+    let published = memory.word(place.offset).is_some_and(|word| {
+        word.compare_exchange(before, after, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
+    });
+    // Not published: it was removed meanwhile, or a later master has settled it.
+    if published && table.is_open() {
+        Ok(())
+    } else {
+        Err(TransferError::GrantRefused)
+    }
+}
+
+/// Takes the word out of an object that is not to be found after all.
+fn take_back(place: &Place, table: &ArenaTable) {
+    if let Some(word) = table.memory().word(place.offset) {
+        for told in [place.version, pending(place.version)] {
+            let _ = word.compare_exchange(told, 0, Ordering::SeqCst, Ordering::Relaxed);
+        }
+    }
+}
