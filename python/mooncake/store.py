@@ -19,7 +19,8 @@ from mooncake._native import (
     Store as _Store,
     bind_to_numa_node,
 )
-from mooncake._tensors import TensorMethods
+from mooncake._parallel_tensors import ParallelAxis, ParallelTensorMethods, ReadTarget, TensorParallelism
+from mooncake._tensors import _deserialize_tensor, _serialize_tensor, _tensor_metadata_size
 from mooncake.buffer_pool import BufferPool, RegisteredBufferPool
 
 __all__ = [
@@ -31,18 +32,21 @@ __all__ = [
     "MooncakeDistributedStore",
     "MooncakeHostMemAllocator",
     "ObjectDataType",
+    "ParallelAxis",
+    "ReadTarget",
     "RegisteredBufferPool",
     "ReplicaDescriptor",
     "ReplicaStatus",
     "ReplicateConfig",
     "SoftPinAction",
+    "TensorParallelism",
     "bind_to_numa_node",
 ]
 
 _open = weakref.WeakSet()
 
 
-class MooncakeDistributedStore(TensorMethods, _Store):
+class MooncakeDistributedStore(ParallelTensorMethods, _Store):
     """A client of a pool; see `setup`. Every method may be called from any thread."""
 
     def setup(self, *args, **kwargs):

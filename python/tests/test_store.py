@@ -146,16 +146,6 @@ def test_writing_sessions(store, buffer):
     assert store.get("w") == data and store.is_exist("v") == 0
 
 
-def test_tensors(store):
-    torch = pytest.importorskip("torch")
-    tensor = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)
-    assert store.put_tensor("t", tensor) == 0
-    assert torch.equal(store.get_tensor("t"), tensor)
-    assert store.put_tensor_with_tp("s", tensor, tp_size=2) == 0
-    assert torch.equal(store.get_tensor_with_tp("s", tp_rank=1, tp_size=2), tensor[1:])
-    assert store.get_tensor("x") is None
-
-
 def test_config():
     config = ReplicateConfig()
     assert (config.replica_num, config.with_hard_pin, config.group_ids) == (1, False, None)
