@@ -176,6 +176,9 @@ fn unsafe_code_is_where_memory_is_shared() {
     let allowed = [
         "base/prefetch.rs",
         "engine/",
+        "store/arena_table.rs",
+        "store/client/arena_put.rs",
+        "store/client/arenas.rs",
         "store/client/get.rs",
         "store/client/put.rs",
         "store/client/put_session.rs",

@@ -2,8 +2,8 @@
 //! lists may be any sequence. What has the wrong type is a `TypeError` that says which argument.
 
 use mooncake::store::model::error::StoreError;
-use pyo3::buffer::PyUntypedBuffer;
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyBufferError, PyTypeError};
+use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyString};
 
@@ -121,32 +121,54 @@ impl<'a, 'py> FromPyObject<'a, 'py> for WordLists {
 /// The bytes of any contiguous exporter of the buffer protocol. The caller must not change them during the call.
 pub(crate) struct Value {
     // Holds the export; released with the lock held when this is dropped.
-    _export: PyUntypedBuffer,
+    export: Box<ffi::Py_buffer>,
     pub(crate) pointer: *mut u8,
     pub(crate) length: usize,
+}
+
+// SAFETY: the export keeps the memory where it is whichever thread looks at it; it is released under the lock.
+unsafe impl Send for Value {}
+// SAFETY: as above.
+unsafe impl Sync for Value {}
+
+impl Drop for Value {
+    fn drop(&mut self) {
+        // SAFETY: got once in `extract`; attaching is a no-op for the thread that holds the lock.
+        Python::attach(|_| unsafe { ffi::PyBuffer_Release(&raw mut *self.export) });
+    }
 }
 
 impl<'a, 'py> FromPyObject<'a, 'py> for Value {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
-        let export = PyUntypedBuffer::get(&object).map_err(|_| {
-            let kind = object
-                .get_type()
-                .name()
-                .map_or_else(|_| "?".to_owned(), |n| n.to_string());
-            PyTypeError::new_err(format!("a value must be bytes-like, not {kind}"))
-        })?;
-        if !export.is_c_contiguous() {
+        // SAFETY: a C structure of integers and pointers.
+        let mut export: Box<ffi::Py_buffer> = Box::new(unsafe { std::mem::zeroed() });
+        // SAFETY: the object lives, the lock is held. Plain bytes are asked for: exporters without strides (ctypes) give
+        // them, and one that is not contiguous refuses.
+        let code = unsafe {
+            ffi::PyObject_GetBuffer(object.as_ptr(), &raw mut *export, ffi::PyBUF_SIMPLE)
+        };
+        if code == 0 {
+            return Ok(Self {
+                pointer: export.buf.cast(),
+                length: export.len.max(0) as usize,
+                export,
+            });
+        }
+        let refused = PyErr::fetch(object.py());
+        if refused.is_instance_of::<PyBufferError>(object.py()) {
             return Err(PyTypeError::new_err(
                 "a value must be contiguous: make a copy first",
             ));
         }
-        Ok(Self {
-            pointer: export.buf_ptr().cast(),
-            length: export.len_bytes(),
-            _export: export,
-        })
+        let kind = object
+            .get_type()
+            .name()
+            .map_or_else(|_| "?".to_owned(), |n| n.to_string());
+        Err(PyTypeError::new_err(format!(
+            "a value must be bytes-like, not {kind}"
+        )))
     }
 }
 

@@ -9,27 +9,46 @@ use pyo3::exceptions::PyValueError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-use crate::args::Word;
-use crate::memory_map;
+use mooncake::engine::batch::LocalSlice;
+use smallvec::SmallVec;
 
-/// Address ranges the caller has vouched for.
+use crate::args::Word;
+use crate::device::Device;
+use crate::memory_map;
+use crate::staging::Gathered;
+
+/// Address ranges the caller has vouched for: length, and the device when it is one's.
 #[derive(Default)]
 pub(crate) struct Registered {
-    ranges: RwLock<BTreeMap<usize, usize>>,
+    ranges: RwLock<BTreeMap<usize, (usize, Option<Device>)>>,
+}
+
+/// Whether a range may be touched, and whose memory it is: the host's (`Some(None)`) or a device's.
+pub(crate) fn owner(address: usize, length: usize, write: bool) -> Option<Option<Device>> {
+    if address == 0 {
+        None
+    } else if memory_map::usable(address, length, write) {
+        Some(None)
+    } else {
+        Device::of(address, length).map(Some)
+    }
 }
 
 impl Registered {
     /// Takes a range; false when it is null, empty, not memory of this process, or overlaps a registered one.
     pub(crate) fn add(&self, address: usize, length: usize) -> bool {
-        if address == 0 || length == 0 || !memory_map::usable(address, length, true) {
+        if length == 0 || address.checked_add(length).is_none() {
             return false;
         }
+        let Some(owner) = owner(address, length, true) else {
+            return false;
+        };
         let mut ranges = self.ranges.write();
         let before = ranges.range(..address + length).next_back();
-        if before.is_some_and(|(start, size)| start + size > address) {
+        if before.is_some_and(|(start, (size, _))| start + size > address) {
             return false;
         }
-        ranges.insert(address, length);
+        ranges.insert(address, (length, owner));
         true
     }
 
@@ -38,32 +57,30 @@ impl Registered {
         self.ranges.write().remove(&address).is_some()
     }
 
-    /// Whether every range may be touched: registered, or at least mapped.
-    pub(crate) fn all_usable(
+    /// The caller's ranges, in order; `None` when one of them is neither registered nor memory at all.
+    pub(crate) fn gather(
         &self,
         ranges: impl Iterator<Item = (usize, usize)>,
         write: bool,
-    ) -> bool {
+    ) -> Option<Gathered> {
         let registered = self.ranges.read();
-        let mut last = 0..0;
+        let mut last = (0..0, None);
+        let mut parts: SmallVec<[(LocalSlice, Option<Device>); 2]> = SmallVec::new();
         for (address, length) in ranges {
-            if length == 0 {
-                continue;
+            let end = address.checked_add(length)?;
+            if length > 0 && !(last.0.start <= address && end <= last.0.end) {
+                let known = registered.range(..=address).next_back();
+                last = match known.filter(|(start, (size, _))| end <= *start + *size) {
+                    Some((start, (size, device))) => (*start..start + size, *device),
+                    None => (address..end, owner(address, length, write)?),
+                };
             }
-            let Some(end) = address.checked_add(length) else {
-                return false;
-            };
-            if last.start <= address && end <= last.end {
-                continue;
-            }
-            let known = registered.range(..=address).next_back();
-            match known.filter(|(start, size)| end <= *start + **size) {
-                Some((start, size)) => last = *start..start + size,
-                None if address != 0 && memory_map::usable(address, length, write) => {}
-                None => return false,
-            }
+            // SAFETY: mapped memory of this process, or a device's; that it stays so, and is not used otherwise during the
+            // call, is the caller's promise, as with upstream.
+            let slice = unsafe { LocalSlice::new(address as *mut u8, length) };
+            parts.push((slice, last.1.filter(|_| length > 0)));
         }
-        true
+        Some(Gathered::new(parts.into_iter()))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -18,8 +19,10 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::args::{Value, Word, Words};
-use crate::buffers::HostMemoryAllocator;
-use crate::{memory_map, process};
+use crate::buffers::{self, HostMemoryAllocator};
+use crate::device::{self, Device, DeviceRange, WINDOW};
+use crate::process;
+use crate::staging::{self, Gathered, Slices};
 
 // Codes of upstream's transfer engine: another space than the store's.
 const INVALID_ARGUMENT: i64 = -1;
@@ -103,22 +106,36 @@ impl Running {
         local: &[usize],
         remote: &[usize],
         lengths: &[usize],
-    ) -> Result<Vec<Move>, i64> {
+    ) -> Result<Moves, i64> {
         if local.len() != remote.len() || local.len() != lengths.len() {
             return Err(INVALID_ARGUMENT);
         }
-        let mut moves = Vec::with_capacity(local.len());
+        let mut moves = Moves::default();
         for ((local, remote), length) in local.iter().zip(remote).zip(lengths) {
             let write = opcode == Opcode::Read;
-            if *length > 0 && (*local == 0 || !memory_map::usable(*local, *length, write)) {
-                return Err(INVALID_ARGUMENT);
+            let device = if *length == 0 {
+                None
+            } else {
+                buffers::owner(*local, *length, write).ok_or(INVALID_ARGUMENT)?
+            };
+            // A device's range goes through buffers of limited size.
+            let step = if device.is_some() { WINDOW } else { usize::MAX };
+            let mut done = 0;
+            while done < *length {
+                let n = (length - done).min(step);
+                // SAFETY: memory of this process, or a device's; that it stays so during the transfer is the caller's
+                // promise.
+                let slice = unsafe { LocalSlice::new((local + done) as *mut u8, n) };
+                moves.list.push(Move {
+                    opcode,
+                    local: slice,
+                    remote_address: (remote + done) as u64,
+                });
+                moves
+                    .memory
+                    .push(Gathered::new([(slice, device)].into_iter()));
+                done += n;
             }
-            moves.push(Move {
-                opcode,
-                // SAFETY: mapped memory of this process; that it stays so during the transfer is the caller's promise.
-                local: unsafe { LocalSlice::new(*local as *mut u8, *length) },
-                remote_address: *remote as u64,
-            });
         }
         Ok(moves)
     }
@@ -134,16 +151,81 @@ impl Running {
         }
     }
 
-    fn transfer(&self, name: &str, moves: &[Move], notify: Option<&Notify>) -> i64 {
-        let outcome = self.address(name).and_then(|address| {
-            self.engine
-                .transfer(&address, moves, notify)
-                .map_err(|error| {
-                    tracing::debug!(%error, "transfer");
-                    code(&error)
-                })
-        });
+    fn transfer(&self, name: &str, moves: &Moves, notify: Option<&Notify>) -> i64 {
+        let address = match self.address(name) {
+            Ok(address) => address,
+            Err(code) => return code,
+        };
+        let run = |list: &[Move], notify: Option<&Notify>| {
+            let outcome = self.engine.transfer(&address, list, notify);
+            outcome.map_err(|error| {
+                tracing::debug!(%error, "transfer");
+                code(&error)
+            })
+        };
+        let memory: Vec<&Gathered> = moves.memory.iter().collect();
+        let outcome = match staging::device_of(memory.iter().copied()) {
+            None => run(&moves.list, notify),
+            Some(device) => moves.through_buffers(device, &memory, run, notify),
+        };
         outcome.err().unwrap_or(0)
+    }
+}
+
+/// The ranges of a call; those of a device are cut so that each fits a staging buffer.
+#[derive(Default)]
+struct Moves {
+    list: Vec<Move>,
+    memory: Vec<Gathered>,
+}
+
+impl Moves {
+    /// Window by window; the notify goes after the last.
+    fn through_buffers(
+        &self,
+        device: Device,
+        memory: &[&Gathered],
+        run: impl Fn(&[Move], Option<&Notify>) -> Result<(), i64>,
+        notify: Option<&Notify>,
+    ) -> Result<(), i64> {
+        let mut outcome = Ok(());
+        let mut window = |range: Range<usize>, slices: &[Slices]| {
+            if outcome.is_err() {
+                return false;
+            }
+            let staged: Vec<Move> = self.list[range]
+                .iter()
+                .zip(slices)
+                .map(|(m, slices)| Move {
+                    local: slices[0],
+                    ..*m
+                })
+                .collect();
+            outcome = run(&staged, None);
+            outcome.is_ok()
+        };
+        let failed = |error: &dyn std::fmt::Display| {
+            tracing::warn!(%error, "device memory");
+            INVALID_ARGUMENT
+        };
+        let staged = if self.list.first().is_some_and(|m| m.opcode == Opcode::Write) {
+            let done = staging::download(device, memory, |range, slices| {
+                window(range, slices);
+            });
+            done.map_err(|(_, error)| failed(&error))
+        } else {
+            let lost = staging::upload(device, memory, |range, slices| {
+                let good = window(range, slices);
+                let bytes = slices.iter().map(|s| good.then(|| s[0].len() as u64));
+                bytes.collect()
+            });
+            lost.first().map_or(Ok(()), |(_, error)| Err(failed(error)))
+        };
+        outcome.and(staged)?;
+        match notify {
+            Some(notify) => run(&[], Some(notify)),
+            None => Ok(()),
+        }
     }
 }
 
@@ -287,11 +369,15 @@ impl Engine {
         let Some(pointer) = NonNull::new(address as *mut u8) else {
             return INVALID_ARGUMENT;
         };
-        if !memory_map::usable(address, length, true) {
-            return INVALID_ARGUMENT;
-        }
-        // SAFETY: mapped now; that it stays so until it is unregistered is the caller's promise, as with upstream.
-        let outcome = unsafe { running.engine.register(pointer, length) };
+        let outcome = match buffers::owner(address, length, true) {
+            None => return INVALID_ARGUMENT,
+            Some(Some(device)) => {
+                let copies = Arc::new(DeviceRange(device));
+                running.engine.register_device(pointer, length, copies)
+            }
+            // SAFETY: mapped now; that it stays so until it is unregistered is the caller's promise, as with upstream.
+            Some(None) => unsafe { running.engine.register(pointer, length) },
+        };
         outcome.err().as_ref().map_or(0, code)
     }
 
@@ -714,13 +800,27 @@ impl Engine {
 
     /// Copies bytes to an address of this process: 0, or -1.
     fn write_bytes_to_buffer(&self, dest_address: Word, src: Value, length: Word) -> i64 {
-        let inside = length.0 <= src.length && memory_map::usable(dest_address.0, length.0, true);
-        if !inside || dest_address.0 == 0 {
+        if length.0 > src.length {
             return INVALID_ARGUMENT;
         }
-        // SAFETY: both mapped and long enough; may overlap.
-        unsafe { std::ptr::copy(src.pointer, dest_address.0 as *mut u8, length.0) };
-        0
+        match buffers::owner(dest_address.0, length.0, true) {
+            None => INVALID_ARGUMENT,
+            Some(None) => {
+                // SAFETY: both mapped and long enough; may overlap.
+                unsafe { std::ptr::copy(src.pointer, dest_address.0 as *mut u8, length.0) };
+                0
+            }
+            Some(Some(device)) => {
+                let copied = DeviceRange(device).copy(dest_address.0, src.pointer, length.0, true);
+                copied.map_or(INVALID_ARGUMENT, |()| 0)
+            }
+        }
+    }
+
+    /// Waits for what was begun on a CUDA stream; `address` names its device.
+    fn _await_stream(&self, py: Python<'_>, address: Word, stream_ptr: Word) -> i64 {
+        let waited = py.detach(|| device::await_stream(address.0, stream_ptr.0));
+        waited.map_or(INVALID_ARGUMENT, |()| 0)
     }
 
     /// Bytes at an address of this process.
@@ -730,14 +830,20 @@ impl Engine {
         source_address: Word,
         length: Word,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        if source_address.0 == 0 || !memory_map::usable(source_address.0, length.0, false) {
-            return Err(pyo3::exceptions::PyValueError::new_err(
-                "not memory of this process",
-            ));
+        let wrong = || pyo3::exceptions::PyValueError::new_err("not memory of this process");
+        match buffers::owner(source_address.0, length.0, false).ok_or_else(wrong)? {
+            None => {
+                let start = source_address.0 as *const u8;
+                // SAFETY: mapped and readable for this length.
+                let bytes = unsafe { std::slice::from_raw_parts(start, length.0) };
+                Ok(PyBytes::new(py, bytes))
+            }
+            Some(device) => PyBytes::new_with(py, length.0, |bytes| {
+                let range = DeviceRange(device);
+                let copied = range.copy(source_address.0, bytes.as_mut_ptr(), bytes.len(), false);
+                copied.map_err(|e| pyo3::exceptions::PyOSError::new_err(e.to_string()))
+            }),
         }
-        // SAFETY: mapped and readable for this length.
-        let bytes = unsafe { std::slice::from_raw_parts(source_address.0 as *const u8, length.0) };
-        Ok(PyBytes::new(py, bytes))
     }
 
     /// First registered address of a peer; 0 when there is none.

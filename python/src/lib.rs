@@ -8,9 +8,11 @@ mod args;
 mod buffers;
 mod config;
 mod descriptors;
+mod device;
 mod engine;
 mod memory_map;
 mod process;
+mod staging;
 mod store;
 
 use pyo3::prelude::*;

@@ -63,6 +63,10 @@ impl LocalSlice {
         Self { pointer, length }
     }
 
+    /// First byte.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.pointer
+    }
     /// Bytes.
     pub fn len(&self) -> usize {
         self.length

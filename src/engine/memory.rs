@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -30,7 +31,28 @@ impl PageKind {
     }
 }
 
-/// A shared mapping of a memfd, unmapped on drop; or memory of the caller's, borrowed.
+/// How bytes get to and from memory that this process cannot address, an accelerator's.
+pub trait DeviceCopies: Send + Sync + std::fmt::Debug {
+    /// Copies from the device; returns when the bytes are there.
+    ///
+    /// # Errors
+    /// From the driver.
+    ///
+    /// # Safety
+    /// `target` has `length` writable bytes; the device's range is inside what this was made for.
+    unsafe fn read(&self, address: usize, target: *mut u8, length: usize) -> io::Result<()>;
+
+    /// Copies to the device; returns when the bytes are there.
+    ///
+    /// # Errors
+    /// From the driver.
+    ///
+    /// # Safety
+    /// `source` has `length` readable bytes; the device's range is inside what this was made for.
+    unsafe fn write(&self, address: usize, source: *const u8, length: usize) -> io::Result<()>;
+}
+
+/// A shared mapping of a memfd, unmapped on drop; or memory of the caller's, borrowed, the host's or a device's.
 #[derive(Debug)]
 pub struct Memory {
     base: NonNull<u8>,
@@ -41,6 +63,8 @@ pub struct Memory {
     /// Chunks whose pages are in our page tables already: a fault per page costs more than copying it. Only for mappings
     /// of a peer's memory; whoever created memory touches all of it.
     touched: Box<[AtomicBool]>,
+    /// Set for memory of a device: its addresses are not touched here.
+    device: Option<Arc<dyn DeviceCopies>>,
 }
 
 // SAFETY: a mapping is not tied to a thread; all access goes through raw pointers and atomics (module header).
@@ -131,6 +155,7 @@ impl Memory {
             fd: Some(fd),
             pages,
             touched: Box::default(),
+            device: None,
         };
         if pages == PageKind::Small {
             // SAFETY: advice on our own mapping changes no contents.
@@ -151,7 +176,25 @@ impl Memory {
             fd: None,
             pages: PageKind::Small,
             touched: Box::default(),
+            device: None,
         }
+    }
+
+    /// Names memory of a device, reached through `copies`. Words in it cannot be read or written.
+    pub fn on_device(base: NonNull<u8>, length: usize, copies: Arc<dyn DeviceCopies>) -> Self {
+        Self {
+            base,
+            length,
+            fd: None,
+            pages: PageKind::Small,
+            touched: Box::default(),
+            device: Some(copies),
+        }
+    }
+
+    /// How to copy, when this is memory of a device: then pointers into it are only to be handed there.
+    pub fn device(&self) -> Option<&Arc<dyn DeviceCopies>> {
+        self.device.as_ref()
     }
 
     /// Touches every page of a range so that later access does not fault. Blocking; changes no byte.
@@ -218,7 +261,7 @@ impl Memory {
 
     /// The aligned word at `offset`, shared with every process that maps this.
     pub fn word(&self, offset: u64) -> Option<&AtomicU64> {
-        if !offset.is_multiple_of(8) {
+        if !offset.is_multiple_of(8) || self.device.is_some() {
             return None;
         }
         let pointer = self.range(offset, 8)?.cast::<AtomicU64>();

@@ -16,7 +16,7 @@ use super::batch::{LocalSlice, Opcode, Peer, TransferRequest};
 use super::error::TransferError;
 use super::grant::Grant;
 use super::host::{NotifyOrigin, NotifySink, Segment, SegmentHost};
-use super::memory::Memory;
+use super::memory::{DeviceCopies, Memory};
 use super::transport::TransportKind;
 use super::transport::describe::Inquirer;
 use super::transport::frame::Region;
@@ -197,16 +197,34 @@ impl PeerEngine {
     /// Mapped readable and writable until [`PeerEngine::unregister`] has returned `Ok`, or the engine is dropped and
     /// its process has ended the transfers with it.
     pub unsafe fn register(&self, address: NonNull<u8>, length: usize) -> Result<(), PeerError> {
-        let start = address.as_ptr() as usize;
+        // SAFETY: the caller's promise.
+        self.add(unsafe { Memory::borrowed(address, length) })
+    }
+
+    /// Opens memory of a device to peers.
+    ///
+    /// # Errors
+    /// `Overlaps`.
+    pub fn register_device(
+        &self,
+        address: NonNull<u8>,
+        length: usize,
+        copies: Arc<dyn DeviceCopies>,
+    ) -> Result<(), PeerError> {
+        self.add(Memory::on_device(address, length, copies))
+    }
+
+    fn add(&self, memory: Memory) -> Result<(), PeerError> {
+        let length = memory.len();
+        let start = memory.as_ptr() as usize;
         let end = start.checked_add(length).ok_or(PeerError::Overlaps)?;
         let mut registered = self.registered.lock();
         let before = registered.range(..end).next_back();
         if length == 0 || before.is_some_and(|(at, s)| at + s.memory.len() > start) {
             return Err(PeerError::Overlaps);
         }
-        // SAFETY: the caller's promise.
-        let memory = Arc::new(unsafe { Memory::borrowed(address, length) });
-        let segment = self.host.add(String::new(), random_u64() | 1, memory);
+        let incarnation = random_u64() | 1;
+        let segment = self.host.add(String::new(), incarnation, Arc::new(memory));
         registered.insert(start, segment);
         Ok(())
     }

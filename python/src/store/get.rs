@@ -7,11 +7,13 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::{INVALID_PARAMS, Slices, Store};
+use super::{INVALID_PARAMS, Store};
 use crate::args::{Key, Keys, Word, WordLists, Words, code};
 use crate::buffers::BufferHandle;
+use crate::device::Device;
+use crate::staging::{self, Gathered};
 
-const TRANSFER_FAIL: i64 = -800;
+pub(super) const TRANSFER_FAIL: i64 = -800;
 /// How often a read into fresh memory is repeated when the object is replaced by one of another size meanwhile.
 const ATTEMPTS: usize = 4;
 
@@ -53,6 +55,43 @@ fn read_into(
         })
         .collect();
     client.get_into(&requests)
+}
+
+/// Gets whose bytes go (in part) to a device.
+fn get_into_device(
+    client: &PoolClient,
+    device: Device,
+    requests: &[GetRequest<'_>],
+    targets: &[&Gathered],
+) -> Vec<Result<u64, StoreError>> {
+    let failed = |reason: String| StoreError::TransferFailed { attempts: reason };
+    let mut outcomes: Vec<Result<u64, StoreError>> = requests
+        .iter()
+        .map(|_| Err(failed("no staging buffer".to_owned())))
+        .collect();
+    let lost = staging::upload(device, targets, |window, slices| {
+        let staged: Vec<GetRequest<'_>> = window
+            .clone()
+            .zip(slices)
+            .map(|(at, target)| GetRequest {
+                key: requests[at].key,
+                target,
+            })
+            .collect();
+        let read = client.get_into(&staged);
+        let bytes = read.iter().map(|r| r.as_ref().ok().copied()).collect();
+        for (at, outcome) in window.zip(read) {
+            outcomes[at] = outcome;
+        }
+        bytes
+    });
+    for (window, error) in lost {
+        tracing::warn!(%error, "device memory was not written");
+        for at in window {
+            outcomes[at] = Err(failed(error.to_string()));
+        }
+    }
+    outcomes
 }
 
 impl Store {
@@ -101,7 +140,7 @@ impl Store {
         &self,
         py: Python<'_>,
         keys: &[&[u8]],
-        targets: &[Result<Slices, i32>],
+        targets: &[Result<Gathered, i32>],
         exact: bool,
     ) -> Vec<i64> {
         let pool = match self.pool() {
@@ -119,7 +158,11 @@ impl Store {
                 Err(refused) => results.push(i64::from(*refused)),
             }
         }
-        let outcomes = py.detach(|| pool.client.get_into(&requests));
+        let reached: Vec<&Gathered> = targets.iter().flatten().collect();
+        let outcomes = py.detach(|| match staging::device_of(reached.iter().copied()) {
+            None => pool.client.get_into(&requests),
+            Some(device) => get_into_device(&pool.client, device, &requests, &reached),
+        });
         let accepted = results.iter_mut().zip(targets);
         let accepted = accepted.filter_map(|(r, t)| Some((r, t.as_ref().ok()?)));
         for ((result, target), outcome) in accepted.zip(outcomes) {
@@ -203,7 +246,7 @@ impl Store {
             return vec![i64::from(INVALID_PARAMS); keys.len()];
         }
         let pairs = buffer_ptrs.0.iter().zip(&sizes.0);
-        let targets: Vec<Result<Slices, i32>> =
+        let targets: Vec<Result<Gathered, i32>> =
             pairs.map(|(a, n)| self.slice(*a, *n, true)).collect();
         self.get_all(py, &keys.bytes(), &targets, false)
     }
@@ -224,7 +267,7 @@ impl Store {
             return vec![i64::from(INVALID_PARAMS); keys.len()];
         }
         let pairs = all_buffer_ptrs.0.iter().zip(&all_sizes.0);
-        let targets: Vec<Result<Slices, i32>> =
+        let targets: Vec<Result<Gathered, i32>> =
             pairs.map(|(a, n)| self.gather(&a.0, &n.0, true)).collect();
         self.get_all(py, &keys.bytes(), &targets, true)
     }

@@ -11,16 +11,15 @@ mod sessions;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use mooncake::engine::batch::LocalSlice;
 use mooncake::store::client::{PoolClient, PutSession};
 use mooncake::store::master::MasterServer;
 use mooncake::store::node::Node;
 use parking_lot::{Mutex, RwLock};
 use pyo3::prelude::*;
-use smallvec::SmallVec;
 
 use crate::buffers::{HostMemoryAllocator, Registered};
 use crate::process;
+use crate::staging::Gathered;
 
 /// Upstream's answer for a call before `setup` or after `close`, and for anything it does not accept.
 pub(crate) const INVALID_PARAMS: i32 = -600;
@@ -47,8 +46,6 @@ pub(crate) struct Pool {
     writers: Mutex<HashMap<Box<[u8]>, PutSession>>,
 }
 
-type Slices = SmallVec<[LocalSlice; 2]>;
-
 impl Store {
     /// The pool, unless there is none or it is the parent process's.
     fn pool(&self) -> Result<Arc<Pool>, i32> {
@@ -64,21 +61,17 @@ impl Store {
     }
 
     /// One range of the caller's memory.
-    fn slice(&self, address: usize, length: usize, write: bool) -> Result<Slices, i32> {
+    fn slice(&self, address: usize, length: usize, write: bool) -> Result<Gathered, i32> {
         self.gather(&[address], &[length], write)
     }
 
     /// Ranges of the caller's memory, in order.
-    fn gather(&self, addresses: &[usize], lengths: &[usize], write: bool) -> Result<Slices, i32> {
-        let ranges = addresses.iter().copied().zip(lengths.iter().copied());
-        if addresses.len() != lengths.len() || !self.buffers.all_usable(ranges.clone(), write) {
+    fn gather(&self, addresses: &[usize], lengths: &[usize], write: bool) -> Result<Gathered, i32> {
+        if addresses.len() != lengths.len() {
             return Err(INVALID_PARAMS);
         }
-        // SAFETY: mapped memory of this process; that it stays so, and is not used otherwise during the call, is the
-        // caller's promise, as with upstream.
-        Ok(ranges
-            .map(|(a, n)| unsafe { LocalSlice::new(a as *mut u8, n) })
-            .collect())
+        let ranges = addresses.iter().copied().zip(lengths.iter().copied());
+        self.buffers.gather(ranges, write).ok_or(INVALID_PARAMS)
     }
 }
 

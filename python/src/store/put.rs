@@ -1,14 +1,16 @@
 //! Writing: every call is one batch of the library. Existing keys count as success, as upstream.
 
 use mooncake::engine::batch::LocalSlice;
-use mooncake::store::client::{PutOptions, PutRequest};
+use mooncake::store::client::{PoolClient, PutOptions, PutOutcome, PutRequest};
 use mooncake::store::model::error::StoreError;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::{INVALID_PARAMS, Slices, Store};
+use super::{INVALID_PARAMS, Store};
 use crate::args::{Key, Keys, Value, Values, Word, WordLists, Words, code};
 use crate::config::ReplicateConfig;
+use crate::device::Device;
+use crate::staging::{self, Gathered, Slices};
 
 fn options(config: Option<&ReplicateConfig>, upsert: bool) -> PutOptions {
     config.map_or_else(
@@ -25,13 +27,43 @@ fn value_slice(value: &Value) -> LocalSlice {
     unsafe { LocalSlice::new(value.pointer, value.length) }
 }
 
+/// Puts whose bytes lie (in part) on a device.
+fn put_from_device(
+    client: &PoolClient,
+    device: Device,
+    requests: &[PutRequest<'_>],
+    sources: &[&Gathered],
+    options: &PutOptions,
+) -> Vec<Result<PutOutcome, StoreError>> {
+    let mut outcomes = Vec::with_capacity(requests.len());
+    let done = staging::download(device, sources, |window, slices| {
+        let staged: Vec<PutRequest<'_>> = window
+            .zip(slices)
+            .map(|(at, source)| PutRequest {
+                key: requests[at].key,
+                source,
+                group: requests[at].group,
+            })
+            .collect();
+        outcomes.extend(client.put(&staged, options));
+    });
+    if let Err((_, error)) = done {
+        tracing::warn!(%error, "device memory was not read");
+        let failed = || StoreError::TransferFailed {
+            attempts: error.to_string(),
+        };
+        outcomes.resize_with(requests.len(), || Err(failed()));
+    }
+    outcomes
+}
+
 impl Store {
     /// One code per key. `sources` may hold refusals, which are passed on.
     fn put_all(
         &self,
         py: Python<'_>,
         keys: &[&[u8]],
-        sources: &[Result<Slices, i32>],
+        sources: &[Result<Gathered, i32>],
         config: Option<&ReplicateConfig>,
         upsert: bool,
     ) -> Vec<i32> {
@@ -54,7 +86,11 @@ impl Store {
                 Err(refused) => codes.push(*refused),
             }
         }
-        let outcomes = py.detach(|| pool.client.put(&requests, &options));
+        let accepted: Vec<&Gathered> = sources.iter().flatten().collect();
+        let outcomes = py.detach(|| match staging::device_of(accepted.iter().copied()) {
+            None => pool.client.put(&requests, &options),
+            Some(device) => put_from_device(&pool.client, device, &requests, &accepted, &options),
+        });
         let accepted = codes.iter_mut().zip(sources).filter(|(_, s)| s.is_ok());
         for ((code_of, _), outcome) in accepted.zip(outcomes) {
             *code_of = match outcome {
@@ -72,7 +108,7 @@ impl Store {
         &self,
         py: Python<'_>,
         key: &Key<'_>,
-        source: Result<Slices, i32>,
+        source: Result<Gathered, i32>,
         config: Option<&ReplicateConfig>,
         upsert: bool,
     ) -> i32 {
@@ -92,10 +128,10 @@ impl Store {
         if keys.len() != values.0.len() {
             return INVALID_PARAMS;
         }
-        let sources: Vec<Result<Slices, i32>> = values
+        let sources: Vec<Result<Gathered, i32>> = values
             .0
             .iter()
-            .map(|v| Ok([value_slice(v)].into_iter().collect()))
+            .map(|v| Ok(Gathered::host([value_slice(v)].into_iter().collect())))
             .collect();
         let codes = self.put_all(py, &keys.bytes(), &sources, config, upsert);
         codes.into_iter().find(|c| *c != 0).unwrap_or(0)
@@ -123,7 +159,7 @@ impl Store {
                 INVALID_PARAMS
             });
         }
-        Ok(self.put_one(py, key, Ok(source), config, upsert))
+        Ok(self.put_one(py, key, Ok(Gathered::host(source)), config, upsert))
     }
 
     fn put_buffers(
@@ -139,7 +175,7 @@ impl Store {
             return vec![INVALID_PARAMS; keys.len()];
         }
         let pairs = addresses.iter().zip(sizes);
-        let sources: Vec<Result<Slices, i32>> =
+        let sources: Vec<Result<Gathered, i32>> =
             pairs.map(|(a, n)| self.slice(*a, *n, false)).collect();
         self.put_all(py, &keys.bytes(), &sources, config, upsert)
     }
@@ -156,7 +192,7 @@ impl Store {
         value: Value,
         config: Option<PyRef<'_, ReplicateConfig>>,
     ) -> i32 {
-        let source: Slices = [value_slice(&value)].into_iter().collect();
+        let source = Gathered::host([value_slice(&value)].into_iter().collect());
         self.put_one(py, &key, Ok(source), config.as_deref(), false)
     }
 
@@ -250,7 +286,7 @@ impl Store {
             return vec![INVALID_PARAMS; keys.len()];
         }
         let pairs = all_buffer_ptrs.0.iter().zip(&all_sizes.0);
-        let sources: Vec<Result<Slices, i32>> =
+        let sources: Vec<Result<Gathered, i32>> =
             pairs.map(|(a, n)| self.gather(&a.0, &n.0, false)).collect();
         self.put_all(py, &keys.bytes(), &sources, config.as_deref(), false)
     }
@@ -264,7 +300,7 @@ impl Store {
         value: Value,
         config: Option<PyRef<'_, ReplicateConfig>>,
     ) -> i32 {
-        let source: Slices = [value_slice(&value)].into_iter().collect();
+        let source = Gathered::host([value_slice(&value)].into_iter().collect());
         self.put_one(py, &key, Ok(source), config.as_deref(), true)
     }
 

@@ -1,33 +1,56 @@
 //! Layer-wise reading and writing: parts of objects under one lease, objects written piece by piece.
 
+use mooncake::engine::batch::LocalSlice;
 use mooncake::store::client::{Piece, PutOptions, RangesRequest};
 use mooncake::store::model::error::StoreError;
 use pyo3::prelude::*;
 
+use super::get::TRANSFER_FAIL;
 use super::{INVALID_PARAMS, Store};
 use crate::args::{Keys, WordLists, Words, code};
 use crate::config::ReplicateConfig;
+use crate::device::DeviceError;
+use crate::staging::{self, Gathered};
+
+/// The caller's memory with the places in the object it belongs to.
+struct Scattered {
+    memory: Gathered,
+    offsets: Vec<u64>,
+}
+
+impl Scattered {
+    fn pieces(&self, slices: &[LocalSlice]) -> Vec<Piece> {
+        let pairs = slices.iter().zip(&self.offsets);
+        pairs
+            .map(|(target, offset)| Piece {
+                offset: *offset,
+                target: *target,
+            })
+            .collect()
+    }
+}
 
 impl Store {
-    fn pieces(
+    fn scattered(
         &self,
         addresses: &[usize],
         sizes: &[usize],
         offsets: &[usize],
         write: bool,
-    ) -> Result<Vec<Piece>, i32> {
+    ) -> Result<Scattered, i32> {
         if offsets.len() != sizes.len() {
             return Err(INVALID_PARAMS);
         }
-        let slices = self.gather(addresses, sizes, write)?;
-        let pairs = slices.into_iter().zip(offsets);
-        Ok(pairs
-            .map(|(target, offset)| Piece {
-                offset: *offset as u64,
-                target,
-            })
-            .collect())
+        Ok(Scattered {
+            memory: self.gather(addresses, sizes, write)?,
+            offsets: offsets.iter().map(|o| *o as u64).collect(),
+        })
     }
+}
+
+fn device_failed(error: DeviceError) -> i64 {
+    tracing::warn!(%error, "device memory");
+    TRANSFER_FAIL
 }
 
 fn answer(outcome: Result<u64, StoreError>) -> i64 {
@@ -79,19 +102,20 @@ impl Store {
                     continue;
                 };
                 let addresses: Vec<usize> = to.0.iter().map(|o| base.saturating_add(*o)).collect();
-                let ranges = match self.pieces(&addresses, &sizes.0, &from.0, true) {
-                    Ok(pieces) => py.detach(|| {
-                        let each = pieces.iter().map(|piece| RangesRequest {
-                            key,
-                            pieces: std::slice::from_ref(piece),
-                            version: None,
+                let ranges = match self.scattered(&addresses, &sizes.0, &from.0, true) {
+                    Ok(scattered) => py.detach(|| {
+                        let read = staging::at_once(&[&scattered.memory], true, |slices| {
+                            let pieces = scattered.pieces(&slices[0]);
+                            let each = pieces.iter().map(|piece| RangesRequest {
+                                key,
+                                pieces: std::slice::from_ref(piece),
+                                version: None,
+                            });
+                            let requests: Vec<RangesRequest<'_>> = each.collect();
+                            let read = pool.client.get_ranges(&requests);
+                            read.into_iter().map(answer).collect()
                         });
-                        let requests: Vec<RangesRequest<'_>> = each.collect();
-                        pool.client
-                            .get_ranges(&requests)
-                            .into_iter()
-                            .map(answer)
-                            .collect()
+                        read.unwrap_or_else(|e| vec![device_failed(e); sizes.0.len()])
                     }),
                     Err(code) => vec![i64::from(code); sizes.0.len()],
                 };
@@ -141,9 +165,9 @@ impl Store {
             _ => return vec![i64::from(INVALID_PARAMS); count],
         };
         let names = keys.bytes();
-        let pieces: Vec<Result<Vec<Piece>, i32>> = (0..count)
+        let pieces: Vec<Result<Scattered, i32>> = (0..count)
             .map(|i| {
-                self.pieces(
+                self.scattered(
                     &all_buffer_ptrs.0[i].0,
                     &all_sizes.0[i].0,
                     &all_src_offsets.0[i].0,
@@ -155,25 +179,37 @@ impl Store {
         let versions: Vec<Option<u64>> = names.iter().map(|n| readers.get(*n).copied()).collect();
         drop(readers);
         let mut answers: Vec<i64> = vec![i64::from(INVALID_PARAMS); count];
-        let mut requests = Vec::with_capacity(count);
-        let mut owners = Vec::with_capacity(count);
+        let mut owners: Vec<(usize, u64, &Scattered)> = Vec::with_capacity(count);
         for index in 0..count {
             match (&pieces[index], versions[index]) {
-                (Ok(pieces), Some(version)) => {
-                    requests.push(RangesRequest {
-                        key: names[index],
-                        pieces,
-                        version: Some(version),
-                    });
-                    owners.push(index);
-                }
+                (Ok(scattered), Some(version)) => owners.push((index, version, scattered)),
                 (Err(code), _) => answers[index] = i64::from(*code),
                 (Ok(_), None) => {}
             }
         }
-        let outcomes = py.detach(|| pool.client.get_ranges(&requests));
-        for (index, outcome) in owners.into_iter().zip(outcomes) {
-            answers[index] = answer(outcome);
+        let memory: Vec<&Gathered> = owners.iter().map(|(_, _, s)| &s.memory).collect();
+        let outcomes = py.detach(|| {
+            staging::at_once(&memory, true, |slices| {
+                let pieces: Vec<Vec<Piece>> = owners
+                    .iter()
+                    .zip(slices)
+                    .map(|((_, _, scattered), slices)| scattered.pieces(slices))
+                    .collect();
+                let each = owners.iter().zip(&pieces);
+                let requests: Vec<RangesRequest<'_>> = each
+                    .map(|((index, version, _), pieces)| RangesRequest {
+                        key: names[*index],
+                        pieces,
+                        version: Some(*version),
+                    })
+                    .collect();
+                let read = pool.client.get_ranges(&requests);
+                read.into_iter().map(answer).collect::<Vec<i64>>()
+            })
+        });
+        let outcomes = outcomes.unwrap_or_else(|e| vec![device_failed(e); owners.len()]);
+        for ((index, ..), outcome) in owners.into_iter().zip(outcomes) {
+            answers[index] = outcome;
         }
         answers
     }
@@ -258,7 +294,7 @@ impl Store {
         };
         let mut answers = Vec::with_capacity(count);
         for (index, name) in keys.bytes().into_iter().enumerate() {
-            let pieces = self.pieces(
+            let pieces = self.scattered(
                 &all_buffer_ptrs.0[index].0,
                 &all_sizes.0[index].0,
                 &all_dst_offsets.0[index].0,
@@ -267,10 +303,16 @@ impl Store {
             // Taken out while it is written to: other keys' sessions go on meanwhile.
             let session = pool.writers.lock().remove(name);
             answers.push(match (pieces, session) {
-                (Ok(pieces), Some(mut session)) => {
-                    let outcome = py.detach(|| pool.client.put_pieces(&mut session, &pieces));
+                (Ok(scattered), Some(mut session)) => {
+                    let outcome = py.detach(|| {
+                        staging::at_once(&[&scattered.memory], false, |slices| {
+                            let pieces = scattered.pieces(&slices[0]);
+                            let written = pool.client.put_pieces(&mut session, &pieces);
+                            written.map_or_else(|e| i64::from(code(&e)), |_| 0)
+                        })
+                    });
                     pool.writers.lock().insert(name.into(), session);
-                    outcome.map_or_else(|e| i64::from(code(&e)), |_| 0)
+                    outcome.unwrap_or_else(device_failed)
                 }
                 (Err(code), session) => {
                     if let Some(session) = session {

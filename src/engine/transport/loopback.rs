@@ -10,7 +10,7 @@ use crate::base::id::Id128;
 use crate::engine::batch::{Opcode, Peer, TransferRequest, TransferResult};
 use crate::engine::error::TransferError;
 use crate::engine::host::{NotifyOrigin, Reach, SegmentHost};
-use crate::engine::memory::Memory;
+use crate::engine::memory::{DeviceCopies, Memory};
 
 /// Reaches the hosts of this process.
 #[derive(Default)]
@@ -127,6 +127,9 @@ pub(super) fn copy_out(memory: &Memory, r: &TransferRequest) -> TransferResult {
     let mut source = memory
         .range(r.offset, r.length)
         .ok_or(TransferError::OutOfBounds)?;
+    if let Some(device) = memory.device() {
+        return copy_device(device.as_ref(), source, r);
+    }
     for target in &r.local {
         // SAFETY: source: in bounds, lengths add up (`check`); target: promise of LocalSlice::new. The bytes may change
         // under the copy; then the word differs afterwards and they are not used.
@@ -147,12 +150,32 @@ pub(super) fn copy_in(memory: &Memory, r: &TransferRequest) -> TransferResult {
     let mut target = memory
         .range(r.offset, r.length)
         .ok_or(TransferError::OutOfBounds)?;
+    if let Some(device) = memory.device() {
+        return copy_device(device.as_ref(), target, r);
+    }
     for source in &r.local {
         // SAFETY: target: in bounds, granted for writing to this caller alone; source: promise of LocalSlice::new.
         unsafe {
             std::ptr::copy_nonoverlapping(source.pointer, target, source.length);
             target = target.add(source.length);
         }
+    }
+    Ok(())
+}
+
+/// Between a device's range and the local slices.
+fn copy_device(device: &dyn DeviceCopies, start: *mut u8, r: &TransferRequest) -> TransferResult {
+    let mut at = start as usize;
+    for local in &r.local {
+        // SAFETY: the range is in bounds of what is registered, the slice is as LocalSlice::new promises.
+        let copied = unsafe {
+            match r.opcode {
+                Opcode::Read => device.read(at, local.pointer, local.length),
+                Opcode::Write => device.write(at, local.pointer, local.length),
+            }
+        };
+        copied.map_err(|e| TransferError::from_io(&r.peer.name, &e))?;
+        at += local.length;
     }
     Ok(())
 }

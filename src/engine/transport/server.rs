@@ -21,6 +21,7 @@ use crate::base::id::{Id128, random_u64};
 use crate::engine::batch::{LocalSlice, Opcode};
 use crate::engine::error::TransferError;
 use crate::engine::host::{NotifyOrigin, Reach, Segment, SegmentHost};
+use crate::engine::memory::DeviceCopies;
 
 /// How long a caller may take over its handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -267,6 +268,9 @@ fn answer_stranger(socket: &mut Socket, error: &HandshakeError) {
     let _ = socket.write_all_from(answer.as_bytes(), &[], until);
 }
 
+/// Buffer between a socket and a device.
+const DEVICE_BYTES: usize = 4 << 20;
+
 struct ServedLane<'a> {
     shared: &'a Shared,
     socket: Socket,
@@ -427,7 +431,7 @@ impl ServedLane<'_> {
             self.push_verdicts(&segments);
             self.socket.write_all_from(&self.reply, &[], until)?;
         } else {
-            self.socket.write_all_from(&self.reply, &sources, until)?;
+            self.send_ranges(&sources, &segments, until)?;
             self.reply.clear();
             self.push_verdicts(&segments);
             self.socket.write_all_from(&self.reply, &[], until)?;
@@ -437,6 +441,60 @@ impl ServedLane<'_> {
             .read_bytes
             .fetch_add(payload, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// The head and the granted ranges: from memory straight to the socket, from a device through a buffer.
+    fn send_ranges(
+        &mut self,
+        sources: &[LocalSlice],
+        segments: &[Option<Arc<Segment>>],
+        until: Until,
+    ) -> io::Result<()> {
+        let segments: Vec<&Arc<Segment>> = segments.iter().flatten().collect();
+        if segments.iter().all(|s| s.memory.device().is_none()) {
+            return self.socket.write_all_from(&self.reply, sources, until);
+        }
+        self.socket.write_all_from(&self.reply, &[], until)?;
+        let mut buffer = vec![0; DEVICE_BYTES];
+        for (source, segment) in sources.iter().zip(segments) {
+            let Some(device) = segment.memory.device() else {
+                self.socket.write_all_from(&[], &[*source], until)?;
+                continue;
+            };
+            let mut done = 0;
+            while done < source.length {
+                let n = (source.length - done).min(buffer.len());
+                // SAFETY: inside the granted range; the buffer has `n` bytes.
+                unsafe { device.read(source.pointer as usize + done, buffer.as_mut_ptr(), n)? };
+                self.socket.write_all_from(&buffer[..n], &[], until)?;
+                done += n;
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives a payload for memory of a device, through a buffer. Inner error: received and not stored.
+    fn receive_for_device(
+        &mut self,
+        device: &dyn DeviceCopies,
+        address: usize,
+        length: u64,
+    ) -> io::Result<io::Result<()>> {
+        let mut buffer = vec![0u8; DEVICE_BYTES.min(length as usize)];
+        let mut stored = Ok(());
+        let mut done = 0;
+        while done < length as usize {
+            let n = (length as usize - done).min(buffer.len());
+            // SAFETY: our own buffer, alive during the call.
+            let target = unsafe { LocalSlice::new(buffer.as_mut_ptr(), n) };
+            self.socket.read_into(&[target], time_for(length))?;
+            if stored.is_ok() {
+                // SAFETY: inside the granted range; the buffer has `n` bytes.
+                stored = unsafe { device.write(address + done, buffer.as_ptr(), n) };
+            }
+            done += n;
+        }
+        Ok(stored)
     }
 
     fn push_verdicts(&mut self, segments: &[Option<Arc<Segment>>]) {
@@ -503,7 +561,12 @@ impl ServedLane<'_> {
                 return Ok(Err(error));
             }
         };
-        if length > 0 {
+        if let (Some(device), true) = (segment.memory.device(), length > 0) {
+            let stored = self.receive_for_device(device.as_ref(), pointer as usize, length)?;
+            if let Err(error) = stored {
+                return Ok(Err(TransferError::from_io("the device", &error)));
+            }
+        } else if length > 0 {
             // SAFETY: in bounds, granted to this writer alone, kept mapped by `segment`.
             let target = unsafe { LocalSlice::new(pointer, length as usize) };
             self.socket.read_into(&[target], time_for(length))?;

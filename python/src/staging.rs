@@ -1,0 +1,222 @@
+//! Device memory in calls that move host memory: its parts are exchanged for parts of pinned buffers, window by window, so
+//! that the copy of one window runs while another is put or got. Knows no keys and no peers.
+
+use std::ops::{Deref, Range};
+
+use mooncake::engine::batch::LocalSlice;
+use smallvec::SmallVec;
+
+use crate::device::{Device, DeviceError, Half, Lane, WINDOW, WINDOW_MAX};
+
+pub(crate) type Slices = SmallVec<[LocalSlice; 2]>;
+/// Address on the device, offset in the buffer, length.
+type Pieces = Vec<(usize, usize, usize)>;
+
+/// Ranges of the caller's memory, in order, and which of them are a device's.
+pub(crate) struct Gathered {
+    slices: Slices,
+    on_device: SmallVec<[bool; 2]>,
+    device: Option<Device>,
+}
+
+impl Deref for Gathered {
+    type Target = [LocalSlice];
+    fn deref(&self) -> &[LocalSlice] {
+        &self.slices
+    }
+}
+
+impl Gathered {
+    /// Ranges with their devices.
+    pub(crate) fn new(parts: impl Iterator<Item = (LocalSlice, Option<Device>)>) -> Self {
+        let (mut slices, mut on_device, mut first) = (Slices::new(), SmallVec::new(), None);
+        for (slice, device) in parts {
+            slices.push(slice);
+            on_device.push(device.is_some());
+            first = first.or(device);
+        }
+        Self {
+            slices,
+            on_device,
+            device: first,
+        }
+    }
+
+    /// Memory of the host only.
+    pub(crate) fn host(slices: Slices) -> Self {
+        Self::new(slices.into_iter().map(|s| (s, None)))
+    }
+
+    fn device_bytes(&self) -> usize {
+        let parts = self.slices.iter().zip(&self.on_device);
+        parts.filter(|(_, d)| **d).map(|(s, _)| s.len()).sum()
+    }
+
+    /// The same ranges with the device's in a buffer from `at` on.
+    fn placed(&self, half: &Half, at: &mut usize, pieces: &mut Pieces) -> Slices {
+        let parts = self.slices.iter().zip(&self.on_device);
+        let place = |(slice, on_device): (&LocalSlice, &bool)| {
+            if !on_device {
+                return *slice;
+            }
+            pieces.push((slice.as_ptr() as usize, *at, slice.len()));
+            // SAFETY: the caller made room in the buffer, which outlives the use of the slices.
+            let placed = unsafe { LocalSlice::new(half.at(*at), slice.len()) };
+            *at += slice.len();
+            placed
+        };
+        parts.map(place).collect()
+    }
+}
+
+/// The device of the first that has one.
+pub(crate) fn device_of<'a>(mut all: impl Iterator<Item = &'a Gathered>) -> Option<Device> {
+    all.find_map(|g| g.device)
+}
+
+/// Consecutive requests that fit a window together; one that does not fit any is a window of its own.
+fn windows(all: &[&Gathered]) -> Vec<Range<usize>> {
+    let mut windows: Vec<Range<usize>> = Vec::new();
+    let mut bytes = 0;
+    for (index, gathered) in all.iter().enumerate() {
+        let more = gathered.device_bytes();
+        match windows.last_mut() {
+            Some(last) if bytes + more <= WINDOW => {
+                last.end = index + 1;
+                bytes += more;
+            }
+            _ => {
+                windows.push(index..index + 1);
+                bytes = more;
+            }
+        }
+    }
+    windows
+}
+
+fn place(half: &mut Half, part: &[&Gathered]) -> Result<(Vec<Slices>, Pieces), DeviceError> {
+    half.ensure(part.iter().map(|g| g.device_bytes()).sum())?;
+    let (mut at, mut pieces) = (0, Pieces::new());
+    let slices = part.iter().map(|g| g.placed(half, &mut at, &mut pieces));
+    Ok((slices.collect(), pieces))
+}
+
+fn half(lane: &mut Lane, n: usize) -> Result<&mut Half, DeviceError> {
+    lane.half(n).ok_or(DeviceError::Busy)
+}
+
+/// Brings device memory to the host, window by window; `run` gets the numbers of a window's requests and their ranges.
+/// After an error the windows from the returned request on were not run.
+pub(crate) fn download(
+    device: Device,
+    all: &[&Gathered],
+    mut run: impl FnMut(Range<usize>, &[Slices]),
+) -> Result<(), (usize, DeviceError)> {
+    let mut lane = Lane::take(device).map_err(|e| (0, e))?;
+    let windows = windows(all);
+    let begin = |lane: &mut Lane, n: usize| {
+        let half = half(lane, n)?;
+        let (slices, pieces) = place(half, &all[windows[n].clone()])?;
+        half.download(&pieces)?;
+        Ok(slices)
+    };
+    let mut ready = if windows.is_empty() {
+        return Ok(());
+    } else {
+        begin(&mut lane, 0).map_err(|e| (0, e))
+    };
+    for n in 0..windows.len() {
+        let at = windows[n].start;
+        let slices = ready?;
+        let waited = half(&mut lane, n).and_then(Half::wait);
+        waited.map_err(|e| (at, e))?;
+        // The next one is on its way while this one is used.
+        ready = match windows.get(n + 1) {
+            Some(next) => begin(&mut lane, n + 1).map_err(|e| (next.start, e)),
+            None => Ok(Vec::new()),
+        };
+        run(windows[n].clone(), &slices);
+    }
+    Ok(())
+}
+
+/// Brings what `run` wrote to device memory, window by window; `run` returns the bytes it wrote per request, `None` for
+/// those that failed. Returns the requests whose bytes did not reach the device.
+pub(crate) fn upload(
+    device: Device,
+    all: &[&Gathered],
+    mut run: impl FnMut(Range<usize>, &[Slices]) -> Vec<Option<u64>>,
+) -> Vec<(Range<usize>, DeviceError)> {
+    let windows = windows(all);
+    let mut failed = Vec::new();
+    let mut lane = match Lane::take(device) {
+        Ok(lane) => lane,
+        Err(error) => return vec![(0..all.len(), error)],
+    };
+    let mut one = |lane: &mut Lane, n: usize| {
+        let half = half(lane, n)?;
+        // What this half held two windows ago.
+        half.wait()?;
+        let part = &all[windows[n].clone()];
+        let (slices, _) = place(half, part)?;
+        let written = run(windows[n].clone(), &slices);
+        let (mut at, mut pieces) = (0, Pieces::new());
+        for (gathered, bytes) in part.iter().zip(written) {
+            let mut left = bytes.unwrap_or(0) as usize;
+            for (slice, on_device) in gathered.slices.iter().zip(&gathered.on_device) {
+                let length = slice.len().min(left);
+                left -= length;
+                if *on_device {
+                    if length > 0 {
+                        pieces.push((slice.as_ptr() as usize, at, length));
+                    }
+                    at += slice.len();
+                }
+            }
+        }
+        half.upload(&pieces)
+    };
+    for n in 0..windows.len() {
+        if let Err(error) = one(&mut lane, n) {
+            failed.push((windows[n].clone(), error));
+        }
+    }
+    // Without the copies the objects are not there: the last two windows may still be under way.
+    for n in windows.len().saturating_sub(2)..windows.len() {
+        if let Err(error) = half(&mut lane, n).and_then(Half::wait) {
+            failed.push((windows[n].clone(), error));
+        }
+    }
+    failed
+}
+
+/// Everything at once, for calls of small pieces: `run` gets the ranges; what it says it wrote is brought to the device.
+pub(crate) fn at_once<R>(
+    all: &[&Gathered],
+    writes: bool,
+    run: impl FnOnce(&[Slices]) -> R,
+) -> Result<R, DeviceError> {
+    let Some(device) = device_of(all.iter().copied()) else {
+        let slices: Vec<Slices> = all.iter().map(|g| g.slices.clone()).collect();
+        return Ok(run(&slices));
+    };
+    let total: usize = all.iter().map(|g| g.device_bytes()).sum();
+    if total > WINDOW_MAX {
+        return Err(DeviceError::TooLarge);
+    }
+    let mut lane = Lane::take(device)?;
+    let half = half(&mut lane, 0)?;
+    let (slices, pieces) = place(half, all)?;
+    if !writes {
+        half.download(&pieces)?;
+        half.wait()?;
+        return Ok(run(&slices));
+    }
+    // Parts that `run` does not write must come back as they were.
+    half.download(&pieces)?;
+    half.wait()?;
+    let outcome = run(&slices);
+    half.upload(&pieces)?;
+    half.wait()?;
+    Ok(outcome)
+}
