@@ -1013,7 +1013,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__master)
-            opts="-h --config --print-config --output --port --bind --token-file --memory --node-port --advertise --metrics-port --metrics-host --enable-metric-reporting --default-kv-lease-ttl --max-kv-soft-pin-ttl --allow-evict-soft-pinned-objects --eviction-high-watermark-ratio --eviction-ratio --eviction-policy --allocation-strategy --client-ttl --put-start-release-timeout --put-wait --recovery-grace --max-lanes --log-format --max-threads --rpc-conn-timeout-seconds --rpc-enable-tcp-no-delay --rpc-interface --memory-allocator --cluster-id --default-kv-soft-pin-ttl --put-start-discard-timeout-sec --logtostderr --help"
+            opts="-h --config --print-config --output --port --bind --token-file --memory --node-port --advertise --metrics-port --metrics-host --enable-metric-reporting --default-kv-lease-ttl --max-kv-soft-pin-ttl --allow-evict-soft-pinned-objects --eviction-high-watermark-ratio --eviction-ratio --eviction-policy --allocation-strategy --client-ttl --put-start-release-timeout --put-wait --recovery-grace --max-lanes --log-format --max-threads --rpc-conn-timeout-seconds --rpc-enable-tcp-no-delay --rpc-interface --memory-allocator --cluster-id --default-kv-soft-pin-ttl --put-start-discard-timeout-sec --logtostderr --enable-http-metadata-server --http-metadata-server-host --http-metadata-server-port --enable-metadata-cleanup-on-timeout --enable-multi-tenants --enable-gc --v --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1151,6 +1151,34 @@ _mooncake() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --enable-http-metadata-server)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --http-metadata-server-host)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --http-metadata-server-port)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --enable-metadata-cleanup-on-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --enable-multi-tenants)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --enable-gc)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --v)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -1159,7 +1187,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__node)
-            opts="-h --config --print-config --output --master --memory --segments --bind --port --advertise --name --populate --token-file --max-lanes --drain-timeout --log-format --help"
+            opts="-h --config --print-config --output --master --memory --segments --bind --port --advertise --name --populate --token-file --max-lanes --drain-timeout --log-format --metadata-server --protocol --device-name --threads --tenant-id --local-buffer-size --logtostderr --v --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1218,6 +1246,38 @@ _mooncake() {
                     return 0
                     ;;
                 --log-format)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --metadata-server)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --protocol)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --device-name)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --threads)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tenant-id)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --local-buffer-size)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --logtostderr)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --v)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -72,6 +72,13 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l cluster-id 
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l default-kv-soft-pin-ttl -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l put-start-discard-timeout-sec -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l logtostderr -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-http-metadata-server -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l http-metadata-server-host -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l http-metadata-server-port -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-metadata-cleanup-on-timeout -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-multi-tenants -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-gc -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l v -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l print-config -d 'Print every setting with its value and where it came from, and stop'
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l config -d 'Read settings from a TOML or JSON file' -r -F
@@ -89,6 +96,14 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l token-file -d
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l max-lanes -d 'Data lanes open at once [default: 4096]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l drain-timeout -d 'How long a stop may take; a bare number is seconds [default: 10s]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l log-format -d 'How log lines look: text, json [default: text]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l metadata-server -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l protocol -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l device-name -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l threads -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l tenant-id -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l local-buffer-size -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l logtostderr -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l v -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l print-config -d 'Print every setting with its value and where it came from, and stop'
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -s r -l recursive -d 'Store every file below DIR; keys are the paths below it' -r -F

@@ -176,15 +176,16 @@ pub(crate) fn upload(
         }
         half.upload(&pieces)
     };
-    for n in 0..windows.len() {
+    for (n, window) in windows.iter().enumerate() {
         if let Err(error) = one(&mut lane, n) {
-            failed.push((windows[n].clone(), error));
+            failed.push((window.clone(), error));
         }
     }
     // Without the copies the objects are not there: the last two windows may still be under way.
-    for n in windows.len().saturating_sub(2)..windows.len() {
+    let last = windows.len().saturating_sub(2);
+    for (n, window) in windows.iter().enumerate().skip(last) {
         if let Err(error) = half(&mut lane, n).and_then(Half::wait) {
-            failed.push((windows[n].clone(), error));
+            failed.push((window.clone(), error));
         }
     }
     failed

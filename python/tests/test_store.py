@@ -200,6 +200,12 @@ def test_setup_forms(master):
     assert store.setup("127.0.0.1", "P2PHANDSHAKE", 0, 0, "tcp", "", "no such host:1") < 0
     assert time.monotonic() - start < 10
     assert store.setup_dummy(1 << 20, 1 << 20, master.address) == 0 and store.close() == 0
+    # As SGLang does it: the address is a node's.
+    lender = joined(master.address, segment=1 << 20)
+    assert store.setup_dummy(1 << 20, 1 << 20, lender.get_hostname()) == 0
+    assert store.put("by-a-node", b"1") == 0 and store.remove("by-a-node", True) == 0
+    assert store.close() == 0 and lender.close() == 0
+    assert store.setup_dummy(1 << 20, 1 << 20, "127.0.0.1:9") == -900
 
 
 def test_embedded_pool():

@@ -18,11 +18,6 @@ use crate::store::node::{Node, NodeConfig};
 const MS: Kind = Kind::Time(Duration::from_millis(1));
 const SECONDS: Kind = Kind::Time(Duration::from_secs(1));
 
-/// An upstream flag that has no meaning here; taken so that start scripts keep working.
-const fn ignored(name: &'static str, aliases: &'static [&'static str]) -> Setting {
-    Setting::new(name, aliases, Kind::Text, "", "")
-}
-
 /// Names, defaults and units follow upstream's `mooncake_master` where it has the setting.
 static SETTINGS: &[Setting] = &[
     Setting::new(
@@ -179,15 +174,23 @@ static SETTINGS: &[Setting] = &[
         "text",
         "How log lines look",
     ),
-    ignored("max-threads", &["rpc_thread_num"]),
-    ignored("rpc-conn-timeout-seconds", &[]),
-    ignored("rpc-enable-tcp-no-delay", &[]),
-    ignored("rpc-interface", &[]),
-    ignored("memory-allocator", &[]),
-    ignored("cluster-id", &[]),
-    ignored("default-kv-soft-pin-ttl", &[]),
-    ignored("put-start-discard-timeout-sec", &[]),
-    ignored("logtostderr", &[]),
+    settings::ignored("max-threads", &["rpc_thread_num"]),
+    settings::ignored("rpc-conn-timeout-seconds", &[]),
+    settings::ignored("rpc-enable-tcp-no-delay", &[]),
+    settings::ignored("rpc-interface", &[]),
+    settings::ignored("memory-allocator", &[]),
+    settings::ignored("cluster-id", &[]),
+    settings::ignored("default-kv-soft-pin-ttl", &[]),
+    settings::ignored("put-start-discard-timeout-sec", &[]),
+    settings::ignored("logtostderr", &[]),
+    // `/metadata` is always there, on the master's port; tenants are always apart.
+    settings::ignored("enable-http-metadata-server", &[]),
+    settings::ignored("http-metadata-server-host", &[]),
+    settings::ignored("http-metadata-server-port", &[]),
+    settings::ignored("enable-metadata-cleanup-on-timeout", &[]),
+    settings::ignored("enable-multi-tenants", &[]),
+    settings::ignored("enable-gc", &[]),
+    settings::ignored("v", &[]),
 ];
 
 pub(super) fn command() -> Command {

@@ -94,6 +94,16 @@ static SETTINGS: &[Setting] = &[
         "text",
         "How log lines look",
     ),
+    // Of upstream's `mooncake_client`: the transport is chosen by itself, no metadata service is needed, tenants are the
+    // users', and nothing is staged.
+    settings::ignored("metadata-server", &[]),
+    settings::ignored("protocol", &[]),
+    settings::ignored("device-name", &["device_names"]),
+    settings::ignored("threads", &[]),
+    settings::ignored("tenant-id", &[]),
+    settings::ignored("local-buffer-size", &[]),
+    settings::ignored("logtostderr", &[]),
+    settings::ignored("v", &[]),
 ];
 
 pub(super) fn command() -> Command {

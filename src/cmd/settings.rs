@@ -30,6 +30,11 @@ pub(crate) fn add(command: Command, settings: &'static [Setting]) -> Command {
         .fold(command, |command, setting| command.arg(flag(setting)))
 }
 
+/// An upstream flag that has no meaning here; taken so that start scripts keep working.
+pub(crate) const fn ignored(name: &'static str, aliases: &'static [&'static str]) -> Setting {
+    Setting::new(name, aliases, Kind::Text, "", "")
+}
+
 /// `--output text|json`.
 pub(crate) fn output() -> Arg {
     Arg::new("output")

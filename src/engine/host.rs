@@ -72,6 +72,8 @@ pub struct SegmentHost {
     pub node: Id128,
     /// The cluster's keys.
     pub keys: ClusterKeys,
+    /// What is said to those who ask who is here.
+    about: RwLock<String>,
     segments: RwLock<Vec<Arc<Segment>>>,
     sink: Arc<dyn NotifySink>,
     gate: Mutex<Gate>,
@@ -146,11 +148,22 @@ impl SegmentHost {
         Self {
             node,
             keys,
+            about: RwLock::default(),
             segments: RwLock::default(),
             sink,
             gate: Mutex::default(),
             ended: Condvar::new(),
         }
+    }
+
+    /// Sets what is said to those who ask who is here; a node names its master.
+    pub fn set_about(&self, text: &str) {
+        text.clone_into(&mut self.about.write());
+    }
+
+    /// What is said.
+    pub fn about(&self) -> String {
+        self.about.read().clone()
     }
 
     /// Adds memory as the next segment.

@@ -274,7 +274,8 @@ impl PeerEngine {
             return Ok(table.clone());
         }
         let deadline = Instant::now() + Duration::from_secs(5);
-        let (node, mut regions) = self.inquirer.describe(address, deadline)?;
+        let described = self.inquirer.describe(address, deadline)?;
+        let (node, mut regions) = (described.node, described.regions);
         regions.sort_unstable_by_key(|r| r.address);
         let peer = Arc::new(Peer {
             node,
@@ -375,6 +376,19 @@ impl PeerEngine {
             notify: Vec::new(),
         }
     }
+}
+
+/// What the process at `address` says of itself: for a node of a pool, `host:port` of its master.
+///
+/// # Errors
+/// From the connection.
+pub fn about(address: &str, keys: &ClusterKeys, timeout: Duration) -> Result<String, PeerError> {
+    let inquirer = Inquirer::new(Identity {
+        client: Id128::random(),
+        keys: keys.clone(),
+        connect_timeout: timeout,
+    });
+    Ok(inquirer.describe(address, Instant::now() + timeout)?.about)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use mooncake::base::net::{join_host_port, resolve_one, split_host_port};
 use mooncake::base::trust::{ClusterKeys, Token};
 use mooncake::base::units::ByteSize;
+use mooncake::engine::peer::about;
 use mooncake::engine::transport::TransportKind;
 use mooncake::store::client::{ClientConfig, PoolClient};
 use mooncake::store::master::{Master, MasterConfig, MasterServer};
@@ -189,6 +190,14 @@ pub(super) fn stop_node(node: &Node, timeout: Duration) -> bool {
     process::runtime().is_ok_and(|runtime| runtime.block_on(node.drain(timeout)))
 }
 
+/// A node says who its master is; any other address is taken for a master's.
+fn master_of(address: &str, keys: &ClusterKeys) -> String {
+    match about(address, keys, Duration::from_secs(1)) {
+        Ok(master) if !master.is_empty() => master,
+        _ => address.to_owned(),
+    }
+}
+
 fn open(settings: Settings) -> Result<Pool, i32> {
     match settings.protocol.to_ascii_lowercase().as_str() {
         "tcp" | "" => {}
@@ -348,8 +357,8 @@ impl Store {
         py.detach(|| self.install(|| open(settings)))
     }
 
-    /// Joins a pool without lending memory, by the address of its master. Objects of nodes of this host are
-    /// copied through shared memory, from and to any buffer.
+    /// Joins a pool without lending memory, by the address of a `mooncake_client` (any node of the pool) or of the master.
+    /// Objects of nodes of this host are copied through shared memory, from and to any buffer.
     #[pyo3(signature = (mem_pool_size, local_buffer_size, server_address, **_others))]
     fn setup_dummy(
         &self,
@@ -360,13 +369,17 @@ impl Store {
         _others: Option<&Bound<'_, PyDict>>,
     ) -> i32 {
         let _ = (mem_pool_size, local_buffer_size);
+        let token = token();
+        let asked = server_address.to_owned();
+        let keys = ClusterKeys::derive(token.as_ref());
+        let master = py.detach(|| master_of(&asked, &keys));
         let settings = Settings {
             local_hostname: "127.0.0.1".to_owned(),
-            master: server_address.to_owned(),
+            master,
             segment_bytes: 0,
             protocol: "tcp".to_owned(),
             tenant: "default".to_owned(),
-            token: token(),
+            token,
         };
         py.detach(|| self.install(|| open(settings)))
     }

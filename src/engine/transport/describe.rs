@@ -3,11 +3,10 @@
 use std::io::Read;
 use std::time::Instant;
 
-use super::frame::{self, HEADER_BYTES, Operation, Region, Status};
+use super::frame::{self, Description, HEADER_BYTES, Operation, Status};
 use super::lane::{Identity, Lane, LanePool};
 use super::socket::{Timed, Until};
 use super::tcp::connect;
-use crate::base::id::Id128;
 use crate::engine::error::TransferError;
 
 /// Lanes for questions.
@@ -56,7 +55,7 @@ impl Inquirer {
         &self,
         address: &str,
         deadline: Instant,
-    ) -> Result<(Id128, Vec<Region>), TransferError> {
+    ) -> Result<Description, TransferError> {
         let answer = self.ask(address, Operation::Describe, deadline)?;
         frame::decode_description(&answer).map_err(|what| TransferError::Protocol {
             peer: address.to_owned(),

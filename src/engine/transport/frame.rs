@@ -156,10 +156,13 @@ pub(crate) struct Region {
 }
 
 /// A node's identity and its regions.
-pub(crate) fn encode_description(node: Id128, segments: &[Arc<Segment>]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(16 + segments.len() * REGION_BYTES);
+pub(crate) fn encode_description(node: Id128, about: &str, segments: &[Arc<Segment>]) -> Vec<u8> {
+    let about = &about.as_bytes()[..about.len().min(ABOUT_BYTES_MAX)];
+    let mut out = Vec::with_capacity(24 + about.len() + segments.len() * REGION_BYTES);
     out.extend_from_slice(&node.high.to_le_bytes());
     out.extend_from_slice(&node.low.to_le_bytes());
+    out.extend_from_slice(&(about.len() as u64).to_le_bytes());
+    out.extend_from_slice(about);
     for s in segments.iter().filter(|s| !s.memory.is_empty()) {
         out.extend_from_slice(&u64::from(s.index).to_le_bytes());
         out.extend_from_slice(&s.incarnation.to_le_bytes());
@@ -169,22 +172,44 @@ pub(crate) fn encode_description(node: Id128, segments: &[Arc<Segment>]) -> Vec<
     out
 }
 
+/// Longest text a peer says of itself.
+const ABOUT_BYTES_MAX: usize = 1024;
+
+/// What a peer says of itself: who it is, a text (a node: its master), its regions.
+#[derive(Debug)]
+pub(crate) struct Description {
+    pub(crate) node: Id128,
+    pub(crate) about: String,
+    pub(crate) regions: Vec<Region>,
+}
+
 /// The other direction.
-pub(crate) fn decode_description(bytes: &[u8]) -> Result<(Id128, Vec<Region>), &'static str> {
-    if bytes.len() < 16 || !(bytes.len() - 16).is_multiple_of(REGION_BYTES) {
-        return Err("length of the description");
+pub(crate) fn decode_description(bytes: &[u8]) -> Result<Description, &'static str> {
+    let wrong = "length of the description";
+    if bytes.len() < 24 {
+        return Err(wrong);
     }
     let node = Id128 {
         high: u64_at(bytes, 0),
         low: u64_at(bytes, 8),
     };
-    let regions = bytes[16..].chunks_exact(REGION_BYTES).map(|b| Region {
+    let length = usize::try_from(u64_at(bytes, 16)).map_err(|_| wrong)?;
+    let (about, rest) = bytes[24..].split_at_checked(length).ok_or(wrong)?;
+    if !rest.len().is_multiple_of(REGION_BYTES) || length > ABOUT_BYTES_MAX {
+        return Err(wrong);
+    }
+    let about = String::from_utf8_lossy(about).into_owned();
+    let regions = rest.chunks_exact(REGION_BYTES).map(|b| Region {
         segment: u32_at(b, 0),
         incarnation: u64_at(b, 8),
         address: u64_at(b, 16),
         length: u64_at(b, 24),
     });
-    Ok((node, regions.collect()))
+    Ok(Description {
+        node,
+        about,
+        regions: regions.collect(),
+    })
 }
 
 /// Appends a request frame without its payload.

@@ -597,7 +597,7 @@ impl ServedLane<'_> {
     /// Sends what is registered here: who we are, then the regions.
     fn describe(&mut self, header: &RequestHeader, until: Until) -> io::Result<()> {
         let host = &self.shared.host;
-        let payload = frame::encode_description(host.node, &host.segments());
+        let payload = frame::encode_description(host.node, &host.about(), &host.segments());
         self.reply.clear();
         let length = payload.len() as u64;
         frame::encode_reply(&mut self.reply, Status::Ok, 0, length, header.id);

@@ -370,7 +370,42 @@ impl PoolClient {
 
     /// Reads several objects into new memory.
     pub fn get_batch(&self, keys: &[&[u8]]) -> Vec<Result<Vec<u8>, StoreError>> {
-        keys.iter().map(|key| self.get(key)).collect()
+        let mut found: Vec<Result<Vec<u8>, StoreError>> = self
+            .sizes(keys)
+            .into_iter()
+            .map(|size| {
+                let size = usize::try_from(size?).map_err(|_| StoreError::NotFound)?;
+                Ok(vec![0u8; size])
+            })
+            .collect();
+        let mut owners = Vec::with_capacity(keys.len());
+        let mut targets = Vec::with_capacity(keys.len());
+        for (index, bytes) in found.iter_mut().enumerate() {
+            if let Ok(bytes) = bytes {
+                owners.push(index);
+                // SAFETY: the bytes are not moved or touched before the call below has returned.
+                targets.push([unsafe { LocalSlice::new(bytes.as_mut_ptr(), bytes.len()) }]);
+            }
+        }
+        let requests: Vec<GetRequest<'_>> = owners
+            .iter()
+            .zip(&targets)
+            .map(|(index, target)| GetRequest {
+                key: keys[*index],
+                target,
+            })
+            .collect();
+        let outcomes = self.get_into(&requests);
+        for (index, outcome) in owners.into_iter().zip(outcomes) {
+            match (outcome, &mut found[index]) {
+                (Ok(read), Ok(bytes)) => bytes.truncate(read as usize),
+                // Replaced by a larger one in between.
+                (Err(StoreError::BufferTooSmall { .. }), place) => *place = self.get(keys[index]),
+                (Err(error), place) => *place = Err(error),
+                (Ok(_), Err(_)) => {}
+            }
+        }
+        found
     }
 
     /// Payload sizes of objects, with a lease each: the first half of a get whose memory is still to be found.

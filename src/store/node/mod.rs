@@ -160,6 +160,7 @@ impl Node {
         let directory = Arc::new(NodeDirectory::default());
         let id = Id128::random();
         let host = Arc::new(SegmentHost::new(id, keys, directory.clone()));
+        host.set_about(&config.master);
         let listener = TcpListener::bind(config.listen).map_err(|e| {
             io::Error::new(e.kind(), format!("cannot listen on {}: {e}", config.listen))
         })?;
