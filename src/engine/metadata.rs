@@ -3,8 +3,6 @@
 
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
 use crate::base::net::{join_host_port, split_host_port};
@@ -39,8 +37,13 @@ pub enum Metadata {
     PeerToPeer,
     /// `GET`, `PUT` and `DELETE` of `URL?key=…`.
     Http(String),
-    /// etcd through its JSON gateway (on by default since 3.0): base URL.
-    Etcd(String),
+    /// etcd: its endpoints.
+    Etcd {
+        /// As given, for messages.
+        server: String,
+        /// `host:port` each.
+        endpoints: Vec<String>,
+    },
     /// Plain keys.
     Redis {
         /// Its address.
@@ -69,11 +72,21 @@ impl Metadata {
         if server.starts_with("http://") {
             return Ok(Self::Http(server.to_owned()));
         }
-        if let Some(address) = server.strip_prefix("etcd://") {
-            return Ok(Self::Etcd(format!("http://{address}/v3/kv")));
+        if let Some(addresses) = server.strip_prefix("etcd://") {
+            let each = addresses.split([';', ',']).map(str::trim);
+            let endpoints: Vec<String> =
+                each.filter(|a| !a.is_empty()).map(str::to_owned).collect();
+            if endpoints.is_empty() {
+                return Err(unknown());
+            }
+            return Ok(Self::Etcd {
+                server: server.to_owned(),
+                endpoints,
+            });
         }
         if server.starts_with("redis://") {
-            let client = redis::Client::open(server).map_err(|_| unknown())?;
+            let url = with_login(server, |name| std::env::var(name).ok());
+            let client = redis::Client::open(url).map_err(|_| unknown())?;
             return Ok(Self::Redis {
                 server: server.to_owned(),
                 client,
@@ -94,10 +107,10 @@ impl Metadata {
                 let sent = agent().put(url).query("key", key(name)).send(&value);
                 sent.map(|_| ()).map_err(|e| failed(url, &e))
             }
-            Self::Etcd(url) => {
-                let pair = json!({ "key": base64(&key(name)), "value": base64(&value) });
-                etcd(url, "put", &pair).map(|_| ())
-            }
+            Self::Etcd { server, endpoints } => etcd(server, endpoints, async |client| {
+                client.put(key(name), value.clone(), None).await?;
+                Ok(())
+            }),
             Self::Redis { server, client } => connection(server, client).and_then(|mut c| {
                 redis::cmd("SET")
                     .arg(key(name))
@@ -119,9 +132,10 @@ impl Metadata {
                 let sent = agent().delete(url).query("key", key(name)).call();
                 sent.map(|_| ()).map_err(|e| failed(url, &e))
             }
-            Self::Etcd(url) => {
-                etcd(url, "deleterange", &json!({ "key": base64(&key(name)) })).map(|_| ())
-            }
+            Self::Etcd { server, endpoints } => etcd(server, endpoints, async |client| {
+                client.delete(key(name), None).await?;
+                Ok(())
+            }),
             Self::Redis { server, client } => connection(server, client).and_then(|mut c| {
                 redis::cmd("DEL")
                     .arg(key(name))
@@ -149,12 +163,11 @@ impl Metadata {
                 Err(ureq::Error::StatusCode(404)) => None,
                 Err(error) => return Err(failed(url, &error)),
             },
-            Self::Etcd(url) => {
-                let answer = etcd(url, "range", &json!({ "key": base64(&key(name)) }))?;
-                let value = answer.pointer("/kvs/0/value").and_then(Value::as_str);
-                let bytes = value.and_then(|v| BASE64_STANDARD.decode(v).ok());
-                bytes.and_then(|b| String::from_utf8(b).ok())
-            }
+            Self::Etcd { server, endpoints } => etcd(server, endpoints, async |client| {
+                let answer = client.get(key(name), None).await?;
+                let first = answer.kvs().first();
+                Ok(first.and_then(|kv| String::from_utf8(kv.value().to_vec()).ok()))
+            })?,
             Self::Redis { server, client } => {
                 let mut connection = connection(server, client)?;
                 redis::cmd("GET")
@@ -182,17 +195,66 @@ fn failed(server: &str, reason: &dyn std::fmt::Display) -> MetadataError {
     }
 }
 
-fn base64(text: &str) -> String {
-    BASE64_STANDARD.encode(text)
+/// One exchange with etcd, in a thread of its own: its client is asynchronous, and names are looked up rarely.
+fn etcd<T: Send>(
+    server: &str,
+    endpoints: &[String],
+    exchange: impl AsyncFn(&mut etcd_client::Client) -> Result<T, etcd_client::Error> + Sync,
+) -> Result<T, MetadataError> {
+    let wrong = |e: &dyn std::fmt::Display| failed(server, e);
+    let run = || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|e| wrong(&e))?;
+        let bounded = async {
+            let options = etcd_client::ConnectOptions::new()
+                .with_connect_timeout(TIMEOUT)
+                .with_timeout(TIMEOUT);
+            let mut client = etcd_client::Client::connect(endpoints, Some(options)).await?;
+            exchange(&mut client).await
+        };
+        match runtime.block_on(async { tokio::time::timeout(TIMEOUT, bounded).await }) {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(wrong(&error)),
+            Err(_) => Err(wrong(&"no answer in time")),
+        }
+    };
+    std::thread::scope(|scope| {
+        let joined = scope.spawn(run).join();
+        joined.unwrap_or_else(|_| Err(wrong(&"its client failed")))
+    })
 }
 
-/// One call of etcd's gateway.
-fn etcd(url: &str, what: &str, request: &Value) -> Result<Value, MetadataError> {
-    let place = format!("{url}/{what}");
-    let answer = agent().post(&place).send(&request.to_string());
-    let text = answer.and_then(|mut a| a.body_mut().read_to_string());
-    let text = text.map_err(|e| failed(&place, &e))?;
-    serde_json::from_str(&text).map_err(|e| failed(&place, &e))
+/// Upstream's variables for a login and a database, where the URL has none.
+fn with_login(server: &str, variable: impl Fn(&str) -> Option<String>) -> String {
+    let address = server.strip_prefix("redis://").unwrap_or(server);
+    if address.contains('@') {
+        return server.to_owned();
+    }
+    let login = variable("MC_REDIS_PASSWORD")
+        .filter(|p| !p.is_empty())
+        .map(|password| {
+            let user = variable("MC_REDIS_USERNAME").unwrap_or_default();
+            format!("{}:{}@", encoded(&user), encoded(&password))
+        });
+    let database = variable("MC_REDIS_DB_INDEX")
+        .filter(|d| d.parse::<u32>().is_ok() && !address.contains('/'))
+        .map(|d| format!("/{d}"));
+    let (login, database) = (login.unwrap_or_default(), database.unwrap_or_default());
+    format!("redis://{login}{address}{database}")
+}
+
+/// Percent-encodes what could be taken for a part of the URL.
+fn encoded(text: &str) -> String {
+    text.bytes().fold(String::new(), |mut out, b| {
+        if b.is_ascii_alphanumeric() {
+            out.push(char::from(b));
+        } else {
+            out.push_str(&format!("%{b:02X}"));
+        }
+        out
+    })
 }
 
 fn agent() -> ureq::Agent {
@@ -222,6 +284,15 @@ mod tests {
         assert_eq!(p2p.lookup("h:7"), Ok(Some("h:7".to_owned())));
         assert_eq!(p2p.lookup("h"), Ok(None));
         assert!(Metadata::open("ftp://x").is_err());
+        assert!(Metadata::open("etcd://;").is_err());
+        let login = |name: &str| match name {
+            "MC_REDIS_PASSWORD" => Some("p@ss".to_owned()),
+            "MC_REDIS_DB_INDEX" => Some("3".to_owned()),
+            _ => None,
+        };
+        assert_eq!(with_login("redis://h:1", login), "redis://:p%40ss@h:1/3");
+        assert_eq!(with_login("redis://u:x@h:1", login), "redis://u:x@h:1");
+        assert_eq!(with_login("redis://h:1", |_| None), "redis://h:1");
         let value = r#"{"ip_or_host_name":"::1","rpc_port":9,"more":1}"#;
         assert_eq!(address_of(value), Some("[::1]:9".to_owned()));
         for bad in ["", "{}", r#"{"ip_or_host_name":"h","rpc_port":70000}"#] {
