@@ -182,6 +182,7 @@ fn unsafe_code_is_where_memory_is_shared() {
         "store/client/get.rs",
         "store/client/put.rs",
         "store/client/put_session.rs",
+        "store/client/replicas.rs",
         "cmd/put.rs",
         "cmd/bench/",
     ];

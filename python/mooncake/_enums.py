@@ -37,6 +37,22 @@ class ReplicaStatus(IntEnum):
     FAILED = 5
 
 
+class TaskType(IntEnum):
+    """What a task does."""
+
+    REPLICA_COPY = 0
+    REPLICA_MOVE = 1
+
+
+class TaskStatus(IntEnum):
+    """How far a task is."""
+
+    PENDING = 0
+    PROCESSING = 1
+    SUCCESS = 2
+    FAILED = 3
+
+
 class TransferOpcode(IntEnum):
     """Direction of a transfer, seen from the caller. Both of upstream's spellings."""
 

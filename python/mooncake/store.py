@@ -7,7 +7,7 @@ a wrong type raise.
 import atexit
 import weakref
 
-from mooncake._enums import ObjectDataType, ReplicaStatus, SoftPinAction
+from mooncake._enums import ObjectDataType, ReplicaStatus, SoftPinAction, TaskStatus, TaskType
 from mooncake._native import (
     BufferDescriptor,
     BufferHandle,
@@ -20,6 +20,7 @@ from mooncake._native import (
     bind_to_numa_node,
 )
 from mooncake._parallel_tensors import ParallelAxis, ParallelTensorMethods, ReadTarget, TensorParallelism
+from mooncake._tasks import QueryTaskResponse, TaskMethods
 from mooncake._tensors import _deserialize_tensor, _serialize_tensor, _tensor_metadata_size
 from mooncake.buffer_pool import BufferPool, RegisteredBufferPool
 
@@ -33,12 +34,15 @@ __all__ = [
     "MooncakeHostMemAllocator",
     "ObjectDataType",
     "ParallelAxis",
+    "QueryTaskResponse",
     "ReadTarget",
     "RegisteredBufferPool",
     "ReplicaDescriptor",
     "ReplicaStatus",
     "ReplicateConfig",
     "SoftPinAction",
+    "TaskStatus",
+    "TaskType",
     "TensorParallelism",
     "bind_to_numa_node",
 ]
@@ -46,7 +50,7 @@ __all__ = [
 _open = weakref.WeakSet()
 
 
-class MooncakeDistributedStore(ParallelTensorMethods, _Store):
+class MooncakeDistributedStore(ParallelTensorMethods, TaskMethods, _Store):
     """A client of a pool; see `setup`. Every method may be called from any thread."""
 
     def setup(self, *args, **kwargs):
@@ -54,6 +58,13 @@ class MooncakeDistributedStore(ParallelTensorMethods, _Store):
         if code == 0:
             _open.add(self)
         return code
+
+    def close(self):
+        """Leaves the pool; what this process lent is unmounted. 0, also when there is nothing to close."""
+        tasks = self.__dict__.pop("_tasks", None)
+        if tasks is not None:
+            tasks.close()
+        return super().close()
 
 
 MooncakeDistributedStore.setup.__doc__ = _Store.setup.__doc__

@@ -131,6 +131,7 @@ impl ReplicateConfig {
             group: String::new(),
             data_type: self.data_type.clamp(0, 255) as u8,
             upsert,
+            if_version: 0,
         }
     }
 }

@@ -10,6 +10,7 @@ import numpy
 import pytest
 from conftest import Master, joined
 
+from mooncake.store import TaskStatus, TaskType
 from mooncake.store import (
     BufferPool,
     MooncakeDistributedStore,
@@ -372,3 +373,81 @@ def test_tenants(master, lender):
     assert (one.get("k"), two.get("k")) == (b"1", b"2")
     assert one.remove_all(force=True) == 1 and two.get("k") == b"2"
     one.close(), two.close()
+
+
+def finished(store, started):
+    task_id, code = started
+    assert code == 0
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        task, code = store.query_task(task_id)
+        assert code == 0 and task.id == task_id
+        if task.status in (TaskStatus.SUCCESS, TaskStatus.FAILED):
+            return task
+        time.sleep(0.01)
+    raise AssertionError("the task did not end")
+
+
+def places(store, key):
+    found = store.get_replica_desc(key)
+    return sorted(d.get_memory_descriptor().buffer_descriptor.transport_endpoint for d in found)
+
+
+def test_copy_move_and_clear(master, lender):
+    store, one, two = joined(master.address), joined(master.address, 8 << 20), joined(master.address, 8 << 20)
+    first, second = one.get_hostname(), two.get_hostname()
+    value = os.urandom(100_000)
+    # One whose first replica is on neither of the two.
+    for n in range(100):
+        name = f"mobile-{n}"
+        assert store.put(name, value) == 0
+        [home] = places(store, name)
+        if home not in (first, second):
+            break
+    task = finished(store, store.create_copy_task(name, [first]))
+    assert task.status == TaskStatus.SUCCESS and task.type == TaskType.REPLICA_COPY, task
+    assert places(store, name) == sorted({home, first}) and store.get(name) == value
+    task = finished(store, store.create_move_task(name, first, second))
+    assert task.status == TaskStatus.SUCCESS, task
+    assert set(places(store, name)) == {home, second} and store.get(name) == value
+    # A replica that is not there, a segment nobody has, a key that is missing, a task nobody began.
+    assert finished(store, store.create_move_task(name, "nowhere", first)).status == TaskStatus.FAILED
+    failed = finished(store, store.create_copy_task(name, ["nowhere"]))
+    assert failed.status == TaskStatus.FAILED and "-101" in failed.message
+    assert store.create_copy_task("missing", [first]) == ((0, 0), -704)
+    assert store.create_copy_task(name, []) == ((0, 0), -600)
+    assert store.query_task((1, 2)) == (None, -1400)
+    time.sleep(0.4)  # the leases of the checks above
+    assert store.batch_replica_clear([name, "missing"], second) == [name]
+    assert places(store, name) == [home]
+    time.sleep(0.4)
+    assert store.batch_replica_clear([name]) == [name] and store.is_exist(name) == 0
+    for opened in (store, one, two):
+        assert opened.close() == 0
+
+
+def test_a_copy_never_undoes_what_came_in_between(master, lender):
+    store, other = joined(master.address), joined(master.address, 8 << 20)
+    wrong, stop = [], threading.Event()
+
+    def mover():
+        mover_store = joined(master.address)
+        while not stop.is_set():
+            mover_store._copy_replicas("contended", [other.get_hostname()])
+        mover_store.close()
+
+    moving = threading.Thread(target=mover)
+    moving.start()
+    for n in range(150):
+        assert store.upsert("contended", b"%d" % n) == 0
+        if store.get("contended") != b"%d" % n:
+            wrong.append(n)
+        if n % 10 == 0:
+            assert store.remove("contended", True) == 0
+            if store.is_exist("contended") != 0:
+                wrong.append(-n)
+    stop.set()
+    moving.join()
+    assert not wrong, wrong
+    for opened in (store, other):
+        opened.close()

@@ -112,6 +112,7 @@ fn options(matches: &ArgMatches) -> anyhow::Result<PutOptions> {
             .as_millis() as u64,
     };
     Ok(PutOptions {
+        if_version: 0,
         replicas: matches.get_one("replicas").copied().unwrap_or(1),
         soft_pin_ttl_ms,
         hard_pin: matches.get_flag("hard-pin"),

@@ -1,5 +1,6 @@
 //! Asking about keys and removing them.
 
+use mooncake::store::client::PoolClient;
 use mooncake::store::model::error::StoreError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -52,8 +53,41 @@ impl Store {
     }
 }
 
+impl Store {
+    fn with_replicas(
+        &self,
+        py: Python<'_>,
+        run: impl FnOnce(&PoolClient) -> Result<(), StoreError> + Send,
+    ) -> i32 {
+        let pool = match self.pool() {
+            Ok(pool) => pool,
+            Err(code) => return code,
+        };
+        let outcome = py.detach(|| run(&pool.client));
+        outcome.map_or_else(|e| code(&e), |()| 0)
+    }
+}
+
 #[pymethods]
 impl Store {
+    /// Puts further replicas on segments: 0, or a negative code.
+    fn _copy_replicas(&self, py: Python<'_>, key: Key<'_>, targets: Vec<String>) -> i32 {
+        let key = key.bytes();
+        self.with_replicas(py, |client| client.copy_replicas(key, &targets))
+    }
+
+    /// Moves a replica from one segment to another: 0, or a negative code.
+    fn _move_replica(&self, py: Python<'_>, key: Key<'_>, source: &str, target: &str) -> i32 {
+        let key = key.bytes();
+        self.with_replicas(py, |client| client.move_replica(key, source, target))
+    }
+
+    /// Gives up the replica on a segment: 0, or a negative code.
+    fn _clear_replica(&self, py: Python<'_>, key: Key<'_>, segment: &str) -> i32 {
+        let key = key.bytes();
+        self.with_replicas(py, |client| client.clear_replica(key, segment))
+    }
+
     /// 1 there, 0 not there, negative: unknown.
     fn is_exist(&self, py: Python<'_>, key: Key<'_>) -> i32 {
         self.exist_all(py, &[key.bytes()])

@@ -9,6 +9,7 @@ mod location_cache;
 mod put;
 mod put_session;
 mod ranges;
+mod replicas;
 mod view;
 
 use std::sync::Arc;

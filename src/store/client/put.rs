@@ -31,6 +31,8 @@ pub struct PutOptions {
     pub data_type: u8,
     /// Replace an existing object instead of leaving it.
     pub upsert: bool,
+    /// With `upsert`: only this version is replaced, and only as long as it is there; 0 = whatever is there.
+    pub if_version: u64,
 }
 
 impl Default for PutOptions {
@@ -43,6 +45,7 @@ impl Default for PutOptions {
             group: String::new(),
             data_type: 0,
             upsert: false,
+            if_version: 0,
         }
     }
 }
@@ -223,6 +226,7 @@ impl PoolClient {
             config: Some(self.wire_config(options)),
             upsert: options.upsert,
             items,
+            if_version: options.if_version,
         });
         let reply::Kind::PutStart(started) = self.control.ask(start, deadline)? else {
             return Err(self.control.surprise());

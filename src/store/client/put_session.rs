@@ -89,6 +89,7 @@ impl PoolClient {
             tenant: self.config.tenant.clone(),
             config: Some(self.wire_config(options)),
             upsert: options.upsert,
+            if_version: 0,
             items: vec![wire::PutItem {
                 key: bytes::Bytes::copy_from_slice(key),
                 size_bytes: size,

@@ -263,12 +263,14 @@ impl Call<'_> {
             },
             preferred: config.preferred_segments,
             host_id: config.host_id,
+            if_version: 0,
         })
     }
 
     fn put_start(&mut self, op: &wire::PutStart) -> Result<wire::Reply, StoreError> {
         bounded(op.items.len())?;
         let mut options = Self::options(op.config.as_ref())?;
+        options.if_version = op.if_version;
         let group = options.attributes.group.clone();
         let mut slots = Vec::with_capacity(op.items.len());
         for item in &op.items {

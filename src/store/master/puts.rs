@@ -34,6 +34,29 @@ pub(crate) struct PutOptions {
     pub(crate) attributes: Attributes,
     pub(crate) preferred: Vec<String>,
     pub(crate) host_id: String,
+    /// With an upsert: only this version is replaced; 0 = whatever is there.
+    pub(crate) if_version: u64,
+}
+
+/// What a put may take the place of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Replaces {
+    /// Only what no reader could have.
+    Nothing,
+    /// Whatever is there.
+    Anything,
+    /// Just this version, and only as long as it is there.
+    Version(u64),
+}
+
+impl Replaces {
+    fn allows(self, version: u64, readable: bool) -> bool {
+        match self {
+            Self::Nothing => !readable,
+            Self::Anything => true,
+            Self::Version(wanted) => wanted == version,
+        }
+    }
 }
 
 /// A put between start and end.
@@ -43,7 +66,7 @@ pub(crate) struct PendingPut {
     pub(crate) size: u64,
     pub(crate) replicas: Replicas,
     pub(crate) attributes: Attributes,
-    pub(crate) upsert: bool,
+    pub(crate) replaces: Replaces,
     pub(crate) client: Id128,
     pub(crate) started: Millis,
     /// Its end is being carried out; it stays here until it is in the index.
@@ -156,7 +179,11 @@ impl MasterState {
             size,
             replicas: replicas.clone(),
             attributes: options.attributes.clone(),
-            upsert,
+            replaces: match (upsert, options.if_version) {
+                (false, _) => Replaces::Nothing,
+                (true, 0) => Replaces::Anything,
+                (true, version) => Replaces::Version(version),
+            },
             client,
             started: now,
             ending: false,
@@ -307,10 +334,10 @@ impl MasterState {
             good,
             &put.attributes,
             &written,
-            put.upsert,
+            put.replaces,
             now,
         );
-        if done == Err(StoreError::Exists) {
+        if matches!(done, Err(StoreError::Exists | StoreError::NotFound)) {
             self.drop_replicas(&replicas, put.size, version);
         }
         done
@@ -346,7 +373,7 @@ impl MasterState {
         replicas: Replicas,
         attributes: &Attributes,
         written: &Written,
-        upsert: bool,
+        replaces: Replaces,
         now: Millis,
     ) -> Result<bool, StoreError> {
         let hash = key::hash(&qualified);
@@ -372,7 +399,7 @@ impl MasterState {
                 self.forget(&object);
                 Ok(false)
             }
-            Some((_, true)) if !upsert => {
+            Some((version, readable)) if !replaces.allows(version, readable) => {
                 drop(shard);
                 self.forget(&object);
                 Err(StoreError::Exists)
@@ -388,6 +415,12 @@ impl MasterState {
                 }
                 add(&self.counters.puts, 1);
                 Ok(true)
+            }
+            // What was removed meanwhile must not come back (D2).
+            None if matches!(replaces, Replaces::Version(_)) => {
+                drop(shard);
+                self.forget(&object);
+                Err(StoreError::NotFound)
             }
             None => {
                 self.insert(&mut shard, &view, object, now);
@@ -655,7 +688,7 @@ impl MasterState {
             replicas,
             attributes,
             written,
-            false,
+            Replaces::Nothing,
             now,
         );
         if done == Err(StoreError::Exists) {
