@@ -20,7 +20,7 @@ pub(crate) const WINDOW_MAX: usize = 4 << 30;
 /// Lanes open at once; further callers wait for one.
 const LANES_MAX: usize = 8;
 /// How long a caller waits for a lane.
-const LANE_PATIENCE: Duration = Duration::from_secs(30);
+const LANE_PATIENCE: Duration = Duration::from_secs(60);
 
 type Code = c_int;
 type Context = *mut c_void;
@@ -318,27 +318,48 @@ impl Drop for Half {
     }
 }
 
-#[derive(Default)]
 struct Idle {
     lanes: Vec<[Half; 2]>,
     open: usize,
 }
 
-static IDLE: Mutex<Idle> = Mutex::new(Idle {
-    lanes: Vec::new(),
-    open: 0,
-});
-static RETURNED: Condvar = Condvar::new();
+/// Lanes of one purpose.
+struct LanePool {
+    idle: Mutex<Idle>,
+    returned: Condvar,
+}
+
+impl LanePool {
+    const fn new() -> Self {
+        Self {
+            idle: Mutex::new(Idle {
+                lanes: Vec::new(),
+                open: 0,
+            }),
+            returned: Condvar::new(),
+        }
+    }
+}
+
+/// For calls of this process.
+static CALLS: LanePool = LanePool::new();
+/// For memory of this process that is read and written as a peer's: its copies are what calls wait for, here and in other
+/// processes, so that they must not wait for lanes of calls.
+static SERVED: LanePool = LanePool::new();
 
 /// Two halves for one caller: one is filled while the other is used. Given back on drop.
-pub(crate) struct Lane(Option<[Half; 2]>);
+pub(crate) struct Lane(Option<[Half; 2]>, &'static LanePool);
 
 impl Lane {
     /// A lane for a device's memory, waiting for one if all are taken.
     pub(crate) fn take(device: Device) -> Result<Self, DeviceError> {
+        Self::take_from(&CALLS, device)
+    }
+
+    fn take_from(pool: &'static LanePool, device: Device) -> Result<Self, DeviceError> {
         let driver = Driver::get().ok_or(DeviceError::Driver(-1))?;
         let deadline = Instant::now() + LANE_PATIENCE;
-        let mut idle = IDLE.lock();
+        let mut idle = pool.idle.lock();
         let found = loop {
             let at = idle
                 .lanes
@@ -356,21 +377,21 @@ impl Lane {
                 drop(other);
                 break None;
             }
-            if RETURNED.wait_until(&mut idle, deadline).timed_out() {
+            if pool.returned.wait_until(&mut idle, deadline).timed_out() {
                 return Err(DeviceError::Busy);
             }
         };
         drop(idle);
         if let Some(lane) = found {
-            return Ok(Self(Some(lane)));
+            return Ok(Self(Some(lane), pool));
         }
         let opened =
             Half::open(driver, device).and_then(|first| Ok([first, Half::open(driver, device)?]));
         match opened {
-            Ok(lane) => Ok(Self(Some(lane))),
+            Ok(lane) => Ok(Self(Some(lane), pool)),
             Err(error) => {
-                IDLE.lock().open -= 1;
-                RETURNED.notify_one();
+                pool.idle.lock().open -= 1;
+                pool.returned.notify_one();
                 Err(error)
             }
         }
@@ -397,8 +418,8 @@ impl Drop for Lane {
                 });
             }
         }
-        IDLE.lock().lanes.push(lane);
-        RETURNED.notify_one();
+        self.1.idle.lock().lanes.push(lane);
+        self.1.returned.notify_one();
     }
 }
 
@@ -429,7 +450,7 @@ impl DeviceRange {
         length: usize,
         upload: bool,
     ) -> Result<(), DeviceError> {
-        let mut lane = Lane::take(self.0)?;
+        let mut lane = Lane::take_from(&SERVED, self.0)?;
         let mut done = 0;
         while done < length {
             let n = (length - done).min(WINDOW);

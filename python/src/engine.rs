@@ -126,10 +126,11 @@ impl Running {
                 // SAFETY: memory of this process, or a device's; that it stays so during the transfer is the caller's
                 // promise.
                 let slice = unsafe { LocalSlice::new((local + done) as *mut u8, n) };
+                let remote_address = remote.checked_add(done).ok_or(INVALID_ARGUMENT)?;
                 moves.list.push(Move {
                     opcode,
                     local: slice,
-                    remote_address: (remote + done) as u64,
+                    remote_address: remote_address as u64,
                 });
                 moves
                     .memory
@@ -209,10 +210,14 @@ impl Moves {
             INVALID_ARGUMENT
         };
         let staged = if self.list.first().is_some_and(|m| m.opcode == Opcode::Write) {
-            let done = staging::download(device, memory, |range, slices| {
-                window(range, slices);
+            let mut lost = Ok(());
+            staging::download(device, memory, |range, slices| match slices {
+                Ok(slices) => {
+                    window(range, slices);
+                }
+                Err(error) => lost = Err(failed(&error)),
             });
-            done.map_err(|(_, error)| failed(&error))
+            lost
         } else {
             let lost = staging::upload(device, memory, |range, slices| {
                 let good = window(range, slices);
@@ -799,7 +804,13 @@ impl Engine {
     }
 
     /// Copies bytes to an address of this process: 0, or -1.
-    fn write_bytes_to_buffer(&self, dest_address: Word, src: Value, length: Word) -> i64 {
+    fn write_bytes_to_buffer(
+        &self,
+        py: Python<'_>,
+        dest_address: Word,
+        src: Value,
+        length: Word,
+    ) -> i64 {
         if length.0 > src.length {
             return INVALID_ARGUMENT;
         }
@@ -811,7 +822,11 @@ impl Engine {
                 0
             }
             Some(Some(device)) => {
-                let copied = DeviceRange(device).copy(dest_address.0, src.pointer, length.0, true);
+                let source = src.pointer as usize;
+                let copied = py.detach(|| {
+                    let range = DeviceRange(device);
+                    range.copy(dest_address.0, source as *mut u8, length.0, true)
+                });
                 copied.map_or(INVALID_ARGUMENT, |()| 0)
             }
         }
@@ -839,8 +854,11 @@ impl Engine {
                 Ok(PyBytes::new(py, bytes))
             }
             Some(device) => PyBytes::new_with(py, length.0, |bytes| {
-                let range = DeviceRange(device);
-                let copied = range.copy(source_address.0, bytes.as_mut_ptr(), bytes.len(), false);
+                let (target, length) = (bytes.as_mut_ptr() as usize, bytes.len());
+                let copied = py.detach(|| {
+                    let range = DeviceRange(device);
+                    range.copy(source_address.0, target as *mut u8, length, false)
+                });
                 copied.map_err(|e| pyo3::exceptions::PyOSError::new_err(e.to_string()))
             }),
         }

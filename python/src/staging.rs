@@ -105,15 +105,18 @@ fn half(lane: &mut Lane, n: usize) -> Result<&mut Half, DeviceError> {
     lane.half(n).ok_or(DeviceError::Busy)
 }
 
-/// Brings device memory to the host, window by window; `run` gets the numbers of a window's requests and their ranges.
-/// After an error the windows from the returned request on were not run.
+/// Brings device memory to the host, window by window; `run` gets the numbers of a window's requests and their ranges, or
+/// why they could not be had.
 pub(crate) fn download(
     device: Device,
     all: &[&Gathered],
-    mut run: impl FnMut(Range<usize>, &[Slices]),
-) -> Result<(), (usize, DeviceError)> {
-    let mut lane = Lane::take(device).map_err(|e| (0, e))?;
+    mut run: impl FnMut(Range<usize>, Result<&[Slices], DeviceError>),
+) {
     let windows = windows(all);
+    let mut lane = match Lane::take(device) {
+        Ok(lane) => lane,
+        Err(error) => return run(0..all.len(), Err(error)),
+    };
     let begin = |lane: &mut Lane, n: usize| {
         let half = half(lane, n)?;
         let (slices, pieces) = place(half, &all[windows[n].clone()])?;
@@ -121,23 +124,21 @@ pub(crate) fn download(
         Ok(slices)
     };
     let mut ready = if windows.is_empty() {
-        return Ok(());
+        return;
     } else {
-        begin(&mut lane, 0).map_err(|e| (0, e))
+        begin(&mut lane, 0)
     };
-    for n in 0..windows.len() {
-        let at = windows[n].start;
-        let slices = ready?;
+    for (n, window) in windows.iter().enumerate() {
         let waited = half(&mut lane, n).and_then(Half::wait);
-        waited.map_err(|e| (at, e))?;
+        let slices = ready.and_then(|slices| waited.map(|()| slices));
         // The next one is on its way while this one is used.
-        ready = match windows.get(n + 1) {
-            Some(next) => begin(&mut lane, n + 1).map_err(|e| (next.start, e)),
-            None => Ok(Vec::new()),
+        ready = if n + 1 < windows.len() {
+            begin(&mut lane, n + 1)
+        } else {
+            Ok(Vec::new())
         };
-        run(windows[n].clone(), &slices);
+        run(window.clone(), slices.as_deref().map_err(|e| *e));
     }
-    Ok(())
 }
 
 /// Brings what `run` wrote to device memory, window by window; `run` returns the bytes it wrote per request, `None` for
@@ -155,8 +156,6 @@ pub(crate) fn upload(
     };
     let mut one = |lane: &mut Lane, n: usize| {
         let half = half(lane, n)?;
-        // What this half held two windows ago.
-        half.wait()?;
         let part = &all[windows[n].clone()];
         let (slices, _) = place(half, part)?;
         let written = run(windows[n].clone(), &slices);
@@ -177,6 +176,11 @@ pub(crate) fn upload(
         half.upload(&pieces)
     };
     for (n, window) in windows.iter().enumerate() {
+        // What this half held two windows ago: an error is that window's.
+        let before = n.checked_sub(2).map(|before| windows[before].clone());
+        if let (Some(before), Err(error)) = (before, half(&mut lane, n).and_then(Half::wait)) {
+            failed.push((before, error));
+        }
         if let Err(error) = one(&mut lane, n) {
             failed.push((window.clone(), error));
         }

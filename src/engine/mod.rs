@@ -298,9 +298,9 @@ impl TransferEngine {
 
     /// Whether the process behind memory from [`TransferEngine::map`] still lives.
     pub fn lives(&self, peer: &Peer, segment: u32, incarnation: u64) -> bool {
+        // Whether a transport may be tried right now says nothing about a mapping that is there.
         self.transports
             .iter()
-            .filter(|t| t.reaches(peer))
             .any(|t| t.lives(peer, segment, incarnation))
     }
 

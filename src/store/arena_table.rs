@@ -131,7 +131,7 @@ impl ArenaTable {
         let low = self.low();
         while at > low && at >= self.offset + 8 {
             let length = self.word(at - 8).load(Ordering::Relaxed);
-            if length > RECORD_MAX {
+            if length == 0 || length > RECORD_MAX {
                 break;
             }
             let Some(start) = at
@@ -170,7 +170,7 @@ mod tests {
         assert!(t.is_open());
         let (mut wrote, floor) = (Vec::new(), 4096 + 4000);
         for n in 0..1000usize {
-            let record = vec![n as u8; n % 90];
+            let record = vec![n as u8; n % 90 + 1];
             if !t.append(&record, floor) {
                 break;
             }

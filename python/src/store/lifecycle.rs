@@ -249,7 +249,7 @@ fn open(settings: Settings) -> Result<Pool, i32> {
         nodes.push((node.name().to_owned(), node));
     }
     Ok(Pool {
-        client,
+        client: std::mem::ManuallyDrop::new(client),
         nodes: parking_lot::Mutex::new(nodes),
         embedded: server,
         hostname,

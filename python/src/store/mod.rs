@@ -9,6 +9,7 @@ mod segments;
 mod sessions;
 
 use std::collections::HashMap;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use mooncake::store::client::{PoolClient, PutSession};
@@ -34,7 +35,8 @@ pub(crate) struct Store {
 
 /// What `setup` opened.
 pub(crate) struct Pool {
-    client: PoolClient,
+    /// Dropped only by the process that opened it: its arenas and sockets are the parent's otherwise.
+    client: ManuallyDrop<PoolClient>,
     /// Memory this process contributes; the first is the one of `setup`.
     nodes: Mutex<Vec<(String, Node)>>,
     /// The master of an embedded pool.
@@ -85,6 +87,9 @@ impl Drop for Pool {
             if let Some(server) = self.embedded.take() {
                 std::mem::forget(server);
             }
+            return;
         }
+        // SAFETY: this is the end of `self`; the client is not used again.
+        unsafe { ManuallyDrop::drop(&mut self.client) };
     }
 }

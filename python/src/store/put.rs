@@ -36,24 +36,27 @@ fn put_from_device(
     options: &PutOptions,
 ) -> Vec<Result<PutOutcome, StoreError>> {
     let mut outcomes = Vec::with_capacity(requests.len());
-    let done = staging::download(device, sources, |window, slices| {
-        let staged: Vec<PutRequest<'_>> = window
-            .zip(slices)
-            .map(|(at, source)| PutRequest {
-                key: requests[at].key,
-                source,
-                group: requests[at].group,
-            })
-            .collect();
-        outcomes.extend(client.put(&staged, options));
+    staging::download(device, sources, |window, slices| match slices {
+        Ok(slices) => {
+            let staged: Vec<PutRequest<'_>> = window
+                .zip(slices)
+                .map(|(at, source)| PutRequest {
+                    key: requests[at].key,
+                    source,
+                    group: requests[at].group,
+                })
+                .collect();
+            outcomes.extend(client.put(&staged, options));
+        }
+        Err(error) => {
+            tracing::warn!(%error, "device memory was not read");
+            outcomes.extend(window.map(|_| {
+                Err(StoreError::TransferFailed {
+                    attempts: error.to_string(),
+                })
+            }));
+        }
     });
-    if let Err((_, error)) = done {
-        tracing::warn!(%error, "device memory was not read");
-        let failed = || StoreError::TransferFailed {
-            attempts: error.to_string(),
-        };
-        outcomes.resize_with(requests.len(), || Err(failed()));
-    }
     outcomes
 }
 

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use prost::Message;
 use smallvec::SmallVec;
@@ -21,6 +21,10 @@ use crate::store::arena_table::ArenaTable;
 use crate::store::model::error::StoreError;
 use crate::store::model::header::{HEADER_BYTES, pending};
 use crate::store::wire::{self, NodeNotify, node_notify, operation, reply};
+
+/// How long a node may take to take note of an arena, and of its end.
+const BEGIN_PATIENCE: Duration = Duration::from_secs(1);
+const END_PATIENCE: Duration = Duration::from_millis(200);
 
 impl PoolClient {
     pub(super) fn put_by_arena(
@@ -194,71 +198,104 @@ impl PoolClient {
         wanted_bytes: u64,
         deadline: Instant,
     ) -> Option<()> {
-        let mut operations = self.end_arenas(deadline);
-        let open = wire::ArenaOpen {
+        self.give_back_arenas(deadline);
+        let open = operation::Kind::ArenaOpen(wire::ArenaOpen {
             segment: segment.slot,
             incarnation: segment.incarnation,
             wanted_bytes,
-        };
-        operations.push(operation::Kind::ArenaOpen(open).into());
-        let reply = self.control.call(operations, deadline).ok()?.pop();
-        match self.control.kind(reply) {
-            Ok(reply::Kind::ArenaOpened(opened)) if opened.code == 0 => {
-                let grant = opened.range.as_ref()?.grant(segment.node_segment)?;
-                let first = opened.first_version;
-                let versions = first..first + u64::from(opened.version_count);
-                let table = self.begin_table(segment, grant, deadline);
-                let segment = segment.clone();
-                self.arenas
-                    .opened(opened.arena, segment, grant, versions, table, wanted_bytes);
-                Some(())
-            }
+        });
+        let opened = match self.control.ask(open, deadline) {
+            Ok(reply::Kind::ArenaOpened(opened)) if opened.code == 0 => opened,
             _ => {
                 self.arenas.refused(segment.slot);
+                return None;
+            }
+        };
+        let grant = opened.range.as_ref()?.grant(segment.node_segment)?;
+        let first = opened.first_version;
+        let versions = first..first + u64::from(opened.version_count);
+        let begin = wire::ArenaBegin {
+            first_version: first,
+            version_count: opened.version_count,
+        };
+        match self.begin_table(segment, grant, begin, deadline) {
+            Ok(table) => {
+                let segment = segment.clone();
+                let id = opened.arena;
+                self.arenas
+                    .opened(id, segment, grant, versions, table, wanted_bytes);
+                Some(())
+            }
+            Err(error) => {
+                // Whether the node has a table now is unsure: nobody writes there before that is settled.
+                tracing::debug!(%error, "an arena was not begun");
+                self.arenas.refused(segment.slot);
+                self.arenas.still_left([opened.arena]);
                 None
             }
         }
     }
 
+    /// `Ok(None)`: the node takes no table, or the memory is not shared.
     fn begin_table(
         &self,
         segment: &SegmentRef,
         grant: Grant,
+        begin: wire::ArenaBegin,
         deadline: Instant,
-    ) -> Option<ArenaTable> {
+    ) -> Result<Option<ArenaTable>, TransferError> {
         if !self.is_near(segment) {
-            return None;
+            return Ok(None);
         }
-        let peer = &segment.peer;
-        let memory = self
-            .engine
-            .map(peer, segment.node_segment, segment.incarnation)?;
-        let table = ArenaTable::new(memory, grant.offset, grant.length)?;
-        let begin = node_notify::Kind::ArenaBegin(wire::ArenaBegin {});
+        let (peer, index) = (&segment.peer, segment.node_segment);
+        let memory = self.engine.map(peer, index, segment.incarnation);
+        let Some(table) = memory.and_then(|m| ArenaTable::new(m, grant.offset, grant.length))
+        else {
+            return Ok(None);
+        };
+        let begin = node_notify::Kind::ArenaBegin(begin);
         let request = notice(segment, grant, grant.offset, grant.length, begin);
-        let begun = self.engine.transfer(&[request], deadline);
-        (begun == [Ok(())] && table.is_open()).then_some(table)
+        let soon = deadline.min(Instant::now() + BEGIN_PATIENCE);
+        match self.engine.transfer(&[request], soon).pop() {
+            Some(Ok(())) if table.is_open() => Ok(Some(table)),
+            Some(Err(error)) if error.is_path_failure() => Err(error),
+            _ => Ok(None),
+        }
     }
 
-    /// Ends arenas nobody writes into any more at their nodes; returns what closes them at the master.
-    pub(super) fn end_arenas(&self, deadline: Instant) -> Vec<wire::Operation> {
-        let mut closing = Vec::new();
+    /// Ends arenas nobody writes into any more at their nodes and closes them at the master. What fails on the way is
+    /// settled between the two.
+    pub(super) fn give_back_arenas(&self, deadline: Instant) {
+        let mut closing: Vec<(u64, bool)> = Vec::new();
         for arena in self.arenas.closable() {
             let grant = arena.grant;
             let ended = arena.table.as_ref().is_none_or(|table| {
                 let end = node_notify::Kind::ArenaEnd(wire::ArenaEnd {});
                 let notice = notice(&arena.segment, grant, grant.offset, grant.length, end);
-                let ended = self.engine.transfer(&[notice], deadline) == [Ok(())];
+                let soon = deadline.min(Instant::now() + END_PATIENCE);
+                let ended = self.engine.transfer(&[notice], soon) == [Ok(())];
                 table.leave();
                 ended
             });
-            // One whose end its node did not hear of is settled by the master when this client leaves.
-            if ended {
-                let close = wire::ArenaClose { arena: arena.id };
-                closing.push(operation::Kind::ArenaClose(close).into());
-            }
+            closing.push((arena.id, !ended));
         }
-        closing
+        closing.extend(self.arenas.left().into_iter().map(|id| (id, true)));
+        if closing.is_empty() {
+            return;
+        }
+        let close = |(arena, unsettled): &(u64, bool)| {
+            let close = wire::ArenaClose {
+                arena: *arena,
+                unsettled: *unsettled,
+            };
+            operation::Kind::ArenaClose(close).into()
+        };
+        let operations = closing.iter().map(close).collect();
+        if let Err(error) = self.control.call(operations, deadline) {
+            tracing::debug!(%error, "arenas were not given back yet");
+            self.arenas
+                .still_left(closing.into_iter().map(|(id, _)| id));
+        }
     }
 
     /// Commit (or revoke, with `unsettled` per index) operations for placed items, grouped by arena.
@@ -346,7 +383,11 @@ impl PoolClient {
                     if let (true, Some(place)) = (error.is_path_failure(), &w.place) {
                         self.report(&place.segment.clone(), &error.to_string());
                     }
-                    if let Some(place) = w.place.as_ref().filter(|p| p.table.is_some()) {
+                    // Dropped meanwhile, the arena is as good as before; sealed or unreachable, it is not.
+                    let near = w.place.as_ref().and_then(|p| Some((p, p.table.as_ref()?)));
+                    if let Some((place, table)) = near
+                        && (error.is_path_failure() || !table.is_open())
+                    {
                         self.arenas.lost(place.arena);
                     }
                     revoke.push(*index);
@@ -389,6 +430,12 @@ impl PoolClient {
         }
         for index in placed {
             writings[*index].place = None;
+        }
+        // Given up by this put: its node waits for nobody else.
+        let left = self.arenas.left();
+        if !left.is_empty() {
+            self.arenas.still_left(left);
+            self.give_back_arenas(deadline);
         }
     }
 
@@ -490,11 +537,16 @@ fn copy_near(w: &Writing<'_>, place: &Place, table: &ArenaTable) -> TransferResu
     }
 }
 
-/// Takes the word out of an object that is not to be found after all.
+/// Takes the word out of an object that is not to be found after all; unless a later master has been told of it already,
+/// whose business it is then.
 fn take_back(place: &Place, table: &ArenaTable) {
-    if let Some(word) = table.memory().word(place.offset) {
-        for told in [place.version, pending(place.version)] {
-            let _ = word.compare_exchange(told, 0, Ordering::SeqCst, Ordering::Relaxed);
-        }
-    }
+    let Some(word) = table.memory().word(place.offset) else {
+        return;
+    };
+    let (there, on_its_way) = (place.version, pending(place.version));
+    // In two steps, as it was published: with the word in between, whoever seals now does not take it for complete.
+    let undone = word.compare_exchange(there, on_its_way, Ordering::SeqCst, Ordering::SeqCst);
+    let told = undone.is_ok() && !table.is_open();
+    let end = if told { there } else { 0 };
+    let _ = word.compare_exchange(on_its_way, end, Ordering::SeqCst, Ordering::SeqCst);
 }

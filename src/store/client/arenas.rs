@@ -88,8 +88,10 @@ struct State {
     open: HashMap<u32, Arena>,
     /// Used up or too old; given back once nobody writes into them.
     retired: Vec<Arena>,
-    /// The master does not know them any more: left once nobody writes into them, so that their node can settle them.
+    /// Given up: left once nobody writes into them, so that their node can settle them.
     lost: Vec<Arena>,
+    /// Of those, the ones that are left: the master is still to be told.
+    left: Vec<u64>,
     wanted: HashMap<u32, u64>,
     /// What the master granted, and when, where that was less than asked for.
     caps: HashMap<u32, (u64, Instant)>,
@@ -259,6 +261,18 @@ impl Arenas {
     /// Arenas that may be given back now. Those whose node knows them have to be ended there first.
     pub(crate) fn closable(&self) -> Vec<Arena> {
         let mut state = self.state.lock();
+        let state = &mut *state;
+        // Also those of slots that no put comes to any more.
+        let sealed = |a: &Arena| a.table.as_ref().is_some_and(|t| !t.is_open());
+        let gone: Vec<u32> = state
+            .open
+            .iter()
+            .filter(|(_, a)| sealed(a))
+            .map(|(s, _)| *s)
+            .collect();
+        for slot in gone {
+            state.lost.extend(state.open.remove(&slot));
+        }
         state.leave_lost();
         let (idle, busy) = std::mem::take(&mut state.retired)
             .into_iter()
@@ -267,7 +281,7 @@ impl Arenas {
         idle
     }
 
-    /// Gives up an arena the master does not know (any more), or whose end could not be told.
+    /// Gives up an arena: the master does not know it (any more), or something about it is unsure.
     pub(crate) fn lost(&self, id: u64) {
         let mut state = self.state.lock();
         let state = &mut *state;
@@ -280,7 +294,18 @@ impl Arenas {
         state
             .lost
             .extend(at.map(|at| state.retired.swap_remove(at)));
+    }
+
+    /// Arenas that have been left and that the master is to settle with their nodes.
+    pub(crate) fn left(&self) -> Vec<u64> {
+        let mut state = self.state.lock();
         state.leave_lost();
+        std::mem::take(&mut state.left)
+    }
+
+    /// The master is still to be told of these.
+    pub(crate) fn still_left(&self, ids: impl IntoIterator<Item = u64>) {
+        self.state.lock().left.extend(ids);
     }
 
     /// Retires all: they are closed as soon as nobody writes.
@@ -293,13 +318,16 @@ impl Arenas {
 
 impl State {
     fn leave_lost(&mut self) {
-        self.lost.retain(|arena| {
-            let idle = arena.is_idle();
-            if let (true, Some(table)) = (idle, &arena.table) {
+        let (idle, busy) = std::mem::take(&mut self.lost)
+            .into_iter()
+            .partition(Arena::is_idle);
+        self.lost = busy;
+        for arena in idle {
+            if let Some(table) = &arena.table {
                 table.leave();
             }
-            !idle
-        });
+            self.left.push(arena.id);
+        }
     }
 }
 

@@ -410,13 +410,6 @@ impl PoolClient {
 impl Drop for PoolClient {
     fn drop(&mut self) {
         self.arenas.retire_all();
-        let soon = Instant::now() + Duration::from_millis(300);
-        let closing = self.end_arenas(soon);
-        if closing.is_empty() {
-            return;
-        }
-        if let Err(error) = self.control.call(closing, soon) {
-            tracing::debug!(%error, "arenas were not given back; the master takes them");
-        }
+        self.give_back_arenas(Instant::now() + Duration::from_millis(500));
     }
 }

@@ -71,6 +71,7 @@ fn register(state: &MasterState, id: Id128, incarnation: u64, node: &FakeNode, n
             },
             attributes: Attributes::default(),
             pending: None,
+            arena_versions: 0,
         };
         state.adopt(&mut registration, entry, now);
     }
@@ -354,7 +355,10 @@ fn a_range_is_not_reused_while_its_writer_may_still_write() {
         "the commit says nothing about whether the bytes have arrived"
     );
     let client = Id128 { high: 9, low: 9 };
-    world.state.arena_close(arena, client).unwrap();
+    world
+        .state
+        .arena_close(arena, client, false, Millis(0))
+        .unwrap();
     let mut world = world;
     world.deliver();
     assert!(
@@ -386,4 +390,132 @@ fn a_reconcile_job_goes_out_once_and_leaves_later_versions_alone() {
     let (versions, keep) = state.kept(&job);
     let next = state.take_versions(1);
     assert!(keep.is_empty() && versions.end != 0 && !versions.contains(&next));
+}
+
+#[test]
+fn a_refused_item_of_an_open_arena_is_not_given_to_others() {
+    let mut world = World::new(PolicyKind::Sieve);
+    for (id, ..) in world.nodes.split_off(1) {
+        let node = world.state.segments.node(id).unwrap();
+        world.state.unmount(&node, Millis(1000));
+    }
+    let state = &world.state;
+    let node = state.segments.node(world.nodes[0].0).unwrap();
+    let (client, now) = (Id128 { high: 9, low: 9 }, Millis(1000));
+    let (arena, range, length, versions) =
+        state.arena_open(node.slots[0], 1, 4096, client).unwrap();
+    let attributes = Attributes::default();
+    let key = qualified(1);
+    let commit = |offset, version| {
+        let written = Written {
+            version,
+            checksum: None,
+        };
+        state.arena_commit(arena, client, &key, offset, 100, &attributes, &written, now)
+    };
+    commit(range.offset, versions.start).unwrap();
+    let (second, version) = (range.offset + 192, versions.start + 1);
+    assert_eq!(commit(second, version), Err(StoreError::Exists));
+    state
+        .arena_revoke(arena, client, &key, second, 100, version, true, now)
+        .unwrap();
+    world.deliver();
+    let overlaps = |(at, n): &(u64, u64)| *at < range.offset + length && range.offset < at + n;
+    assert!(
+        !fill(&world.state).iter().any(overlaps),
+        "the arena is being filled"
+    );
+}
+
+#[test]
+fn an_arena_of_an_earlier_term_is_kept_whole_until_its_writer_has_left() {
+    let mut world = World::new(PolicyKind::Sieve);
+    for (id, ..) in world.nodes.split_off(1) {
+        let node = world.state.segments.node(id).unwrap();
+        world.state.unmount(&node, Millis(1000));
+    }
+    let (state, now) = (&world.state, Millis(1000));
+    let (id, incarnation, _) = &world.nodes[0];
+    let node = state.segments.node(*id).unwrap();
+    state.unmount(&node, now);
+    // It registers anew, as with a later master: an arena of 4096 bytes, one object complete in it, one on its way.
+    let offer = super::segments::Offer {
+        incarnation: *incarnation,
+        name: "again".into(),
+        size: SEGMENT,
+        page_kind: String::new(),
+    };
+    let mut registration = state.register(
+        Id128 { high: 5, low: 5 },
+        "again",
+        "other:1",
+        "",
+        "",
+        &[offer],
+        now,
+    );
+    let reported = |offset, size, version, pending, arena_versions| Reported {
+        key: qualified(1).into(),
+        node_segment: 0,
+        offset,
+        size,
+        written: Written {
+            version,
+            checksum: None,
+        },
+        attributes: Attributes::default(),
+        pending,
+        arena_versions,
+    };
+    let client = Some(Id128 { high: 9, low: 9 });
+    for entry in [
+        reported(0, 4096, 500, client, 32),
+        reported(0, 100, 500, None, 0),
+        reported(192, 100, 501, client, 0),
+    ] {
+        state.adopt(&mut registration, entry, now);
+    }
+    assert!(state.registered(registration));
+    let hash = crate::store::model::key::hash(&qualified(1));
+    assert_eq!(state.peek(hash, &qualified(1), |o| o.version), Some(500));
+    let again = state.segments.node(Id128 { high: 5, low: 5 }).unwrap();
+    let segment = state.segments.get(again.slots[0]).unwrap();
+    let take = || {
+        let mut allocator = segment.allocator.lock();
+        let mut taken = Vec::new();
+        while let Some(offset) = allocator.allocate(192) {
+            taken.push(offset);
+        }
+        for offset in &taken {
+            allocator.free(*offset, 192).unwrap();
+        }
+        taken
+    };
+    assert!(take().iter().all(|at| *at >= 4096));
+    let carried_out = || {
+        let batch = again.drops.lock().take(1000);
+        let (sequence, _) = batch.expect("a drop is due");
+        state.drops_acked(&again, sequence);
+    };
+    // Removed: its range stays the arena's.
+    state.remove(&qualified(1), true, now).unwrap();
+    carried_out();
+    assert!(
+        take().iter().all(|at| *at >= 4096),
+        "its writer has not left"
+    );
+    // The node says that it has: all of it is free.
+    let jobs: Vec<u64> = state.reconciles.lock().keys().copied().collect();
+    assert_eq!(jobs.len(), 1);
+    state.reconciled(jobs[0], true, &[], now);
+    assert!(take().iter().all(|at| *at >= 4096), "busy");
+    state.reconciled(jobs[0], false, &[], now);
+    carried_out();
+    assert!(take().contains(&0));
+    assert_eq!(
+        segment
+            .arena_bytes
+            .load(std::sync::atomic::Ordering::Relaxed),
+        0
+    );
 }

@@ -101,7 +101,10 @@ impl Call<'_> {
             Op::ArenaOpen(op) => Ok(self.arena_open(&op)),
             Op::ArenaCommit(op) => self.arena_commit(&op),
             Op::ArenaClose(op) => {
-                let closed = self.master.state.arena_close(op.arena, self.client);
+                let closed =
+                    self.master
+                        .state
+                        .arena_close(op.arena, self.client, op.unsettled, self.now);
                 Ok(codes(vec![code(closed)]))
             }
             Op::Remove(op) => self.remove(&op),

@@ -92,9 +92,33 @@ pub(crate) struct Arena {
     pub(crate) closed: bool,
     /// Its ranges have been given up.
     pub(crate) dissolved: bool,
+    /// Commits under way: the index does not have their objects yet.
+    pub(crate) committing: u32,
 }
 
 impl Arena {
+    /// One that a node reports of an earlier term: closed from the start.
+    pub(crate) fn of_earlier_term(
+        client: Id128,
+        at: Replica,
+        length: u64,
+        versions: std::ops::Range<u64>,
+    ) -> Self {
+        Self {
+            client,
+            segment: at.segment,
+            offset: at.offset,
+            length,
+            versions,
+            filled: BTreeMap::new(),
+            refused: HashMap::new(),
+            dead: Vec::new(),
+            closed: true,
+            dissolved: false,
+            committing: 0,
+        }
+    }
+
     /// Whether a range lies within, aligned, and nothing was put there yet.
     fn is_free(&self, offset: u64, bytes: u64) -> bool {
         let Some(end) = offset.checked_add(bytes) else {
@@ -620,6 +644,7 @@ impl MasterState {
             dead: Vec::new(),
             closed: false,
             dissolved: false,
+            committing: 0,
         };
         self.arenas.lock().insert(id, Arc::new(Mutex::new(arena)));
         let replica = Replica {
@@ -675,6 +700,7 @@ impl MasterState {
                 });
             }
             arena.filled.insert(offset, bytes);
+            arena.committing += 1;
             arena.segment
         };
         if let Some(state) = self.segments.get(segment) {
@@ -691,12 +717,11 @@ impl MasterState {
             Replaces::Nothing,
             now,
         );
+        let mut arena = shared.lock();
+        arena.committing -= 1;
         if done == Err(StoreError::Exists) {
             // The writer may still be writing: it takes the item back when it has ended.
-            shared
-                .lock()
-                .refused
-                .insert(written.version, (replica, size));
+            arena.refused.insert(written.version, (replica, size));
         }
         done.map(|_| ())
     }
@@ -737,26 +762,31 @@ impl MasterState {
         now: Millis,
     ) -> Result<(), StoreError> {
         let unknown = StoreError::InvalidWrite { what: "this arena" };
-        let arena = self
+        let shared = self
             .arenas
             .lock()
             .get(&arena_id)
             .cloned()
             .ok_or(unknown.clone())?;
-        let mut arena = arena.lock();
+        let mut arena = shared.lock();
         if arena.closed || arena.client != client || !arena.versions.contains(&version) {
             return Err(unknown);
         }
         if let Some((replica, size)) = arena.refused.remove(&version) {
-            self.discard(&[replica], size, version, client, settled, now);
+            self.give_up(arena, &[replica], size, version, settled, now);
         } else if arena.filled.contains_key(&offset) {
             let dead = arena.dead.iter().position(|(_, _, v)| *v == version);
             let dead = dead.map(|at| arena.dead.swap_remove(at));
-            drop(arena);
             if let Some((replica, size, _)) = dead {
-                self.discard(&[replica], size, version, client, settled, now);
-            } else if let Some(object) = self.take_version(qualified, version) {
-                self.discard(&object.replicas, object.size, version, client, settled, now);
+                self.give_up(arena, &[replica], size, version, settled, now);
+            } else {
+                // Not under the arena's lock: the index comes first.
+                drop(arena);
+                if let Some(object) = self.take_version(qualified, version) {
+                    let arena = shared.lock();
+                    let replicas = &object.replicas;
+                    self.give_up(arena, replicas, object.size, version, settled, now);
+                }
             }
         } else if let Some(bytes) = footprint(size).filter(|b| arena.is_free(offset, *b)) {
             // The commit never came: keep the range from being freed with the arena's gaps.
@@ -768,13 +798,45 @@ impl MasterState {
             if let Some(state) = self.segments.get(arena.segment) {
                 state.arena_bytes.fetch_sub(bytes, Ordering::Relaxed);
             }
-            self.discard(&[replica], size, version, client, settled, now);
+            self.give_up(arena, &[replica], size, version, settled, now);
         }
         Ok(())
     }
 
-    /// The client promises to write no more: what it did not fill is freed.
-    pub(crate) fn arena_close(&self, arena_id: u64, client: Id128) -> Result<(), StoreError> {
+    /// Gives up ranges of an arena. Settled ones are free only with the arena: nobody else is given a part of one that is
+    /// being filled.
+    fn give_up(
+        &self,
+        mut arena: parking_lot::MutexGuard<'_, Arena>,
+        replicas: &[Replica],
+        size: u64,
+        version: u64,
+        settled: bool,
+        now: Millis,
+    ) {
+        let client = arena.client;
+        let parked = settled && !arena.dissolved;
+        if parked {
+            arena
+                .dead
+                .extend(replicas.iter().map(|r| (*r, size, version)));
+        }
+        drop(arena);
+        if parked {
+            self.drop_ranges(replicas, size, version, false);
+        } else {
+            self.discard(replicas, size, version, client, settled, now);
+        }
+    }
+
+    /// The client promises to write no more: what it did not fill is freed, `unsettled` only once the node has settled it.
+    pub(crate) fn arena_close(
+        &self,
+        arena_id: u64,
+        client: Id128,
+        unsettled: bool,
+        now: Millis,
+    ) -> Result<(), StoreError> {
         let unknown = StoreError::InvalidWrite { what: "this arena" };
         let arena = self
             .arenas
@@ -789,7 +851,11 @@ impl MasterState {
             }
             arena.closed = true;
         }
-        self.arena_dissolve(arena_id);
+        if unsettled {
+            self.settle_arena(arena_id, now);
+        } else {
+            self.arena_dissolve(arena_id);
+        }
         Ok(())
     }
 

@@ -29,6 +29,8 @@ pub(crate) struct Reported {
     pub(crate) attributes: Attributes,
     /// Its writer, when the bytes are not in place yet.
     pub(crate) pending: Option<Id128>,
+    /// Not an object but a whole arena of an earlier term: the number of its versions.
+    pub(crate) arena_versions: u32,
 }
 
 /// A range whose writer is gone or unsure, to be settled with its node.
@@ -64,6 +66,8 @@ pub(crate) struct Registration {
     returning: bool,
     /// It was unmounted by this master before: what happened to its objects since.
     forgotten: Option<Departed>,
+    /// Arenas of earlier terms it reported: slot, start, end, name. Their ranges are taken as a whole.
+    arenas: Vec<(u32, u64, u64, u64)>,
 }
 
 /// How far a node's versions may be ahead of this clock: another master's was.
@@ -159,6 +163,7 @@ impl MasterState {
                 node,
                 returning: true,
                 forgotten: None,
+                arenas: Vec::new(),
             };
         }
         for old in self.segments.nodes() {
@@ -176,6 +181,7 @@ impl MasterState {
             returning: false,
             // Kept until the registration is complete: one that breaks off is begun anew.
             forgotten: self.departed.lock().get(&id).cloned(),
+            arenas: Vec::new(),
         }
     }
 
@@ -194,6 +200,10 @@ impl MasterState {
             segment: slot,
             offset: entry.offset,
         };
+        if entry.arena_versions > 0 {
+            return self.adopt_arena(registration, &entry, replica, now);
+        }
+        let node = &registration.node;
         if registration.returning {
             if !self.knows(&entry, replica) {
                 self.tell_drop(node, &entry);
@@ -213,6 +223,20 @@ impl MasterState {
         let Some(segment) = self.segments.get(slot) else {
             return;
         };
+        let end = entry.offset.saturating_add(bytes);
+        let within = |(s, from, to, _): &&(u32, u64, u64, u64)| {
+            *s == slot && *from <= entry.offset && end <= *to
+        };
+        if let Some((_, _, _, id)) = registration.arenas.iter().find(within) {
+            // Its range is taken with the arena; what is on its way there is settled with it.
+            let arena = self.arenas.lock().get(id).cloned();
+            if let (Some(arena), None) = (arena, entry.pending) {
+                arena.lock().filled.insert(entry.offset, bytes);
+                segment.arena_bytes.fetch_sub(bytes, Ordering::Relaxed);
+                self.adopt_complete(entry, replica, now);
+            }
+            return;
+        }
         let allocated = segment.allocator.lock().allocate_at(entry.offset, bytes);
         if !allocated {
             tracing::warn!(node = %node.name, offset = entry.offset, "a reported object overlaps another");
@@ -222,6 +246,62 @@ impl MasterState {
             return self.quarantine(replica, bytes, client, now);
         }
         self.adopt_complete(entry, replica, now);
+    }
+
+    /// Takes over an arena that a client of an earlier term may still write into: nothing of its range is used before the
+    /// node says that the client has left it.
+    fn adopt_arena(
+        &self,
+        registration: &mut Registration,
+        entry: &Reported,
+        replica: Replica,
+        now: Millis,
+    ) {
+        let (id, count) = (entry.written.version, u64::from(entry.arena_versions));
+        self.raise_versions(id.saturating_add(count));
+        let known = self.arenas.lock().get(&id).cloned();
+        if let Some(arena) = known {
+            // This master's own: its node was told of a later term meanwhile, and lets nobody acknowledge there.
+            let closed = std::mem::replace(&mut arena.lock().closed, true);
+            if !closed {
+                self.settle_arena(id, now);
+            }
+            return;
+        }
+        let (Some(client), false) = (entry.pending, registration.returning) else {
+            return;
+        };
+        let Some(segment) = self.segments.get(replica.segment) else {
+            return;
+        };
+        let length = entry.size;
+        let allocated = segment.allocator.lock().allocate_at(entry.offset, length);
+        if !allocated {
+            tracing::warn!(node = %registration.node.name, offset = entry.offset, "a reported arena overlaps something");
+            return;
+        }
+        segment.arena_bytes.fetch_add(length, Ordering::Relaxed);
+        let arena = Arena::of_earlier_term(client, replica, length, id..id + count);
+        self.arenas
+            .lock()
+            .insert(id, Arc::new(parking_lot::Mutex::new(arena)));
+        let end = entry.offset + length;
+        registration
+            .arenas
+            .push((replica.segment, entry.offset, end, id));
+        self.settle_arena(id, now);
+    }
+
+    /// Has the node settle a closed arena, which is dissolved afterwards.
+    pub(crate) fn settle_arena(&self, id: u64, now: Millis) {
+        let Some(arena) = self.arenas.lock().get(&id).cloned() else {
+            return;
+        };
+        let (segment, offset, length, client) = {
+            let arena = arena.lock();
+            (arena.segment, arena.offset, arena.length, arena.client)
+        };
+        self.reconcile(segment, offset, length, client, Settles::Arena(id), now);
     }
 
     fn adopt_complete(&self, entry: Reported, replica: Replica, now: Millis) {
@@ -245,7 +325,7 @@ impl MasterState {
             }
             Some(object) if object.version > version => {
                 drop(shard);
-                self.drop_replicas(&[replica], entry.size, version);
+                self.dismiss_replicas(&[replica], entry.size, version);
             }
             known => {
                 let replaces = known.is_some();
@@ -464,6 +544,13 @@ impl MasterState {
             // Given up already: nothing in its range is ours to settle.
             return (1..1, Vec::new());
         };
+        // A commit that was let in before the arena was closed is about to enter the index.
+        for _ in 0..1000 {
+            if arena.lock().committing == 0 {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let versions = arena.lock().versions.clone();
         let mut kept = Vec::new();
         self.walk(0, usize::MAX, |o| {
@@ -525,7 +612,7 @@ impl MasterState {
 
     /// A client is gone: what it had not finished is settled with the nodes.
     pub(crate) fn client_gone(&self, client: Id128, now: Millis) {
-        let mine: Vec<(u64, u32, u64, u64)> = {
+        let mine: Vec<u64> = {
             let arenas = self.arenas.lock();
             arenas
                 .iter()
@@ -535,12 +622,12 @@ impl MasterState {
                         return None;
                     }
                     arena.closed = true;
-                    Some((*id, arena.segment, arena.offset, arena.length))
+                    Some(*id)
                 })
                 .collect()
         };
-        for (id, segment, offset, length) in mine {
-            self.reconcile(segment, offset, length, client, Settles::Arena(id), now);
+        for id in mine {
+            self.settle_arena(id, now);
         }
         self.abandon(now, |put| put.client == client);
     }

@@ -171,6 +171,7 @@ fn reported(entry: wire::DirectoryEntry) -> Reported {
             data_type: entry.data_type as u8,
         },
         pending: entry.pending.then_some(client),
+        arena_versions: entry.arena_versions,
     }
 }
 

@@ -14,7 +14,7 @@ use prost::Message;
 use crate::base::id::Id128;
 use crate::engine::host::{NotifyOrigin, NotifySink, Reach, Segment};
 use crate::store::arena_table::ArenaTable;
-use crate::store::model::header::{ALIGNMENT, HEADER_BYTES, footprint, pending};
+use crate::store::model::header::{ALIGNMENT, footprint, pending};
 use crate::store::model::key;
 use crate::store::wire::{self, DirectoryEntry, NodeNotify, node_notify};
 
@@ -35,7 +35,8 @@ struct Entry {
 /// Entries of one segment, by offset: at most one object lies at a place.
 type Entries = BTreeMap<u64, Entry>;
 
-/// An arena that its writer fills through shared memory.
+/// An arena that its writer fills through shared memory. Nothing else is placed in its range while it is listed: a master
+/// gives parts of it to nobody before the whole of it has been settled here.
 #[derive(Debug)]
 struct SharedArena {
     client: Id128,
@@ -43,13 +44,12 @@ struct SharedArena {
     length: u64,
     /// Term of its grant.
     term: u64,
+    versions: (u64, u32),
     table: ArenaTable,
     /// Bytes of the table that are in the entries already.
     gathered: u64,
-    /// A later master was told of it: its writer acknowledges nothing there any more.
+    /// A later master was told of it: its writer acknowledges nothing there any more, and its table is read no more.
     sealed: bool,
-    /// Its writer is known to be gone and parts of it have been settled: its table is not read any more.
-    over: bool,
 }
 
 /// What one segment holds.
@@ -109,13 +109,14 @@ impl NodeDirectory {
             return false;
         };
         let mut contents = contents.lock();
-        contents.end_strange_arenas(memory, e.offset, bytes, origin.client);
+        // In step with what an arena there says, if a master ever placed this into one.
+        contents.gather_around(memory, e.offset, bytes);
         contents.insert(e, bytes, origin.client);
         true
     }
 
     /// Takes note of an arena and opens its table.
-    fn begin_arena(&self, origin: &NotifyOrigin) -> bool {
+    fn begin_arena(&self, origin: &NotifyOrigin, begin: wire::ArenaBegin) -> bool {
         let segments = self.segments.read();
         let Some((memory, contents)) = segments.get(origin.segment as usize) else {
             return false;
@@ -125,8 +126,16 @@ impl NodeDirectory {
             return false;
         };
         let mut contents = contents.lock();
-        contents.end_strange_arenas(memory, origin.offset, origin.length, Id128::NONE);
-        if contents.arenas.len() >= ARENAS_MAX {
+        let overlapping = contents.arenas_in(origin.offset, origin.length).next();
+        if let Some(other) = overlapping {
+            tracing::warn!(
+                offset = origin.offset,
+                other,
+                "an arena was granted over another: refused"
+            );
+            return false;
+        }
+        if contents.arenas.len() >= ARENAS_MAX || begin.first_version == 0 {
             return false;
         }
         // Whatever lay there has been freed by the master.
@@ -137,10 +146,10 @@ impl NodeDirectory {
             reach: origin.reach,
             length: origin.length,
             term: origin.term,
+            versions: (begin.first_version, begin.version_count),
             table,
             gathered: 0,
             sealed: false,
-            over: false,
         };
         contents.arenas.insert(origin.offset, arena);
         true
@@ -157,26 +166,33 @@ impl NodeDirectory {
         if !contents.arenas.get(&origin.offset).is_some_and(own) {
             return false;
         }
-        contents.gather(memory, origin.offset);
+        contents.gather(memory, origin.offset, false);
         contents.arenas.remove(&origin.offset);
         true
     }
 
     /// Ends the writers' right to acknowledge in arenas of terms before `term`, before the directory is read for a new
-    /// master.
+    /// master: what is complete then is in the entries, and what is not can no longer become so.
     pub fn seal_before(&self, term: u64) {
-        for (_, contents) in self.segments.read().iter() {
+        for (memory, contents) in self.segments.read().iter() {
             let mut contents = contents.lock();
-            contents.arenas.retain(|_, a| !a.over);
-            for arena in contents.arenas.values_mut().filter(|a| a.term < term) {
-                arena.table.seal();
-                arena.sealed = true;
+            let old = contents.arenas.iter();
+            let old = old.filter(|(_, a)| a.term < term && !a.sealed);
+            let old: Vec<u64> = old.map(|(at, _)| *at).collect();
+            for at in old {
+                if let Some(arena) = contents.arenas.get(&at) {
+                    arena.table.seal();
+                }
+                contents.gather(memory, at, true);
+                if let Some(arena) = contents.arenas.get_mut(&at) {
+                    arena.sealed = true;
+                }
             }
         }
     }
 
-    /// Takes what the tables of a segment's arenas say into its entries, and returns the parts of sealed arenas that no
-    /// entry accounts for: their writers may still be writing there, so that they must not be given to others yet.
+    /// Takes what the tables of a segment's arenas say into its entries, and returns the sealed arenas: their writers may
+    /// still be writing there, so that nothing of them must be given to others yet.
     pub fn gather(&self, segment: u32) -> Vec<DirectoryEntry> {
         let segments = self.segments.read();
         let Some((memory, contents)) = segments.get(segment as usize) else {
@@ -185,9 +201,21 @@ impl NodeDirectory {
         let mut contents = contents.lock();
         let all: Vec<u64> = contents.arenas.keys().copied().collect();
         for offset in all {
-            contents.gather(memory, offset);
+            contents.gather(memory, offset, false);
         }
-        contents.unaccounted(segment)
+        let sealed = contents.arenas.iter().filter(|(_, a)| a.sealed);
+        let entry = |(offset, a): (&u64, &SharedArena)| DirectoryEntry {
+            segment,
+            offset: *offset,
+            size_bytes: a.length,
+            version: a.versions.0,
+            arena_versions: a.versions.1,
+            pending: true,
+            client_high: a.client.high,
+            client_low: a.client.low,
+            ..DirectoryEntry::default()
+        };
+        sealed.map(entry).collect()
     }
 
     /// Forgets an object and makes it unreadable, if it is (still) this version.
@@ -240,6 +268,7 @@ impl NodeDirectory {
                 soft_pin_ttl_ms: e.soft_pin_ttl_ms,
                 group: e.group.into(),
                 data_type: u32::from(e.data_type),
+                arena_versions: 0,
                 pending,
                 client_high: e.client.high,
                 client_low: e.client.low,
@@ -334,10 +363,27 @@ impl Contents {
         );
     }
 
+    /// Offsets of the arenas that a range touches.
+    fn arenas_in(&self, offset: u64, length: u64) -> impl Iterator<Item = u64> + '_ {
+        let end = offset.saturating_add(length);
+        self.arenas
+            .range(..end)
+            .rev()
+            .take_while(move |(at, a)| **at + a.length > offset)
+            .map(|(at, _)| *at)
+    }
+
+    fn gather_around(&mut self, memory: &Segment, offset: u64, length: u64) {
+        let around: Vec<u64> = self.arenas_in(offset, length).collect();
+        for at in around {
+            self.gather(memory, at, false);
+        }
+    }
+
     /// Takes new records of one arena into the entries. Objects whose word says neither that they are there nor that
-    /// they are on their way were dropped.
-    fn gather(&mut self, memory: &Segment, offset: u64) {
-        let Some(arena) = self.arenas.get_mut(&offset).filter(|a| !a.over) else {
+    /// they are on their way were dropped. `last`: what is still on its way is not to arrive any more.
+    fn gather(&mut self, memory: &Segment, offset: u64, last: bool) {
+        let Some(arena) = self.arenas.get_mut(&offset).filter(|a| !a.sealed) else {
             return;
         };
         let (records, gathered) = arena.table.records(arena.gathered);
@@ -356,15 +402,53 @@ impl Contents {
             if !inside || e.size_bytes == 0 || e.version == 0 || key::split(&e.key).is_none() {
                 continue;
             }
-            let there = memory.memory.word_is(e.offset, e.version)
-                || memory.memory.word_is(e.offset, pending(e.version));
-            if there {
+            let on_its_way = memory.memory.word_is(e.offset, pending(e.version));
+            if (on_its_way && !last) || memory.memory.word_is(e.offset, e.version) {
+                self.insert(e, bytes, client);
+            }
+        }
+        if last {
+            self.stop_pending(memory, offset);
+        }
+    }
+
+    /// Takes away the words of what an arena's writer has under way, so that it cannot publish it; what it published in
+    /// the last moment is complete.
+    fn stop_pending(&mut self, memory: &Segment, offset: u64) {
+        let Some(arena) = self.arenas.get(&offset) else {
+            return;
+        };
+        // All of the table once more: entries are found by what their words say now.
+        let (records, _) = arena.table.records(0);
+        let (low, client) = (arena.table.low(), arena.client);
+        for record in records {
+            let Ok(e) = DirectoryEntry::decode(record.as_slice()) else {
+                continue;
+            };
+            let bytes = footprint(e.size_bytes).unwrap_or(u64::MAX);
+            let end = e.offset.checked_add(bytes);
+            if e.offset < offset || e.version == 0 || end.is_none_or(|end| end > low) {
+                continue;
+            }
+            let Some(word) = memory.memory.word(e.offset) else {
+                continue;
+            };
+            let told = pending(e.version);
+            let stopped = word.compare_exchange(told, 0, Ordering::SeqCst, Ordering::SeqCst);
+            let own = self.entries.get(&e.offset).map(|known| known.version);
+            if stopped.is_ok() && own == Some(e.version) {
+                self.entries.remove(&e.offset);
+            } else if stopped == Err(e.version)
+                && own != Some(e.version)
+                && e.size_bytes > 0
+                && key::split(&e.key).is_some()
+            {
                 self.insert(e, bytes, client);
             }
         }
     }
 
-    /// Gathers and forgets arenas that lie within a range: it is being settled.
+    /// Gathers and forgets arenas that lie within a range: it is being settled, and nobody writes there any more.
     fn end_arenas_within(&mut self, memory: &Segment, offset: u64, length: u64) {
         let end = offset.saturating_add(length);
         let within: Vec<u64> = self
@@ -374,73 +458,17 @@ impl Contents {
             .map(|(at, _)| *at)
             .collect();
         for at in within {
-            self.gather(memory, at);
+            self.gather(memory, at, false);
             self.arenas.remove(&at);
         }
-        // A sealed one is settled in parts, once nobody writes there: then this was its last word.
-        let around = self.arenas.range(..=offset).next_back();
-        let around = around
-            .filter(|(at, a)| offset < **at + a.length)
-            .map(|(at, _)| *at);
-        if let Some(at) = around {
-            self.gather(memory, at);
-            if let Some(arena) = self.arenas.get_mut(&at).filter(|a| a.sealed) {
-                arena.over = true;
-            }
-        }
-    }
-
-    /// A writer was given a range where another's arena was: that one has come to its end unnoticed.
-    fn end_strange_arenas(&mut self, memory: &Segment, offset: u64, length: u64, client: Id128) {
-        let end = offset.saturating_add(length);
-        let strange: Vec<u64> = self
-            .arenas
-            .range(..end)
-            .rev()
-            .take_while(|(at, a)| **at + a.length > offset)
-            .filter(|(_, a)| a.client != client)
-            .map(|(at, _)| *at)
-            .collect();
-        for at in strange {
-            if self.arenas.get(&at).is_some_and(|a| !a.sealed || a.over) {
-                self.gather(memory, at);
-                self.arenas.remove(&at);
-            }
-        }
-    }
-
-    fn unaccounted(&self, segment: u32) -> Vec<DirectoryEntry> {
-        let mut gaps = Vec::new();
-        for (offset, arena) in self.arenas.iter().filter(|(_, a)| a.sealed && !a.over) {
-            let end = offset + arena.length;
-            let mut at = *offset;
-            let taken = self.entries.range(*offset..end);
-            let taken = taken.map(|(at, e)| (*at, *at + footprint(e.size).unwrap_or(0)));
-            for (start, stop) in taken.chain([(end, end)]) {
-                if start >= at + HEADER_BYTES {
-                    gaps.push(DirectoryEntry {
-                        // Any key: a pending range is never read.
-                        key: bytes::Bytes::from_static(b"\0arena"),
-                        segment,
-                        offset: at,
-                        size_bytes: start - at - HEADER_BYTES,
-                        pending: true,
-                        client_high: arena.client.high,
-                        client_low: arena.client.low,
-                        ..DirectoryEntry::default()
-                    });
-                }
-                at = at.max(stop);
-            }
-        }
-        gaps
     }
 }
 
 /// Takes the version out of the header, so that no reader accepts it any more.
 fn erase(segment: &Segment, offset: u64, version: u64) {
     if let Some(word) = segment.memory.word(offset) {
-        for told in [version, pending(version)] {
+        // In this order: a writer may publish in between, and never takes that back.
+        for told in [pending(version), version] {
             let _ = word.compare_exchange(told, 0, Ordering::SeqCst, Ordering::Relaxed);
         }
     }
@@ -465,8 +493,8 @@ impl NotifySink for NodeDirectory {
                 true
             }
             Ok(NodeNotify {
-                kind: Some(node_notify::Kind::ArenaBegin(_)),
-            }) => self.begin_arena(&origin),
+                kind: Some(node_notify::Kind::ArenaBegin(begin)),
+            }) => self.begin_arena(&origin, begin),
             Ok(NodeNotify {
                 kind: Some(node_notify::Kind::ArenaEnd(_)),
             }) => self.end_arena(&origin),
@@ -608,9 +636,15 @@ mod tests {
         d.notify(origin, &notify.encode_to_vec())
     }
 
+    fn begun() -> node_notify::Kind {
+        node_notify::Kind::ArenaBegin(wire::ArenaBegin {
+            first_version: 50,
+            version_count: 10,
+        })
+    }
+
     fn begin(d: &NodeDirectory) -> bool {
-        let kind = node_notify::Kind::ArenaBegin(wire::ArenaBegin {});
-        tell(d, 1, kind, Reach::Host)
+        tell(d, 1, begun(), Reach::Host)
     }
 
     fn end(d: &NodeDirectory, client: u64) -> bool {
@@ -639,8 +673,10 @@ mod tests {
     #[test]
     fn an_arena_is_gathered_when_it_ends() {
         let (d, s) = directory();
-        let kind = node_notify::Kind::ArenaBegin(wire::ArenaBegin {});
-        assert!(!tell(&d, 1, kind, Reach::Network), "it cannot write there");
+        assert!(
+            !tell(&d, 1, begun(), Reach::Network),
+            "it cannot write there"
+        );
         assert!(begin(&d));
         let table = ArenaTable::new(s.memory.clone(), ARENA, LENGTH).unwrap();
         assert!(table.is_open());
@@ -685,38 +721,57 @@ mod tests {
         assert!(table.is_open(), "the same term");
         d.seal_before(6);
         assert!(!table.is_open());
-        let rest = d.gather(0);
-        assert_eq!(rest.len(), 1);
-        assert_eq!((rest[0].offset, rest[0].pending), (ARENA + 2176, true));
-        let end = rest[0].offset + footprint(rest[0].size_bytes).unwrap();
-        assert_eq!(end, ARENA + LENGTH, "up to the end, the table included");
+        let reported = d.gather(0);
+        assert_eq!(reported.len(), 1, "whole");
+        let arena = &reported[0];
+        assert_eq!((arena.offset, arena.size_bytes), (ARENA, LENGTH));
+        assert_eq!((arena.version, arena.arena_versions), (50, 10));
         let (page, _) = d.page(0, 0, 10);
         let found: Vec<_> = page.iter().map(|e| (e.version, e.pending)).collect();
-        assert_eq!(found, [(50, false), (51, true)]);
+        assert_eq!(found, [(50, false)]);
+        assert!(
+            s.memory.word_is(ARENA + 1088, 0),
+            "what was on its way cannot be published any more"
+        );
+        // Entered and even published after that: nobody acknowledged it, and no later master finds it.
+        enter(&table, b"too late", ARENA + 2176, 52, true);
+        d.seal_before(7);
+        assert_eq!((d.gather(0).len(), d.len()), (1, 1));
+        assert!(!begin(&d), "nobody else is given any of it");
         let writer = Id128 { high: 7, low: 1 };
         d.shared_writer(writer, 1);
-        assert!(d.may_write(writer, 0, ARENA + 2176, 64));
+        assert!(d.may_write(writer, 0, ARENA, LENGTH));
         table.leave();
-        assert!(!d.may_write(writer, 0, ARENA + 2176, 64));
+        assert!(!d.may_write(writer, 0, ARENA, LENGTH));
         assert!(
             d.may_write(writer, 0, 0, 64),
             "it still has the segment mapped"
         );
-        // Settled in parts: what is left there later is read no more.
-        let part = wire::Reconcile {
-            offset: ARENA + 1088,
-            length_bytes: 1088,
-            version_to: 1000,
+        let whole = wire::Reconcile {
+            offset: ARENA,
+            length_bytes: LENGTH,
+            keep: vec![50],
+            version_from: 50,
+            version_to: 60,
             ..wire::Reconcile::default()
         };
-        assert!(d.settle(&part).is_empty());
-        assert!(s.memory.word_is(ARENA + 1088, 0));
-        enter(&table, b"too late", ARENA + 2176, 52, true);
-        assert!(d.gather(0).is_empty());
-        assert_eq!(d.len(), 1);
-        d.seal_before(7);
+        assert!(d.settle(&whole).is_empty());
+        assert_eq!(d.gather(0).len(), 0);
+        assert!(s.memory.word_is(ARENA, 50));
         assert!(begin(&d), "given to the next");
         assert!(d.is_empty());
+    }
+
+    #[test]
+    fn a_drop_wins_over_a_writer_that_publishes_meanwhile() {
+        let (d, s) = directory();
+        assert!(begin(&d));
+        for published in [false, true] {
+            s.memory
+                .publish(ARENA, if published { 50 } else { pending(50) });
+            d.drop_object(0, ARENA, 50);
+            assert!(s.memory.word_is(ARENA, 0));
+        }
     }
 
     #[test]
