@@ -24,7 +24,7 @@ const fn ignored(name: &'static str, aliases: &'static [&'static str]) -> Settin
 }
 
 /// Names, defaults and units follow upstream's `mooncake_master` where it has the setting.
-static SETTINGS: &[Setting] = &[
+pub(super) static SETTINGS: &[Setting] = &[
     Setting::new(
         "port",
         &["rpc_port"],
