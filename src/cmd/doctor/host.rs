@@ -575,8 +575,13 @@ fn disk(path: &Path) -> Vec<Finding> {
     let probed = system::within(Duration::from_secs(4), move || write_probe(&place));
     found.insert(0, match probed {
         None => Finding::fail(check, "ssd_stuck", name, "a write of 16 MiB did not end within 4 s").remedy("look at the disk: dmesg"),
-        Some(Err(e)) if e.kind() == std::io::ErrorKind::PermissionDenied || e.raw_os_error() == Some(30) => {
-            Finding::fail(check, "ssd_readonly", name.clone(), format!("cannot be written: {e}")).remedy("let this user write there").command(format!("chown $(id -u) {name}"))
+        Some(Err(e)) if e.kind() == std::io::ErrorKind::ReadOnlyFilesystem => {
+            Finding::fail(check, "ssd_readonly", name, format!("cannot be written: {e}"))
+                .remedy("mount it for writing; a disk that fails is mounted read-only by itself: dmesg")
+        }
+        Some(Err(e)) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            Finding::fail(check, "ssd_forbidden", name.clone(), format!("cannot be written: {e}"))
+                .remedy("let this user write there").command(format!("chown $(id -u) {name}"))
         }
         Some(Err(e)) => Finding::fail(check, "ssd_broken", name, format!("cannot be written: {e}")).remedy("look at the disk: dmesg"),
         Some(Ok((direct, rate))) => {

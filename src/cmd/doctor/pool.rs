@@ -53,19 +53,7 @@ pub(super) fn check(
     let mut found = states(&seen.segments);
     found.extend(addresses(&seen.segments, host_id));
     found.push(version(&seen.overview));
-    if seen.overview.rebuilding {
-        found.push(
-            Finding::warn(
-                "index",
-                "rebuilding",
-                "rebuilding",
-                "the master reads its nodes' directories: keys may be answered as not known yet",
-            )
-            .remedy(
-                "wait; if it lasts, look for a node that does not answer: mooncake inspect nodes",
-            ),
-        );
-    }
+    found.extend(index(&seen.overview));
     found.push(room(&seen.overview));
     found.extend(fragmentation(&seen.segments));
     std::thread::sleep(LOOK_AGAIN);
@@ -150,6 +138,32 @@ fn version(o: &OverviewReply) -> Finding {
         "different releases meet",
     )
     .remedy("run the same release on all hosts")
+}
+
+/// A master that has just started gives its nodes time to come back.
+const STARTING: Duration = Duration::from_secs(5);
+
+fn index(o: &OverviewReply) -> Option<Finding> {
+    if !o.rebuilding {
+        return None;
+    }
+    let up = Duration::from_millis(o.uptime_ms);
+    if up < STARTING {
+        return Some(Finding::ok(
+            "index",
+            "the master has just started, and waits for its nodes",
+        ));
+    }
+    let shown = format!(
+        "rebuilding, {} after the start",
+        format_duration(Duration::from_secs(up.as_secs()))
+    );
+    let reason = "the master reads its nodes' directories: keys may be answered as not known yet";
+    Some(
+        Finding::warn("index", "rebuilding", shown, reason).remedy(
+            "wait; if it lasts, look for a node that does not answer: mooncake inspect nodes",
+        ),
+    )
 }
 
 fn room(o: &OverviewReply) -> Finding {

@@ -294,15 +294,22 @@ enum Seen {
     Named(String),
 }
 
-/// Asks in several languages at once, each on a connection of its own.
+/// Asks in several languages, each on a connection of its own. TLS comes first and alone: some servers serve one connection
+/// after the other, and would spend the time on the questions they do not understand.
 fn identify(address: SocketAddr) -> Option<Seen> {
     let ask =
         move |question: &'static [u8]| std::thread::spawn(move || exchange(address, question));
-    let (banner, tls) = (ask(b""), ask(TLS_HELLO));
+    if matches!(
+        exchange(address, TLS_HELLO).get(..2),
+        Some([0x15 | 0x16, 3])
+    ) {
+        return Some(Seen::Tls);
+    }
+    let banner = ask(b"");
     let http = ask(b"GET / HTTP/1.1\r\nHost: doctor\r\nConnection: close\r\n\r\n");
     let redis = ask(b"PING\r\n");
     let text = |t: std::thread::JoinHandle<Vec<u8>>| t.join().unwrap_or_default();
-    let (banner, tls, http, redis) = (text(banner), text(tls), text(http), text(redis));
+    let (banner, http, redis) = (text(banner), text(http), text(redis));
     let show = |bytes: &[u8]| {
         let line = bytes
             .split(|b| matches!(b, b'\r' | b'\n'))
@@ -310,9 +317,6 @@ fn identify(address: SocketAddr) -> Option<Seen> {
             .unwrap_or_default();
         String::from_utf8_lossy(&line[..line.len().min(60)]).into_owned()
     };
-    if matches!(tls.get(..2), Some([0x15 | 0x16, 3])) {
-        return Some(Seen::Tls);
-    }
     if banner.starts_with(b"SSH-") {
         return Some(Seen::Named(format!("an SSH server ({})", show(&banner))));
     }
