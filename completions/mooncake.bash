@@ -19,6 +19,9 @@ _mooncake() {
             mooncake,bench)
                 cmd="mooncake__subcmd__bench"
                 ;;
+            mooncake,doctor)
+                cmd="mooncake__subcmd__doctor"
+                ;;
             mooncake,exist)
                 cmd="mooncake__subcmd__exist"
                 ;;
@@ -78,6 +81,9 @@ _mooncake() {
                 ;;
             mooncake__subcmd__help,bench)
                 cmd="mooncake__subcmd__help__subcmd__bench"
+                ;;
+            mooncake__subcmd__help,doctor)
+                cmd="mooncake__subcmd__help__subcmd__doctor"
                 ;;
             mooncake__subcmd__help,exist)
                 cmd="mooncake__subcmd__help__subcmd__exist"
@@ -161,7 +167,7 @@ _mooncake() {
 
     case "${cmd}" in
         mooncake)
-            opts="-h -V --help --version master node put get exist ls rm stat inspect bench generate help"
+            opts="-h -V --help --version master node put get exist ls rm stat inspect doctor bench generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -352,6 +358,48 @@ _mooncake() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        mooncake__subcmd__doctor)
+            opts="-h --config --master --proxy --peer --rdma --token-file --fix --output --root --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --master)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --proxy)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --peer)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --token-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         mooncake__subcmd__exist)
             opts="-h --master --config --token-file --tenant --transport --timeout --output --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -459,7 +507,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__help)
-            opts="master node put get exist ls rm stat inspect bench generate help"
+            opts="master node put get exist ls rm stat inspect doctor bench generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -517,6 +565,20 @@ _mooncake() {
         mooncake__subcmd__help__subcmd__bench__subcmd__store)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        mooncake__subcmd__help__subcmd__doctor)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi

@@ -19,7 +19,7 @@ const MS: Kind = Kind::Time(Duration::from_millis(1));
 const SECONDS: Kind = Kind::Time(Duration::from_secs(1));
 
 /// Names, defaults and units follow upstream's `mooncake_master` where it has the setting.
-static SETTINGS: &[Setting] = &[
+pub(super) static SETTINGS: &[Setting] = &[
     Setting::new(
         "port",
         &["rpc_port"],

@@ -4,6 +4,7 @@
 
 mod bench;
 mod connect;
+mod doctor;
 mod exist;
 mod generate;
 mod get;
@@ -107,6 +108,11 @@ const VERBS: &[Verb] = &[
         run: inspect::run,
     },
     Verb {
+        name: "doctor",
+        command: doctor::command,
+        run: doctor::run,
+    },
+    Verb {
         name: "bench",
         command: bench::command,
         run: bench::run,
@@ -117,6 +123,12 @@ const VERBS: &[Verb] = &[
         run: generate::run,
     },
 ];
+
+/// The `MOONCAKE_*` variables of all settings of `master` and `node`.
+fn setting_variables() -> impl Iterator<Item = String> {
+    let all = master::SETTINGS.iter().chain(node::SETTINGS);
+    all.map(crate::base::config::Setting::variable)
+}
 
 /// The whole command line.
 pub(crate) fn cli() -> Command {

@@ -9,7 +9,7 @@ use crate::base::config::{Kind, Resolved, Setting};
 use crate::base::units::ByteSize;
 use crate::store::node::{Node, NodeConfig, NodePhase};
 
-static SETTINGS: &[Setting] = &[
+pub(super) static SETTINGS: &[Setting] = &[
     Setting::new(
         "master",
         &["master_server_address"],

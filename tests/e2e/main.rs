@@ -5,6 +5,7 @@
 
 mod bench;
 mod capacity;
+mod doctor;
 mod doors;
 mod objects;
 mod pool;
