@@ -28,6 +28,7 @@ complete -c mooncake -n "__fish_mooncake_needs_command" -s h -l help -d 'Print h
 complete -c mooncake -n "__fish_mooncake_needs_command" -s V -l version -d 'Print version'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "master" -d 'Run the master: the index of a pool (with --memory, a whole pool)'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "node" -d 'Run a node: lend memory of this host to a pool'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "proxy" -d 'Run an OpenAI-compatible front for prefill and decode instances (XpYd)'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "put" -d 'Store a file or standard input under a key, or many files'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "get" -d 'Write an object to a file or standard output'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "exist" -d 'Say whether keys are in the pool (exit code 1 when one is not)'
@@ -91,6 +92,43 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l drain-timeout
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l log-format -d 'How log lines look: text, json [default: text]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l print-config -d 'Print every setting with its value and where it came from, and stop'
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l config -d 'Read settings from a TOML or JSON file' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l bind -d 'Address to listen on; beyond loopback only when told so [default: 127.0.0.1]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l port -d 'Port; 0 = any free one [default: 8000]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l scheduling -d 'Who gets a request: round_robin, random, least_loaded, p2c, session, prefix, cost [default: round_robin]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-scheduling -d 'The same for prefill only [default: --scheduling]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l decode-scheduling -d 'The same for decode only [default: --scheduling]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l connector -d 'How KV gets from prefill to decode; auto finds out per instance: auto, store, mooncake, nixl, none [default: auto]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l agg -d 'No prefill leg at all: every instance of --decode does both [default: false]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-down -d 'When no prefill instance is available: answer 503, or let decode compute the prompt: refuse, decode [default: refuse]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-min-tokens -d 'Prompts with fewer tokens than this (estimated; cached ones not counted) skip prefill [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l upstream-auth -d 'Authorization for instances: the client\'s (else OPENAI_API_KEY), always OPENAI_API_KEY, none: passthrough, env, none [default: passthrough]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l admin-key-file -d 'File with the key of /instances requests (or ADMIN_API_KEY)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-timeout -d 'Bound of a prefill leg [default: 10m]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l first-token-timeout -d 'Bound of decode until the first byte of its answer [default: 10m]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l idle-timeout -d 'Longest silence within an answer [default: 5m]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l client-timeout -d 'How long a client may neither send nor read what is due [default: 30s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l queue-timeout -d 'How long a request waits for a place before it is refused [default: 10s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-inflight -d 'Requests under way [default: 4096]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-queue -d 'Requests waiting for a place [default: 1024]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-per-instance -d 'Requests under way per instance and role; 0 = no limit [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-connections -d 'Client connections [default: 16384]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-body -d 'Largest request body [default: 64MiB]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l retries -d 'Retries per leg, within the retry budget [default: 2]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l health-interval -d 'Between health checks [default: 2s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l state-file -d 'File that remembers added instances across restarts' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l access-log -d 'File for a JSON line per request; - = standard error' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l debug-headers -d 'Name the chosen instances in reply headers (x-mooncake-prefill, -decode, -route-reason) [default: false]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l threads -d 'Threads that serve clients, each with a listener of its own [default: 1]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l drain-timeout -d 'How long requests under way may take to end after SIGTERM [default: 30s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l log-format -d 'How log lines look: text, json [default: text]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -s m -l model -d 'Model that the instances serve' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -s p -l prefill -d 'Prefill instances: HOST:PORT, HOST:PORT:BOOTSTRAP, [IPV6]:PORT, http://HOST:PORT' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -s d -l decode -d 'Decode instances, written alike' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l print-config -d 'Print every setting with its value and where it came from, and stop'
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -s r -l recursive -d 'Store every file below DIR; keys are the paths below it' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l files -d 'Store several files; keys are the paths as given' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l prefix -d 'Put this before every key' -r
@@ -244,18 +282,19 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from help" -f -a "peer" -d 'The other end of bare TCP figures'
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c mooncake -n "__fish_mooncake_using_subcommand generate" -s h -l help -d 'Print help'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "master" -d 'Run the master: the index of a pool (with --memory, a whole pool)'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "node" -d 'Run a node: lend memory of this host to a pool'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "put" -d 'Store a file or standard input under a key, or many files'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "get" -d 'Write an object to a file or standard output'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "exist" -d 'Say whether keys are in the pool (exit code 1 when one is not)'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "ls" -d 'List keys, in no particular order'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "rm" -d 'Remove keys; returns when the nodes have forgotten them'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "stat" -d 'Show size, version, checksum, lease, pins and replicas of a key'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, a key'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "bench" -d 'Measure: put, get and exist beside the machine\'s limits and Redis; the master alone'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "generate" -d 'Write shell completions and man pages'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect bench generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "master" -d 'Run the master: the index of a pool (with --memory, a whole pool)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "node" -d 'Run a node: lend memory of this host to a pool'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "proxy" -d 'Run an OpenAI-compatible front for prefill and decode instances (XpYd)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "put" -d 'Store a file or standard input under a key, or many files'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "get" -d 'Write an object to a file or standard output'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "exist" -d 'Say whether keys are in the pool (exit code 1 when one is not)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "ls" -d 'List keys, in no particular order'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "rm" -d 'Remove keys; returns when the nodes have forgotten them'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "stat" -d 'Show size, version, checksum, lease, pins and replicas of a key'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, a key'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "bench" -d 'Measure: put, get and exist beside the machine\'s limits and Redis; the master alone'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "generate" -d 'Write shell completions and man pages'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "nodes" -d 'Nodes with their state'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "segments" -d 'Segments with occupancy and fragmentation'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum'

@@ -12,6 +12,7 @@ mod ls;
 mod master;
 mod node;
 mod print;
+mod proxy;
 mod put;
 mod rm;
 mod serve;
@@ -70,6 +71,11 @@ const VERBS: &[Verb] = &[
         name: "node",
         command: node::command,
         run: node::run,
+    },
+    Verb {
+        name: "proxy",
+        command: proxy::command,
+        run: proxy::run,
     },
     Verb {
         name: "put",
