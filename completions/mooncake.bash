@@ -133,6 +133,9 @@ _mooncake() {
             mooncake__subcmd__help__subcmd__inspect,nodes)
                 cmd="mooncake__subcmd__help__subcmd__inspect__subcmd__nodes"
                 ;;
+            mooncake__subcmd__help__subcmd__inspect,proxy)
+                cmd="mooncake__subcmd__help__subcmd__inspect__subcmd__proxy"
+                ;;
             mooncake__subcmd__help__subcmd__inspect,segments)
                 cmd="mooncake__subcmd__help__subcmd__inspect__subcmd__segments"
                 ;;
@@ -145,6 +148,9 @@ _mooncake() {
             mooncake__subcmd__inspect,nodes)
                 cmd="mooncake__subcmd__inspect__subcmd__nodes"
                 ;;
+            mooncake__subcmd__inspect,proxy)
+                cmd="mooncake__subcmd__inspect__subcmd__proxy"
+                ;;
             mooncake__subcmd__inspect,segments)
                 cmd="mooncake__subcmd__inspect__subcmd__segments"
                 ;;
@@ -156,6 +162,9 @@ _mooncake() {
                 ;;
             mooncake__subcmd__inspect__subcmd__help,nodes)
                 cmd="mooncake__subcmd__inspect__subcmd__help__subcmd__nodes"
+                ;;
+            mooncake__subcmd__inspect__subcmd__help,proxy)
+                cmd="mooncake__subcmd__inspect__subcmd__help__subcmd__proxy"
                 ;;
             mooncake__subcmd__inspect__subcmd__help,segments)
                 cmd="mooncake__subcmd__inspect__subcmd__help__subcmd__segments"
@@ -591,7 +600,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__help__subcmd__inspect)
-            opts="nodes segments key"
+            opts="nodes segments key proxy"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -619,6 +628,20 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__help__subcmd__inspect__subcmd__nodes)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        mooncake__subcmd__help__subcmd__inspect__subcmd__proxy)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -745,7 +768,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__inspect)
-            opts="-h --master --config --token-file --tenant --transport --timeout --output --help nodes segments key help"
+            opts="-h --master --config --token-file --tenant --transport --timeout --output --help nodes segments key proxy help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -787,7 +810,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__inspect__subcmd__help)
-            opts="nodes segments key help"
+            opts="nodes segments key proxy help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -829,6 +852,20 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__inspect__subcmd__help__subcmd__nodes)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        mooncake__subcmd__inspect__subcmd__help__subcmd__proxy)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -926,6 +963,28 @@ _mooncake() {
                     return 0
                     ;;
                 --timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        mooncake__subcmd__inspect__subcmd__proxy)
+            opts="-h --admin-key-file --output --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --admin-key-file)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -35,7 +35,7 @@ complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "exist" -d 'Say wh
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "ls" -d 'List keys, in no particular order'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "rm" -d 'Remove keys; returns when the nodes have forgotten them'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "stat" -d 'Show size, version, checksum, lease, pins and replicas of a key'
-complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, a key'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, a key, a proxy'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "bench" -d 'Measure: put, get and exist beside the machine\'s limits and Redis; the master alone'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "generate" -d 'Write shell completions and man pages'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
@@ -205,20 +205,21 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l timeout -d 'B
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l output -d 'How to print the result' -r -f -a "text\t'For people'
 json\t'One JSON document'"
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
 tcp\t''"
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l output -d 'How to print the result' -r -f -a "text\t'For people'
 json\t'One JSON document'"
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -f -a "nodes" -d 'Nodes with their state'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -f -a "segments" -d 'Segments with occupancy and fragmentation'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -f -a "nodes" -d 'Nodes with their state'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -f -a "segments" -d 'Segments with occupancy and fragmentation'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
@@ -249,9 +250,14 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l output -d 'How to print the result' -r -f -a "text\t'For people'
 json\t'One JSON document'"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from proxy" -l admin-key-file -d 'File with the proxy\'s admin key (or ADMIN_API_KEY)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from proxy" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from proxy" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "nodes" -d 'Nodes with their state'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "segments" -d 'Segments with occupancy and fragmentation'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and not __fish_seen_subcommand_from store master peer help" -s h -l help -d 'Print help'
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and not __fish_seen_subcommand_from store master peer help" -f -a "store" -d 'Measure put, get and exist, beside memcpy, bare TCP and Redis, in one run'
@@ -291,13 +297,14 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_s
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "ls" -d 'List keys, in no particular order'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "rm" -d 'Remove keys; returns when the nodes have forgotten them'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "stat" -d 'Show size, version, checksum, lease, pins and replicas of a key'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, a key'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, a key, a proxy'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "bench" -d 'Measure: put, get and exist beside the machine\'s limits and Redis; the master alone'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "generate" -d 'Write shell completions and man pages'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect bench generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "nodes" -d 'Nodes with their state'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "segments" -d 'Segments with occupancy and fragmentation'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from bench" -f -a "store" -d 'Measure put, get and exist, beside memcpy, bare TCP and Redis, in one run'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from bench" -f -a "master" -d 'Measure the master: exist batches, single operations, memory, eviction, start'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from bench" -f -a "peer" -d 'The other end of bare TCP figures'

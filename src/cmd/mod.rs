@@ -8,6 +8,7 @@ mod exist;
 mod generate;
 mod get;
 mod inspect;
+mod inspect_proxy;
 mod ls;
 mod master;
 mod node;

@@ -294,8 +294,9 @@ fn policy_of(r: &Resolved, name: &str) -> Result<&'static str, UsageError> {
         })
 }
 
-fn admin_key(r: &Resolved) -> anyhow::Result<Option<Token>> {
-    if let Some(path) = r.text("admin-key-file") {
+/// The key of `/instances` requests: from a file, else `ADMIN_API_KEY`.
+pub(super) fn admin_key(file: Option<&str>) -> anyhow::Result<Option<Token>> {
+    if let Some(path) = file {
         let key = Token::read(std::path::Path::new(path));
         return Ok(Some(
             key.with_context(|| format!("cannot read the key file {path}"))?,
@@ -332,7 +333,7 @@ fn config(r: &Resolved) -> anyhow::Result<ProxyConfig> {
             _ => PrefillDown::Refuse,
         },
         prefill_min_tokens: r.integer("prefill-min-tokens"),
-        admin_key: admin_key(r)?,
+        admin_key: admin_key(r.text("admin-key-file"))?,
         upstream_auth: match r.text("upstream-auth") {
             Some("env") => UpstreamAuth::Own(own),
             Some("none") => UpstreamAuth::Nothing,

@@ -272,6 +272,33 @@ impl Proxy {
     }
 }
 
+/// For the fuzzer: no bytes from a client or a worker panic, and a body read in pieces is the body read at once.
+pub fn fuzz(input: &[u8]) {
+    splice::fuzz(input);
+    let bytes = bytes::Bytes::copy_from_slice(input);
+    let _ = http::head::request(bytes.clone());
+    let _ = http::head::reply(bytes, false);
+    let whole = scan_pieces(input, input.len());
+    debug_assert_eq!(whole, scan_pieces(input, 1));
+    debug_assert_eq!(whole, scan_pieces(input, 7));
+}
+
+/// Payload and bytes consumed of a chunked body that comes in pieces of `step`.
+fn scan_pieces(input: &[u8], step: usize) -> Option<(Vec<u8>, usize)> {
+    let mut scanner = http::chunked::ChunkScanner::new();
+    let (mut payload, mut consumed) = (Vec::new(), 0);
+    for piece in input.chunks(step.max(1)) {
+        let progress = scanner
+            .advance(piece, |d| payload.extend_from_slice(d))
+            .ok()?;
+        consumed += progress.consumed;
+        if progress.done {
+            break;
+        }
+    }
+    Some((payload, consumed))
+}
+
 /// A listener whose port several threads may share.
 ///
 /// # Errors

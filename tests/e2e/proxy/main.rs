@@ -5,6 +5,7 @@
 mod control;
 mod faults;
 mod mock;
+mod process;
 mod ways;
 
 use std::sync::Arc;
