@@ -193,6 +193,15 @@ impl HandOff {
         }
     }
 
+    /// Tokens that an instance will have to compute: the load it takes on, as far as the policy knows.
+    fn uncached(&self, ask: &Ask<'_>, instance: &Instance) -> u64 {
+        if ask.role != Role::Prefill {
+            return 0;
+        }
+        let cached = self.app.policy(ask.role).cached_tokens(ask, instance);
+        ask.tokens.saturating_sub(cached)
+    }
+
     /// Takes a place at an instance, waiting for one that is only busy. `Ok(None)`: all were tried.
     async fn pick(
         &self,
@@ -211,9 +220,9 @@ impl HandOff {
                 .candidates(role, app.config.instance_max, group);
             free.retain(|i| !tried.contains(&i.number));
             let ask = self.ask(role);
-            let tokens = if role == Role::Prefill { ask.tokens } else { 0 };
             while !free.is_empty() {
                 let chosen = app.policy(role).choose(&ask, &free).min(free.len() - 1);
+                let tokens = self.uncached(&ask, &free[chosen]);
                 if let Some(leg) = app.registry.enter(&free[chosen], role, tokens) {
                     app.policy(role).routed(&ask, &leg.instance);
                     return Ok(Some(leg));
@@ -251,7 +260,7 @@ impl HandOff {
                 return self.decode_alone().await;
             }
         };
-        if self.is_short(&prefill.instance) {
+        if self.is_short(&prefill) {
             drop(prefill);
             self.route.reason = "short prompt";
             return self.decode_alone().await;
@@ -292,14 +301,10 @@ impl HandOff {
         None
     }
 
-    fn is_short(&self, prefill: &Instance) -> bool {
-        let min = self.app.config.prefill_min_tokens;
-        if min == 0 {
-            return false;
-        }
-        let ask = self.ask(Role::Prefill);
-        let cached = self.app.policy(Role::Prefill).cached_tokens(&ask, prefill);
-        let short = ask.tokens.saturating_sub(cached) < min;
+    /// Whether computing the prompt is not worth a leg. By what was uncached when the leg was taken: routing it has
+    /// entered the prompt into the policy's index since.
+    fn is_short(&self, prefill: &Leg) -> bool {
+        let short = prefill.tokens() < self.app.config.prefill_min_tokens;
         if short {
             self.app.metrics.alone.add();
         }
@@ -539,8 +544,7 @@ impl HandOff {
             Err(_) if self.owner.is_gone() => Err(Tried::Final(Served::Gone)),
             Ok((conn, reply, kept)) if reply.status < 300 => {
                 leg.succeeded();
-                leg.instance
-                    .learn_rate(self.job.facts.tokens, started.elapsed());
+                leg.instance.learn_rate(leg.tokens(), started.elapsed());
                 if reply.keep_alive && !self.owner.is_gone() {
                     instance.pool.give(conn);
                 }

@@ -18,6 +18,9 @@ use crate::base::clock::Millis;
 /// Most instances of a proxy.
 pub(crate) const INSTANCES_MAX: usize = 4096;
 
+/// Shorter prompts say more about the way than about the machine.
+const RATE_TOKENS_MIN: u64 = 64;
+
 /// What the health checks say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -160,6 +163,9 @@ impl Instance {
 
     /// Learns how fast prompts are computed.
     pub(crate) fn learn_rate(&self, tokens: u64, elapsed: std::time::Duration) {
+        if tokens < RATE_TOKENS_MIN {
+            return;
+        }
         let seen = tokens as f64 / elapsed.as_secs_f64().max(1e-4);
         let old = self.rate.load(Ordering::Relaxed) as f64;
         let new = if old == 0.0 {
@@ -199,6 +205,11 @@ impl Leg {
         {
             tracing::warn!(instance = %self.instance.name, error = %error, "breaker opened");
         }
+    }
+
+    /// Prompt tokens it brought.
+    pub(crate) fn tokens(&self) -> u64 {
+        self.tokens
     }
 
     /// Whether this is decode's leg.

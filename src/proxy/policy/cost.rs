@@ -44,6 +44,10 @@ impl Policy for Cost {
         self.index.insert(ask.prompt, instance.number);
     }
 
+    fn cached_tokens(&self, ask: &Ask<'_>, instance: &Instance) -> u64 {
+        self.index.cached_tokens(ask.prompt, instance.number)
+    }
+
     fn forget(&self, number: u64) {
         self.index.forget(number);
     }

@@ -85,6 +85,18 @@ impl PrefixIndex {
         matched
     }
 
+    /// Tokens of the prompt's beginning that an instance was sent before.
+    pub(super) fn cached_tokens(&self, prompt: &[u8], number: u64) -> u64 {
+        let generations = self.generations.lock();
+        let holds = |hash: &u64| {
+            let of = |g: usize| generations[g].get(hash).into_iter().flatten();
+            of(0).chain(of(1)).any(|h| *h == number)
+        };
+        let all = blocks(prompt);
+        let held = all.iter().take_while(|(_, hash)| holds(hash)).last();
+        held.map_or(0, |(end, _)| *end as u64 / 4)
+    }
+
     pub(super) fn insert(&self, prompt: &[u8], number: u64) {
         let mut generations = self.generations.lock();
         for (_, hash) in blocks(prompt) {
@@ -142,14 +154,7 @@ impl Policy for Prefix {
     }
 
     fn cached_tokens(&self, ask: &Ask<'_>, instance: &Instance) -> u64 {
-        let generations = self.index.generations.lock();
-        let holds = |hash: &u64| {
-            let of = |g: usize| generations[g].get(hash).into_iter().flatten();
-            of(0).chain(of(1)).any(|h| *h == instance.number)
-        };
-        let all = blocks(ask.prompt);
-        let held = all.iter().take_while(|(_, hash)| holds(hash)).last();
-        held.map_or(0, |(end, _)| *end as u64 / 4)
+        self.index.cached_tokens(ask.prompt, instance.number)
     }
 
     fn forget(&self, number: u64) {

@@ -167,6 +167,20 @@ async fn aggregated_and_conditional() {
 }
 
 #[tokio::test]
+async fn a_cached_prompt_skips_prefill_and_a_new_one_does_not() {
+    let rig = Rig::with(Dialect::Store, 1, 1, |c| {
+        c.prefill_min_tokens = 100;
+        c.policy.prefill = "prefix";
+    })
+    .await;
+    let long = format!(r#"{{"prompt":"{}"}}"#, "word ".repeat(900));
+    for _ in 0..3 {
+        assert_eq!(rig.post("/v1/completions", &long).await.status, 200);
+    }
+    assert_eq!((rig.prefill[0].count(), rig.decode[0].count()), (1, 3));
+}
+
+#[tokio::test]
 async fn every_policy_serves_everybody() {
     for name in mooncake::proxy::policy::NAMES {
         let rig = Rig::with(Dialect::Store, 3, 2, |c| {
