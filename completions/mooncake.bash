@@ -46,6 +46,9 @@ _mooncake() {
             mooncake,node)
                 cmd="mooncake__subcmd__node"
                 ;;
+            mooncake,proxy)
+                cmd="mooncake__subcmd__proxy"
+                ;;
             mooncake,put)
                 cmd="mooncake__subcmd__put"
                 ;;
@@ -109,6 +112,9 @@ _mooncake() {
             mooncake__subcmd__help,node)
                 cmd="mooncake__subcmd__help__subcmd__node"
                 ;;
+            mooncake__subcmd__help,proxy)
+                cmd="mooncake__subcmd__help__subcmd__proxy"
+                ;;
             mooncake__subcmd__help,put)
                 cmd="mooncake__subcmd__help__subcmd__put"
                 ;;
@@ -133,6 +139,9 @@ _mooncake() {
             mooncake__subcmd__help__subcmd__inspect,nodes)
                 cmd="mooncake__subcmd__help__subcmd__inspect__subcmd__nodes"
                 ;;
+            mooncake__subcmd__help__subcmd__inspect,proxy)
+                cmd="mooncake__subcmd__help__subcmd__inspect__subcmd__proxy"
+                ;;
             mooncake__subcmd__help__subcmd__inspect,segments)
                 cmd="mooncake__subcmd__help__subcmd__inspect__subcmd__segments"
                 ;;
@@ -144,6 +153,9 @@ _mooncake() {
                 ;;
             mooncake__subcmd__inspect,nodes)
                 cmd="mooncake__subcmd__inspect__subcmd__nodes"
+                ;;
+            mooncake__subcmd__inspect,proxy)
+                cmd="mooncake__subcmd__inspect__subcmd__proxy"
                 ;;
             mooncake__subcmd__inspect,segments)
                 cmd="mooncake__subcmd__inspect__subcmd__segments"
@@ -157,6 +169,9 @@ _mooncake() {
             mooncake__subcmd__inspect__subcmd__help,nodes)
                 cmd="mooncake__subcmd__inspect__subcmd__help__subcmd__nodes"
                 ;;
+            mooncake__subcmd__inspect__subcmd__help,proxy)
+                cmd="mooncake__subcmd__inspect__subcmd__help__subcmd__proxy"
+                ;;
             mooncake__subcmd__inspect__subcmd__help,segments)
                 cmd="mooncake__subcmd__inspect__subcmd__help__subcmd__segments"
                 ;;
@@ -167,7 +182,7 @@ _mooncake() {
 
     case "${cmd}" in
         mooncake)
-            opts="-h -V --help --version master node put get exist ls rm stat inspect doctor bench generate help"
+            opts="-h -V --help --version master node proxy put get exist ls rm stat inspect doctor bench generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -507,7 +522,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__help)
-            opts="master node put get exist ls rm stat inspect doctor bench generate help"
+            opts="master node proxy put get exist ls rm stat inspect doctor bench generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -647,7 +662,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__help__subcmd__inspect)
-            opts="nodes segments key"
+            opts="nodes segments key proxy"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -675,6 +690,20 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__help__subcmd__inspect__subcmd__nodes)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        mooncake__subcmd__help__subcmd__inspect__subcmd__proxy)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -744,6 +773,20 @@ _mooncake() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        mooncake__subcmd__help__subcmd__proxy)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         mooncake__subcmd__help__subcmd__put)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -787,7 +830,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__inspect)
-            opts="-h --master --config --token-file --tenant --transport --timeout --output --help nodes segments key help"
+            opts="-h --master --config --token-file --tenant --transport --timeout --output --help nodes segments key proxy help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -829,7 +872,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__inspect__subcmd__help)
-            opts="nodes segments key help"
+            opts="nodes segments key proxy help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -871,6 +914,20 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__inspect__subcmd__help__subcmd__nodes)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        mooncake__subcmd__inspect__subcmd__help__subcmd__proxy)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -968,6 +1025,28 @@ _mooncake() {
                     return 0
                     ;;
                 --timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        mooncake__subcmd__inspect__subcmd__proxy)
+            opts="-h --admin-key-file --output --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --admin-key-file)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1340,6 +1419,168 @@ _mooncake() {
                     return 0
                     ;;
                 --v)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        mooncake__subcmd__proxy)
+            opts="-m -p -d -h --config --print-config --output --bind --port --scheduling --prefill-scheduling --decode-scheduling --connector --agg --prefill-down --prefill-min-tokens --upstream-auth --admin-key-file --prefill-timeout --first-token-timeout --idle-timeout --client-timeout --queue-timeout --max-inflight --max-queue --max-per-instance --max-connections --max-body --retries --health-interval --state-file --access-log --debug-headers --threads --drain-timeout --log-format --model --prefill --decode --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --bind)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --port)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --scheduling)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --prefill-scheduling)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --decode-scheduling)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --connector)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --agg)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --prefill-down)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --prefill-min-tokens)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --upstream-auth)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --admin-key-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --prefill-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --first-token-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --idle-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --client-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --queue-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-inflight)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-queue)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-per-instance)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-connections)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-body)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --retries)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --health-interval)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --state-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --access-log)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --debug-headers)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --threads)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --drain-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-format)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --model)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -m)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --prefill)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -p)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --decode)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -d)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -28,13 +28,14 @@ complete -c mooncake -n "__fish_mooncake_needs_command" -s h -l help -d 'Print h
 complete -c mooncake -n "__fish_mooncake_needs_command" -s V -l version -d 'Print version'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "master" -d 'Run the master: the index of a pool (with --memory, a whole pool)'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "node" -d 'Run a node: lend memory of this host to a pool'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "proxy" -d 'Run an OpenAI-compatible front for prefill and decode instances (XpYd)'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "put" -d 'Store a file or standard input under a key, or many files'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "get" -d 'Write an object to a file or standard output'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "exist" -d 'Say whether keys are in the pool (exit code 1 when one is not)'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "ls" -d 'List keys, in no particular order'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "rm" -d 'Remove keys; returns when the nodes have forgotten them'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "stat" -d 'Show size, version, checksum, lease, pins and replicas of a key'
-complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, a key'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, a key, a proxy'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "doctor" -d 'Find out why parts of a pool do not work together, and say the fix'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "bench" -d 'Measure: put, get and exist beside the machine\'s limits and Redis; the master alone'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "generate" -d 'Write shell completions and man pages'
@@ -107,6 +108,43 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l logtostderr -
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l v -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l print-config -d 'Print every setting with its value and where it came from, and stop'
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l config -d 'Read settings from a TOML or JSON file' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l bind -d 'Address to listen on; beyond loopback only when told so [default: 127.0.0.1]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l port -d 'Port; 0 = any free one [default: 8000]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l scheduling -d 'Who gets a request: round_robin, random, least_loaded, p2c, session, prefix, cost [default: round_robin]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-scheduling -d 'The same for prefill only [default: --scheduling]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l decode-scheduling -d 'The same for decode only [default: --scheduling]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l connector -d 'How KV gets from prefill to decode; auto finds out per instance: auto, store, mooncake, nixl, none [default: auto]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l agg -d 'No prefill leg at all: every instance of --decode does both [default: false]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-down -d 'When no prefill instance is available: answer 503, or let decode compute the prompt: refuse, decode [default: refuse]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-min-tokens -d 'Prompts with fewer tokens than this (estimated; cached ones not counted) skip prefill [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l upstream-auth -d 'Authorization for instances: the client\'s (else OPENAI_API_KEY), always OPENAI_API_KEY, none: passthrough, env, none [default: passthrough]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l admin-key-file -d 'File with the key of /instances requests (or ADMIN_API_KEY)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-timeout -d 'Bound of a prefill leg [default: 10m]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l first-token-timeout -d 'Bound of decode until the first byte of its answer [default: 10m]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l idle-timeout -d 'Longest silence within an answer [default: 5m]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l client-timeout -d 'How long a client may neither send nor read what is due [default: 30s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l queue-timeout -d 'How long a request waits for a place before it is refused [default: 10s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-inflight -d 'Requests under way [default: 4096]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-queue -d 'Requests waiting for a place [default: 1024]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-per-instance -d 'Requests under way per instance and role; 0 = no limit [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-connections -d 'Client connections [default: 16384]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-body -d 'Largest request body [default: 64MiB]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l retries -d 'Retries per leg, within the retry budget [default: 2]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l health-interval -d 'Between health checks [default: 2s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l state-file -d 'File that remembers added instances across restarts' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l access-log -d 'File for a JSON line per request; - = standard error' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l debug-headers -d 'Name the chosen instances in reply headers (x-mooncake-prefill, -decode, -route-reason) [default: false]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l threads -d 'Threads that serve clients, each with a listener of its own [default: 1]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l drain-timeout -d 'How long requests under way may take to end after SIGTERM [default: 30s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l log-format -d 'How log lines look: text, json [default: text]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -s m -l model -d 'Model that the instances serve' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -s p -l prefill -d 'Prefill instances: HOST:PORT, HOST:PORT:BOOTSTRAP, [IPV6]:PORT, http://HOST:PORT' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -s d -l decode -d 'Decode instances, written alike' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l print-config -d 'Print every setting with its value and where it came from, and stop'
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -s r -l recursive -d 'Store every file below DIR; keys are the paths below it' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l files -d 'Store several files; keys are the paths as given' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l prefix -d 'Put this before every key' -r
@@ -183,20 +221,21 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l timeout -d 'B
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l output -d 'How to print the result' -r -f -a "text\t'For people'
 json\t'One JSON document'"
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
 tcp\t''"
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -l output -d 'How to print the result' -r -f -a "text\t'For people'
 json\t'One JSON document'"
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -f -a "nodes" -d 'Nodes with their state'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -f -a "segments" -d 'Segments with occupancy and fragmentation'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -f -a "nodes" -d 'Nodes with their state'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -f -a "segments" -d 'Segments with occupancy and fragmentation'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments key proxy help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
@@ -227,9 +266,14 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l output -d 'How to print the result' -r -f -a "text\t'For people'
 json\t'One JSON document'"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from proxy" -l admin-key-file -d 'File with the proxy\'s admin key (or ADMIN_API_KEY)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from proxy" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from proxy" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "nodes" -d 'Nodes with their state'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "segments" -d 'Segments with occupancy and fragmentation'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
@@ -271,22 +315,24 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from help" -f -a "peer" -d 'The other end of bare TCP figures'
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c mooncake -n "__fish_mooncake_using_subcommand generate" -s h -l help -d 'Print help'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "master" -d 'Run the master: the index of a pool (with --memory, a whole pool)'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "node" -d 'Run a node: lend memory of this host to a pool'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "put" -d 'Store a file or standard input under a key, or many files'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "get" -d 'Write an object to a file or standard output'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "exist" -d 'Say whether keys are in the pool (exit code 1 when one is not)'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "ls" -d 'List keys, in no particular order'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "rm" -d 'Remove keys; returns when the nodes have forgotten them'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "stat" -d 'Show size, version, checksum, lease, pins and replicas of a key'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, a key'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "doctor" -d 'Find out why parts of a pool do not work together, and say the fix'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "bench" -d 'Measure: put, get and exist beside the machine\'s limits and Redis; the master alone'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "generate" -d 'Write shell completions and man pages'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node put get exist ls rm stat inspect doctor bench generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "master" -d 'Run the master: the index of a pool (with --memory, a whole pool)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "node" -d 'Run a node: lend memory of this host to a pool'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "proxy" -d 'Run an OpenAI-compatible front for prefill and decode instances (XpYd)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "put" -d 'Store a file or standard input under a key, or many files'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "get" -d 'Write an object to a file or standard output'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "exist" -d 'Say whether keys are in the pool (exit code 1 when one is not)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "ls" -d 'List keys, in no particular order'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "rm" -d 'Remove keys; returns when the nodes have forgotten them'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "stat" -d 'Show size, version, checksum, lease, pins and replicas of a key'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, a key, a proxy'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "doctor" -d 'Find out why parts of a pool do not work together, and say the fix'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "bench" -d 'Measure: put, get and exist beside the machine\'s limits and Redis; the master alone'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "generate" -d 'Write shell completions and man pages'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "nodes" -d 'Nodes with their state'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "segments" -d 'Segments with occupancy and fragmentation'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from bench" -f -a "store" -d 'Measure put, get and exist, beside memcpy, bare TCP and Redis, in one run'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from bench" -f -a "master" -d 'Measure the master: exist batches, single operations, memory, eviction, start'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from bench" -f -a "peer" -d 'The other end of bare TCP figures'

@@ -1,6 +1,6 @@
 //! `mooncake`: a shared KV-cache pool for LLM inference.
 //!
-//! Rooms, and who may know whom: `cmd → store, engine, base`; `store → engine, base`; `engine → base`
+//! Rooms, and who may know whom: `cmd → proxy, store, engine, base`; `proxy → base`; `store → engine, base`; `engine → base`
 //! (docs/architecture.md; `tests/tidy.rs` holds it).
 
 pub mod base;

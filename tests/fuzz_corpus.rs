@@ -1,6 +1,27 @@
 //! Replays the seeds of the fuzz targets as an ordinary test, whole, truncated and with single bytes changed.
 
 #[test]
+fn proxy_messages_and_their_neighbours() {
+    for text in [
+        &br#"{"prompt":"a\"b","max_tokens":5,"stream":true,"stream_options":{"x":[1]}}"#[..],
+        b"5;a=b\r\nhello\r\n0\r\nx: y\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n",
+    ] {
+        for end in 0..=text.len() {
+            mooncake::proxy::fuzz(&text[..end]);
+        }
+        for at in 0..text.len() {
+            for value in 0..=255 {
+                let mut changed = text.to_vec();
+                changed[at] = value;
+                mooncake::proxy::fuzz(&changed);
+            }
+        }
+    }
+}
+
+#[test]
 fn seeds_and_their_neighbours() {
     let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds");
     let mut count = 0;

@@ -5,7 +5,7 @@ use clap::{Arg, ArgMatches, Command};
 use serde_json::{Value, json};
 
 use super::print::{Columns, Output};
-use super::{ExitStatus, Outcome, connect, print, stat};
+use super::{ExitStatus, Outcome, connect, inspect_proxy, print, stat};
 use crate::base::units::{ByteSize, format_duration};
 use crate::store::client::PoolClient;
 use crate::store::wire::SegmentView;
@@ -13,18 +13,24 @@ use crate::store::wire::SegmentView;
 pub(super) fn command() -> Command {
     let sub =
         |name: &'static str, about: &'static str| connect::add(Command::new(name).about(about));
-    connect::add(Command::new("inspect").about("Look at a pool: overview, nodes, segments, a key"))
-        .args_conflicts_with_subcommands(true)
-        .subcommand(sub("nodes", "Nodes with their state"))
-        .subcommand(sub("segments", "Segments with occupancy and fragmentation"))
-        .subcommand(
-            sub("key", "One key: replicas, lease, pins, version, checksum")
-                .arg(Arg::new("key").value_name("KEY").required(true)),
-        )
+    connect::add(
+        Command::new("inspect").about("Look at a pool: overview, nodes, segments, a key, a proxy"),
+    )
+    .args_conflicts_with_subcommands(true)
+    .subcommand(sub("nodes", "Nodes with their state"))
+    .subcommand(sub("segments", "Segments with occupancy and fragmentation"))
+    .subcommand(
+        sub("key", "One key: replicas, lease, pins, version, checksum")
+            .arg(Arg::new("key").value_name("KEY").required(true)),
+    )
+    .subcommand(inspect_proxy::command())
 }
 
 pub(super) fn run(matches: &ArgMatches) -> Outcome {
     let (name, matches) = matches.subcommand().unwrap_or(("overview", matches));
+    if name == "proxy" {
+        return inspect_proxy::run(matches);
+    }
     let client = connect::client(matches)?;
     let output = connect::output(matches);
     match name {

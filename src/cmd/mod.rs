@@ -9,10 +9,12 @@ mod exist;
 mod generate;
 mod get;
 mod inspect;
+mod inspect_proxy;
 mod ls;
 mod master;
 mod node;
 mod print;
+mod proxy;
 mod put;
 mod rm;
 mod serve;
@@ -71,6 +73,11 @@ const VERBS: &[Verb] = &[
         name: "node",
         command: node::command,
         run: node::run,
+    },
+    Verb {
+        name: "proxy",
+        command: proxy::command,
+        run: proxy::run,
     },
     Verb {
         name: "put",

@@ -88,7 +88,14 @@ pub(crate) fn resolved(
 ) -> Result<Resolved, ConfigError> {
     let flags: Vec<(&str, String)> = settings
         .iter()
-        .filter_map(|s| Some((s.name, matches.get_one::<String>(s.name)?.clone())))
+        .filter_map(|s| {
+            // A flag that takes several values is a list separated by blanks, as in a file.
+            let values: Vec<&str> = matches
+                .get_many::<String>(s.name)?
+                .map(String::as_str)
+                .collect();
+            Some((s.name, values.join(" ")))
+        })
         .collect();
     let file = matches.get_one::<PathBuf>("config");
     resolve(

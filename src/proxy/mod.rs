@@ -1,1 +1,316 @@
-//! The OpenAI-compatible front for prefill and decode groups (XpYd). Empty so far: there is no subcommand for it either.
+//! The OpenAI-compatible front for prefill and decode groups (XpYd).
+//!
+//! A client sees one endpoint; prefill and decode instances come and go behind it. Rooms: [`config`] what it is told;
+//! `http` the wire; `server` a client's connection; `admin` its own answers; `registry`, `breaker`, `health` the instances;
+//! `policy` who gets a request; `openai` and [`splice`] what is read and changed of a body; `connector` how KV is handed
+//! over; `handoff` a request's way; `relay` the answer's. Depends on `base` alone; knows no command line.
+
+mod access_log;
+mod admin;
+mod admission;
+mod breaker;
+pub mod config;
+mod connector;
+mod handoff;
+mod health;
+mod http;
+mod metrics;
+mod openai;
+pub mod policy;
+mod registry;
+mod relay;
+mod reply;
+mod server;
+pub mod splice;
+mod state_file;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, Semaphore};
+
+use crate::base::trust::ClusterKeys;
+use access_log::AccessLog;
+use admission::{Gate, RetryBudget};
+use config::{InstanceAddress, ProxyConfig, Role};
+use metrics::Metrics;
+use policy::Policy;
+use registry::{AddError, Instance, NewInstance, Registry};
+pub use state_file::StateFileError;
+
+/// Everything the rooms share.
+pub(crate) struct App {
+    pub(crate) config: ProxyConfig,
+    pub(crate) registry: Registry,
+    pub(crate) metrics: Metrics,
+    pub(crate) gate: Gate,
+    pub(crate) budget: RetryBudget,
+    pub(crate) connections: Arc<Semaphore>,
+    pub(crate) access_log: Option<AccessLog>,
+    pub(crate) admin_keys: Option<ClusterKeys>,
+    prefill_policy: Box<dyn Policy>,
+    decode_policy: Box<dyn Policy>,
+    stop: AtomicBool,
+    stopped: Notify,
+    releases: AtomicUsize,
+}
+
+impl App {
+    pub(crate) fn policy(&self, role: Role) -> &dyn Policy {
+        match role {
+            Role::Decode => self.decode_policy.as_ref(),
+            _ => self.prefill_policy.as_ref(),
+        }
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Ends when the proxy stops. Cancel-safe.
+    pub(crate) async fn stopping(&self) {
+        loop {
+            let stopped = self.stopped.notified();
+            if self.is_stopping() {
+                return;
+            }
+            stopped.await;
+        }
+    }
+
+    /// Counts a hand-off that outlives its client, until it is dropped.
+    pub(crate) fn releasing(&self) -> Releasing<'_> {
+        self.releases.fetch_add(1, Ordering::Relaxed);
+        Releasing(self)
+    }
+
+    pub(crate) fn serves_model(&self, model: &str) -> bool {
+        model == self.config.model || self.registry.knows_model(model)
+    }
+
+    pub(crate) fn has(&self, instance: &Arc<Instance>) -> bool {
+        self.registry.all().iter().any(|i| Arc::ptr_eq(i, instance))
+    }
+
+    pub(crate) fn add(self: &Arc<Self>, new: NewInstance) -> Result<Arc<Instance>, AddError> {
+        let before = self.registry.find(&new.address);
+        let instance = self.registry.add(new)?;
+        if before.is_none() {
+            tokio::spawn(health::watch(self.clone(), instance.clone()));
+        }
+        self.changed();
+        Ok(instance)
+    }
+
+    pub(crate) fn remove(&self, instance: &Arc<Instance>) {
+        if self.has(instance) {
+            self.registry.remove(&instance.address);
+            self.forget_cache(instance.number);
+            self.changed();
+        }
+    }
+
+    pub(crate) fn forget_cache(&self, number: u64) {
+        self.prefill_policy.forget(number);
+        self.decode_policy.forget(number);
+    }
+
+    /// The table has changed: wakes who waits for an instance and writes the state file.
+    pub(crate) fn changed(&self) {
+        self.registry.changed.notify_waiters();
+        let Some(path) = &self.config.state_file else {
+            return;
+        };
+        let all = self.registry.all();
+        let added: Vec<_> = all
+            .iter()
+            .filter(|i| i.added && !i.is_draining())
+            .map(|i| state_file::entry(i))
+            .collect();
+        if let Err(error) = state_file::save(path, &added) {
+            tracing::error!(%error, "the state file was not written");
+        }
+    }
+}
+
+/// See [`App::releasing`].
+pub(crate) struct Releasing<'a>(&'a App);
+
+impl Drop for Releasing<'_> {
+    fn drop(&mut self) {
+        self.0.releases.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Why a proxy did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The state file.
+    #[error("cannot use the state file: {0}")]
+    StateFile(#[from] StateFileError),
+    /// The access log.
+    #[error("cannot open the access log: {0}")]
+    AccessLog(#[source] io::Error),
+    /// An instance is named twice.
+    #[error("instance {0} is named twice")]
+    Twice(InstanceAddress),
+}
+
+/// A running proxy.
+#[derive(Clone)]
+pub struct Proxy {
+    app: Arc<App>,
+}
+
+impl std::fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Proxy({} instances)", self.app.registry.all().len())
+    }
+}
+
+impl Proxy {
+    /// Takes up the instances and starts watching them; serves nobody yet. Within a tokio runtime.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub fn start(config: ProxyConfig) -> Result<Self, StartError> {
+        let access_log = config.access_log.as_deref().map(AccessLog::open);
+        let remembered = match &config.state_file {
+            Some(path) => state_file::load(path)?,
+            None => Vec::new(),
+        };
+        let app = Arc::new(App {
+            registry: Registry::default(),
+            metrics: Metrics::default(),
+            gate: Gate::new(config.inflight_max, config.queue_max, config.queue_timeout),
+            budget: RetryBudget::new(),
+            connections: Arc::new(Semaphore::new(config.connections_max)),
+            access_log: access_log.transpose().map_err(StartError::AccessLog)?,
+            admin_keys: config
+                .admin_key
+                .as_ref()
+                .map(|k| ClusterKeys::derive(Some(k))),
+            prefill_policy: policy::build(config.policy.prefill),
+            decode_policy: policy::build(config.policy.decode),
+            stop: AtomicBool::new(false),
+            stopped: Notify::new(),
+            releases: AtomicUsize::new(0),
+            config,
+        });
+        let proxy = Self { app };
+        proxy.add_all(&proxy.app.config.prefill, Role::Prefill)?;
+        proxy.add_all(&proxy.app.config.decode, Role::Decode)?;
+        for new in remembered {
+            // Named by a flag too by now: the flag's is the same instance.
+            let _ = proxy.app.add(new);
+        }
+        Ok(proxy)
+    }
+
+    fn add_all(&self, addresses: &[InstanceAddress], role: Role) -> Result<(), StartError> {
+        for address in addresses {
+            let mut new = NewInstance::plain(address.clone(), role);
+            new.connector = self.app.config.connector;
+            self.app
+                .add(new)
+                .map_err(|_| StartError::Twice(address.clone()))?;
+        }
+        Ok(())
+    }
+
+    /// Serves clients of a listener until the proxy stops.
+    pub async fn serve(&self, listener: TcpListener) {
+        server::accept(self.app.clone(), listener).await;
+    }
+
+    /// Requests under way at instances, hand-offs that outlived their clients included.
+    pub fn inflight(&self) -> usize {
+        self.app.registry.inflight()
+    }
+
+    /// Takes instances of flags and files as they are now: new ones come in, missing ones are drained by removal from
+    /// the table (what is under way there ends by itself). Added ones stay.
+    pub fn reload(&self, prefill: &[InstanceAddress], decode: &[InstanceAddress]) {
+        let wanted = |i: &Instance| prefill.iter().chain(decode).any(|a| a.is_same(&i.address));
+        for instance in self.app.registry.all().iter() {
+            if !instance.added && !wanted(instance) {
+                tracing::info!(instance = %instance.name, "removed by reload");
+                self.app.remove(instance);
+            }
+        }
+        for (addresses, role) in [(prefill, Role::Prefill), (decode, Role::Decode)] {
+            for address in addresses {
+                let mut new = NewInstance::plain(address.clone(), role);
+                new.connector = self.app.config.connector;
+                if self.app.add(new).is_ok() {
+                    tracing::info!(instance = %address, role = role.name(), "added by reload");
+                }
+            }
+        }
+    }
+
+    /// Stops: no new connections, connections close after the request they are at, requests under way end. Returns
+    /// whether all did within `deadline`.
+    pub async fn stop(&self, deadline: Duration) -> bool {
+        self.app.stop.store(true, Ordering::Release);
+        self.app.stopped.notify_waiters();
+        let end = tokio::time::Instant::now() + deadline;
+        loop {
+            let busy = self.app.config.connections_max - self.app.connections.available_permits();
+            if busy == 0 && self.inflight() == 0 && self.app.releases.load(Ordering::Relaxed) == 0 {
+                return true;
+            }
+            if tokio::time::Instant::now() >= end {
+                return false;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+/// For the fuzzer: no bytes from a client or a worker panic, and a body read in pieces is the body read at once.
+pub fn fuzz(input: &[u8]) {
+    splice::fuzz(input);
+    let bytes = bytes::Bytes::copy_from_slice(input);
+    let _ = http::head::request(bytes.clone());
+    let _ = http::head::reply(bytes, false);
+    let whole = scan_pieces(input, input.len());
+    debug_assert_eq!(whole, scan_pieces(input, 1));
+    debug_assert_eq!(whole, scan_pieces(input, 7));
+}
+
+/// Payload and bytes consumed of a chunked body that comes in pieces of `step`.
+fn scan_pieces(input: &[u8], step: usize) -> Option<(Vec<u8>, usize)> {
+    let mut scanner = http::chunked::ChunkScanner::new();
+    let (mut payload, mut consumed) = (Vec::new(), 0);
+    for piece in input.chunks(step.max(1)) {
+        let progress = scanner
+            .advance(piece, |d| payload.extend_from_slice(d))
+            .ok()?;
+        consumed += progress.consumed;
+        if progress.done {
+            break;
+        }
+    }
+    Some((payload, consumed))
+}
+
+/// A listener whose port several threads may share.
+///
+/// # Errors
+/// From the system.
+pub fn listen(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        tokio::net::TcpSocket::new_v4()?
+    } else {
+        tokio::net::TcpSocket::new_v6()?
+    };
+    socket.set_reuseaddr(true)?;
+    socket.set_reuseport(shared)?;
+    socket.bind(address)?;
+    socket.listen(4096)
+}

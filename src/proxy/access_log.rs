@@ -1,0 +1,58 @@
+//! A JSON line per request.
+//!
+//! Owns a thread that writes and a bounded queue before it: when the disk is slower than the traffic, lines are lost and
+//! counted, and no request waits. Knows no header and no prompt.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use super::relay::Record;
+
+const QUEUE_MAX: usize = 4096;
+
+/// The way to the log.
+#[derive(Debug)]
+pub(crate) struct AccessLog {
+    queue: SyncSender<String>,
+    lost: AtomicU64,
+}
+
+impl AccessLog {
+    /// Opens a file to append to; `-` is standard error.
+    pub(crate) fn open(path: &Path) -> std::io::Result<Self> {
+        let out: Box<dyn Write + Send> = if path == Path::new("-") {
+            Box::new(std::io::stderr())
+        } else {
+            Box::new(
+                std::fs::OpenOptions::new()
+                    .create(true)
+                    .append(true)
+                    .open(path)?,
+            )
+        };
+        let (queue, lines) = sync_channel(QUEUE_MAX);
+        std::thread::Builder::new()
+            .name("access-log".to_owned())
+            .spawn(move || write(out, &lines))?;
+        Ok(Self {
+            queue,
+            lost: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn write(&self, record: &Record<'_>) {
+        if self.queue.try_send(record.json().to_string()).is_err() {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+fn write(mut out: Box<dyn Write + Send>, lines: &Receiver<String>) {
+    for line in lines {
+        if writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
+            return;
+        }
+    }
+}

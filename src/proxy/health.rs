@@ -1,0 +1,249 @@
+//! Is an instance there, does it serve our model, and how does it hand KV over?
+//!
+//! Owns a task per instance that asks `GET /health` and, after a start or restart, `/v1/models` and the bootstrap server.
+//! Never asks for tokens: a decode instance without KV to fetch must not be made to compute. Judging answers to real
+//! requests is the breaker's.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::timeout;
+
+use super::App;
+use super::config::{ConnectorKind, Role};
+use super::connector::mooncake;
+use super::http::upstream::{ConnPool, LegError};
+use super::registry::{Health, Instance};
+
+/// Failures in a row until an instance is down.
+const DOWN_AFTER: u32 = 3;
+/// Successes in a row until it is up again.
+const UP_AFTER: u32 = 2;
+/// Bound of one question.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Largest answer that is read.
+const ANSWER_MAX: usize = 1 << 20;
+
+/// Why an instance was not taken.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ProbeError {
+    #[error("{0}")]
+    Leg(#[from] LegError),
+    #[error("HTTP {0} from {1}")]
+    Status(u16, &'static str),
+    #[error("no list of models")]
+    NoModels,
+    #[error("serves {0}")]
+    OtherModel(String),
+}
+
+/// A GET outside the instance's pool of connections: a probe must not find a dead connection, nor leave one.
+async fn get(app: &App, target: &(String, u16), path: &str) -> Result<(u16, Vec<u8>), LegError> {
+    let name = crate::base::net::join_host_port(&target.0, target.1);
+    let mut head = format!("GET {path} HTTP/1.1\r\nhost: {name}\r\nconnection: close\r\n");
+    if let Some(token) = app.config.upstream_auth.own() {
+        head.push_str("authorization: ");
+        head.push_str(&token.bearer());
+        head.push_str("\r\n");
+    }
+    head.push_str("\r\n");
+    let asking = async {
+        let none: [Bytes; 0] = [];
+        let (mut conn, mut reply) = ConnPool::default()
+            .ask(target, head.as_bytes(), &none, false)
+            .await?;
+        let mut kept = Vec::new();
+        conn.read_body(&mut reply.body, &mut kept, ANSWER_MAX)
+            .await?;
+        Ok((reply.status, kept))
+    };
+    timeout(PROBE_TIMEOUT, asking)
+        .await
+        .unwrap_or(Err(LegError::Timeout))
+}
+
+/// Whether two names mean the same model: equal, or equal after the last `/` as the demo proxy has it.
+pub(crate) fn same_model(wanted: &str, listed: &str) -> bool {
+    let last = |name: &str| {
+        name.trim_end_matches('/')
+            .rsplit('/')
+            .next()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    wanted == listed || last(wanted) == last(listed)
+}
+
+/// Asks an instance which models it serves.
+pub(crate) async fn check_models(app: &App, instance: &Instance) -> Result<(), ProbeError> {
+    let models = models(app, &instance.target).await?;
+    *instance.models.write() = models;
+    Ok(())
+}
+
+/// The models of a server, if ours is among them.
+pub(crate) async fn models(app: &App, target: &(String, u16)) -> Result<Vec<String>, ProbeError> {
+    let (status, body) = get(app, target, "/v1/models").await?;
+    if status != 200 {
+        return Err(ProbeError::Status(status, "/v1/models"));
+    }
+    let list: serde_json::Value =
+        serde_json::from_slice(&body).map_err(|_| ProbeError::NoModels)?;
+    let data = list.get("data").and_then(|d| d.as_array());
+    let ids = data.ok_or(ProbeError::NoModels)?.iter();
+    let ids: Vec<String> = ids
+        .filter_map(|m| m.get("id")?.as_str().map(str::to_owned))
+        .take(1024)
+        .collect();
+    if ids.iter().any(|id| same_model(&app.config.model, id)) {
+        return Ok(ids);
+    }
+    Err(ids.first().map_or(ProbeError::NoModels, |id| {
+        ProbeError::OtherModel(id.chars().take(128).collect())
+    }))
+}
+
+async fn is_alive(app: &App, instance: &Instance) -> Result<(), ProbeError> {
+    match get(app, &instance.target, "/health").await? {
+        // Servers without /health are judged by their models.
+        (200..=299 | 404 | 405, _) => Ok(()),
+        (status, _) => Err(ProbeError::Status(status, "/health")),
+    }
+}
+
+/// Looks for a bootstrap server: told port, else the usual one when no other prefill instance shares the host.
+async fn find_bootstrap(app: &App, instance: &Instance) {
+    let told = app
+        .config
+        .connector
+        .is_some_and(|c| c != ConnectorKind::Mooncake);
+    let known = instance.link.read().kind;
+    if told
+        || !instance.role().does(Role::Prefill)
+        || !matches!(known, None | Some(ConnectorKind::Mooncake))
+    {
+        return;
+    }
+    let all = app.registry.all();
+    let alone = !all.iter().any(|other| {
+        other.number != instance.number
+            && other.role().does(Role::Prefill)
+            && other.address.host == instance.address.host
+    });
+    let port = match instance.address.bootstrap {
+        Some(port) => port,
+        None if alone => mooncake::BOOTSTRAP_PORT,
+        None => return,
+    };
+    let target = (instance.address.host.clone(), port);
+    let Ok((200, body)) = get(app, &target, "/query").await else {
+        return;
+    };
+    let Some(engines) = mooncake::engines(&body) else {
+        return;
+    };
+    let mut link = instance.link.write();
+    if link.engines.as_ref() != engines.as_slice() {
+        tracing::info!(instance = %instance.name, engines = engines.len(), "engine ids read from the bootstrap server");
+        link.engines = engines.into();
+        link.bootstrap_port = port;
+        link.kind = Some(ConnectorKind::Mooncake);
+    }
+}
+
+/// Whatever is known about an instance belongs to a process that has gone.
+fn forget(app: &App, instance: &Instance) {
+    instance.pool.clear();
+    let told = app.config.connector;
+    let mut link = instance.link.write();
+    if told.is_none() && !link.told {
+        link.kind = None;
+    }
+    drop(link);
+    app.forget_cache(instance.number);
+}
+
+async fn check(app: &App, instance: &Instance) -> Result<(), ProbeError> {
+    is_alive(app, instance).await?;
+    if instance.health() != Health::Up {
+        check_models(app, instance).await?;
+    }
+    find_bootstrap(app, instance).await;
+    Ok(())
+}
+
+fn set(app: &App, instance: &Instance, health: Health) {
+    if instance.health() == health {
+        return;
+    }
+    tracing::info!(instance = %instance.name, role = instance.role().name(), health = health.name(), "instance changed");
+    instance.set_health(health);
+    app.registry.changed.notify_waiters();
+}
+
+/// Watches an instance until it is removed.
+pub(crate) async fn watch(app: Arc<App>, instance: Arc<Instance>) {
+    let (mut good, mut bad) = (0, 0);
+    loop {
+        let result = check(&app, &instance).await;
+        if !app.has(&instance) {
+            return;
+        }
+        match result {
+            Ok(()) => {
+                good += 1;
+                bad = 0;
+                let first = matches!(instance.health(), Health::Unknown | Health::Wrong);
+                if instance.health() != Health::Up && (first || good >= UP_AFTER) {
+                    instance.breaker.reset();
+                    set(&app, &instance, Health::Up);
+                }
+            }
+            Err(error) => {
+                good = 0;
+                bad += 1;
+                instance.note(&error);
+                let wrong = matches!(
+                    error,
+                    ProbeError::NoModels
+                        | ProbeError::OtherModel(_)
+                        | ProbeError::Status(_, "/v1/models")
+                );
+                if wrong && instance.health() != Health::Wrong {
+                    tracing::warn!(instance = %instance.name, %error, "not used: it does not serve the model");
+                    set(&app, &instance, Health::Wrong);
+                } else if !wrong && (instance.health() != Health::Up || bad >= DOWN_AFTER) {
+                    if instance.health() == Health::Up {
+                        forget(&app, &instance);
+                    }
+                    set(&app, &instance, Health::Down);
+                }
+            }
+        }
+        // A tenth of jitter: checks of many proxies do not fall on one moment.
+        let interval = app.config.health_interval;
+        let pause = if instance.health() == Health::Up || bad > 10 {
+            interval
+        } else {
+            interval / 4
+        };
+        let jitter = pause.mul_f64(0.1 * rand::random::<f64>());
+        tokio::select! {
+            () = tokio::time::sleep(pause + jitter) => {}
+            () = app.stopping() => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::same_model;
+
+    #[test]
+    fn model_names() {
+        assert!(same_model("/models/Qwen/Qwen3-8B/", "Qwen3-8B"));
+        assert!(same_model("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"));
+        assert!(!same_model("Qwen3-8B", "Qwen3-14B"));
+    }
+}

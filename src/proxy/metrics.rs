@@ -1,0 +1,259 @@
+//! Figures of the proxy in Prometheus' text form.
+//!
+//! Owns plain atomics, so that counting costs nothing on the way of a request; what the instances know is read when
+//! somebody asks.
+
+use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::App;
+use super::config::Role;
+use crate::base::clock::Millis;
+
+/// A counter.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Upper bounds in seconds.
+const BOUNDS: [f64; 14] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0,
+];
+
+/// Times.
+#[derive(Debug, Default)]
+pub(crate) struct Histogram {
+    buckets: [AtomicU64; 15],
+    sum_us: AtomicU64,
+}
+
+impl Histogram {
+    pub(crate) fn record(&self, time: Duration) {
+        let seconds = time.as_secs_f64();
+        let at = BOUNDS.partition_point(|b| *b < seconds);
+        self.buckets[at].fetch_add(1, Ordering::Relaxed);
+        self.sum_us
+            .fetch_add(time.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    fn print(&self, out: &mut String, name: &str, help: &str) {
+        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} histogram");
+        let mut total = 0;
+        for (at, bucket) in self.buckets.iter().enumerate() {
+            total += bucket.load(Ordering::Relaxed);
+            let bound = BOUNDS.get(at).map_or("+Inf".to_owned(), f64::to_string);
+            let _ = writeln!(out, "{name}_bucket{{le=\"{bound}\"}} {total}");
+        }
+        let sum = self.sum_us.load(Ordering::Relaxed) as f64 / 1e6;
+        let _ = writeln!(out, "{name}_sum {sum}\n{name}_count {total}");
+    }
+}
+
+/// Everything that is counted.
+#[derive(Debug, Default)]
+pub(crate) struct Metrics {
+    /// By class of status: 1xx..5xx.
+    pub(crate) answers: [Counter; 6],
+    pub(crate) retries_prefill: Counter,
+    pub(crate) retries_decode: Counter,
+    pub(crate) retries_refused: Counter,
+    pub(crate) clients_gone: Counter,
+    pub(crate) clients_slow: Counter,
+    pub(crate) upstream_cuts: Counter,
+    pub(crate) refused_busy: Counter,
+    pub(crate) refused_none: Counter,
+    pub(crate) alone: Counter,
+    pub(crate) handoffs: Counter,
+    pub(crate) released: Counter,
+    pub(crate) orphans: Counter,
+    pub(crate) ttft: Histogram,
+    pub(crate) prefill: Histogram,
+    pub(crate) request: Histogram,
+    pub(crate) queue: Histogram,
+}
+
+impl Metrics {
+    pub(crate) fn answered(&self, status: u16) {
+        self.answers[usize::from(status / 100).min(5)].add();
+    }
+}
+
+fn family(out: &mut String, name: &str, kind: &str, help: &str) {
+    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+}
+
+/// The page.
+pub(crate) fn page(app: &App) -> String {
+    let m = &app.metrics;
+    let mut out = String::with_capacity(8192);
+    family(
+        &mut out,
+        "mooncake_proxy_answers_total",
+        "counter",
+        "Answers by class of status",
+    );
+    for class in 2..=5 {
+        let count = m.answers[class].get();
+        let _ = writeln!(
+            out,
+            "mooncake_proxy_answers_total{{class=\"{class}xx\"}} {count}"
+        );
+    }
+    family(
+        &mut out,
+        "mooncake_proxy_retries_total",
+        "counter",
+        "Legs that were tried again",
+    );
+    for (leg, counter) in [
+        ("prefill", &m.retries_prefill),
+        ("decode", &m.retries_decode),
+    ] {
+        let _ = writeln!(
+            out,
+            "mooncake_proxy_retries_total{{leg=\"{leg}\"}} {}",
+            counter.get()
+        );
+    }
+    for (name, help, counter) in [
+        (
+            "retries_refused",
+            "Retries the budget did not allow",
+            &m.retries_refused,
+        ),
+        (
+            "clients_gone",
+            "Clients that left before their answer was complete",
+            &m.clients_gone,
+        ),
+        (
+            "clients_slow",
+            "Clients that did not read in time",
+            &m.clients_slow,
+        ),
+        (
+            "upstream_cuts",
+            "Answers a worker broke off",
+            &m.upstream_cuts,
+        ),
+        (
+            "refused_busy",
+            "Requests refused because everybody was busy",
+            &m.refused_busy,
+        ),
+        (
+            "refused_none",
+            "Requests refused because nobody could serve them",
+            &m.refused_none,
+        ),
+        ("decode_alone", "Requests that skipped prefill", &m.alone),
+        (
+            "handoffs",
+            "Prefills whose KV was handed to a decode instance",
+            &m.handoffs,
+        ),
+        (
+            "handoffs_released",
+            "Hand-offs finished for clients that had gone",
+            &m.released,
+        ),
+        (
+            "handoffs_orphaned",
+            "Prefills whose KV nobody fetched",
+            &m.orphans,
+        ),
+    ] {
+        let name = format!("mooncake_proxy_{name}_total");
+        family(&mut out, &name, "counter", help);
+        let _ = writeln!(out, "{name} {}", counter.get());
+    }
+    for (name, help, histogram) in [
+        (
+            "ttft_seconds",
+            "Arrival to the first byte of an answer's body",
+            &m.ttft,
+        ),
+        ("prefill_seconds", "Prefill legs", &m.prefill),
+        (
+            "request_seconds",
+            "Arrival to the end of an answer",
+            &m.request,
+        ),
+        ("queue_seconds", "Waiting for a place", &m.queue),
+    ] {
+        histogram.print(&mut out, &format!("mooncake_proxy_{name}"), help);
+    }
+    family(
+        &mut out,
+        "mooncake_proxy_waiting",
+        "gauge",
+        "Requests waiting for a place",
+    );
+    let _ = writeln!(out, "mooncake_proxy_waiting {}", app.gate.waiting());
+    instances(app, &mut out);
+    out
+}
+
+fn instances(app: &App, out: &mut String) {
+    let all = app.registry.all();
+    let now = Millis::now();
+    family(
+        out,
+        "mooncake_proxy_inflight",
+        "gauge",
+        "Requests under way",
+    );
+    for i in all.iter() {
+        for role in [Role::Prefill, Role::Decode] {
+            let (count, role_name) = (i.inflight(role), role.name());
+            let _ = writeln!(
+                out,
+                "mooncake_proxy_inflight{{instance=\"{}\",role=\"{role_name}\"}} {count}",
+                i.name
+            );
+        }
+    }
+    for (name, kind, help, value) in [
+        (
+            "up",
+            "gauge",
+            "Whether the instance passes its health checks",
+            (|i, _| u64::from(i.health() == super::registry::Health::Up))
+                as fn(&super::registry::Instance, Millis) -> u64,
+        ),
+        (
+            "breaker_open",
+            "gauge",
+            "Whether its breaker is not closed",
+            |i, now| u64::from(i.breaker.state(now) != "closed"),
+        ),
+        (
+            "inflight_tokens",
+            "gauge",
+            "Prompt tokens under way as prefill, estimated",
+            |i, _| i.tokens(),
+        ),
+        ("served_total", "counter", "Legs it answered", |i, _| {
+            i.served.load(Ordering::Relaxed)
+        }),
+        ("failed_total", "counter", "Legs it failed", |i, _| {
+            i.failed.load(Ordering::Relaxed)
+        }),
+    ] {
+        let name = format!("mooncake_proxy_instance_{name}");
+        family(out, &name, kind, help);
+        for i in all.iter() {
+            let _ = writeln!(out, "{name}{{instance=\"{}\"}} {}", i.name, value(i, now));
+        }
+    }
+}

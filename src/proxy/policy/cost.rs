@@ -1,0 +1,54 @@
+//! `cost`: the expected time until the prompt is computed: tokens that are pending there, divided by how fast the instance
+//! has been computing prompts. For a fleet of unequal machines; the same index as `prefix`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::super::registry::Instance;
+use super::prefix::{PrefixIndex, pending};
+use super::{Ask, Policy, least};
+
+/// One request in so many goes to the next in turn.
+const EXPLORE_EVERY: usize = 32;
+
+#[derive(Debug, Default)]
+pub(super) struct Cost {
+    index: PrefixIndex,
+    turn: AtomicUsize,
+}
+
+impl Policy for Cost {
+    fn choose(&self, ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> usize {
+        let matched = self.index.matched(ask.prompt, candidates);
+        let rates = || {
+            candidates
+                .iter()
+                .map(|c| c.rate.load(Ordering::Relaxed) as f64)
+        };
+        let known = rates().filter(|r| *r > 0.0).count().max(1) as f64;
+        // Who has not been measured yet counts as the mean, so that it is.
+        let mean = (rates().sum::<f64>() / known).max(1.0);
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        if turn.is_multiple_of(EXPLORE_EVERY) {
+            // Who was slow once would otherwise never be measured again.
+            return turn / EXPLORE_EVERY % candidates.len().max(1);
+        }
+        let costs = candidates.iter().zip(&matched).map(|(c, m)| {
+            let rate = c.rate.load(Ordering::Relaxed) as f64;
+            pending(ask, c, *m) / if rate > 0.0 { rate } else { mean }
+        });
+        least(turn, costs)
+    }
+
+    fn routed(&self, ask: &Ask<'_>, instance: &Instance) {
+        self.index.insert(ask.prompt, instance.number);
+    }
+
+    fn cached_tokens(&self, ask: &Ask<'_>, instance: &Instance) -> u64 {
+        self.index.cached_tokens(ask.prompt, instance.number)
+    }
+
+    fn forget(&self, number: u64) {
+        self.index.forget(number);
+    }
+}

@@ -1,0 +1,350 @@
+//! A worker that imitates vLLM as far as a proxy can see it, and is strict about hand-offs: KV that a prefill has pinned
+//! stays pinned until a decode request fetches it.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+pub(crate) const MODEL: &str = "org/mock-model";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dialect {
+    Store,
+    Nixl,
+    Mooncake,
+}
+
+/// What all workers of a test share: the KV that is pinned.
+#[derive(Default)]
+pub(crate) struct World {
+    pinned: Mutex<HashSet<String>>,
+    pub(crate) prefilled: AtomicUsize,
+    next: AtomicU64,
+}
+
+impl World {
+    pub(crate) fn pinned(&self) -> usize {
+        self.pinned.lock().unwrap().len()
+    }
+}
+
+/// One request as it arrived.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    pub(crate) path: String,
+    pub(crate) head: String,
+    pub(crate) raw: Vec<u8>,
+    pub(crate) body: Value,
+}
+
+pub(crate) struct Worker {
+    world: Arc<World>,
+    dialect: Dialect,
+    pub(crate) address: String,
+    pub(crate) bootstrap: AtomicU64,
+    pub(crate) engine: Mutex<String>,
+    pub(crate) model: Mutex<String>,
+    pub(crate) ttft: AtomicU64,
+    pub(crate) itl: AtomicU64,
+    pub(crate) fail_status: AtomicU64,
+    /// How many requests still fail.
+    pub(crate) fail_count: AtomicUsize,
+    pub(crate) drop_after: AtomicUsize,
+    pub(crate) hang: AtomicBool,
+    pub(crate) unhealthy: AtomicBool,
+    pub(crate) requests: AtomicUsize,
+    pub(crate) finished: AtomicUsize,
+    pub(crate) aborted: AtomicUsize,
+    pub(crate) running: AtomicUsize,
+    pub(crate) seen: Mutex<Vec<Seen>>,
+    pub(crate) keep_seen: AtomicBool,
+    task: Mutex<Option<tokio::task::JoinHandle<()>>>,
+}
+
+struct Running<'a>(&'a AtomicUsize);
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Worker {
+    pub(crate) async fn start(world: &Arc<World>, dialect: Dialect) -> Arc<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::on(world, dialect, listener).await
+    }
+
+    pub(crate) async fn on(
+        world: &Arc<World>,
+        dialect: Dialect,
+        listener: TcpListener,
+    ) -> Arc<Self> {
+        let number = world.next.fetch_add(1, Ordering::SeqCst);
+        let worker = Arc::new(Self {
+            world: world.clone(),
+            dialect,
+            address: listener.local_addr().unwrap().to_string(),
+            bootstrap: AtomicU64::new(0),
+            engine: Mutex::new(format!("engine-{number}")),
+            model: Mutex::new(MODEL.to_owned()),
+            ttft: AtomicU64::new(0),
+            itl: AtomicU64::new(0),
+            fail_status: AtomicU64::new(500),
+            fail_count: AtomicUsize::new(0),
+            drop_after: AtomicUsize::new(0),
+            hang: AtomicBool::new(false),
+            unhealthy: AtomicBool::new(false),
+            requests: AtomicUsize::new(0),
+            finished: AtomicUsize::new(0),
+            aborted: AtomicUsize::new(0),
+            running: AtomicUsize::new(0),
+            seen: Mutex::default(),
+            keep_seen: AtomicBool::new(true),
+            task: Mutex::default(),
+        });
+        if dialect == Dialect::Mooncake {
+            let bootstrap = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let port = bootstrap.local_addr().unwrap().port();
+            worker.bootstrap.store(u64::from(port), Ordering::SeqCst);
+            tokio::spawn(accept(worker.clone(), bootstrap));
+        }
+        let task = tokio::spawn(accept(worker.clone(), listener));
+        *worker.task.lock().unwrap() = Some(task);
+        worker
+    }
+
+    /// `HOST:PORT` or `HOST:PORT:BOOTSTRAP`.
+    pub(crate) fn spec(&self) -> String {
+        match self.bootstrap.load(Ordering::SeqCst) {
+            0 => self.address.clone(),
+            port => format!("{}:{port}", self.address),
+        }
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.requests.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn last(&self) -> Seen {
+        self.seen.lock().unwrap().last().unwrap().clone()
+    }
+
+    /// The next `count` requests fail.
+    pub(crate) fn fail(&self, status: u64, count: usize) {
+        self.fail_status.store(status, Ordering::SeqCst);
+        self.fail_count.store(count, Ordering::SeqCst);
+    }
+
+    async fn dispatch(&self, stream: &mut TcpStream, seen: Seen) -> std::io::Result<()> {
+        match seen.path.as_str() {
+            "/health" if self.unhealthy.load(Ordering::SeqCst) => {
+                reply(stream, 503, "", "text/plain").await
+            }
+            "/health" => reply(stream, 200, "", "text/plain").await,
+            "/v1/models" => {
+                let id = self.model.lock().unwrap().clone();
+                let body = json!({"object": "list", "data": [{"id": id}]}).to_string();
+                reply(stream, 200, &body, "application/json").await
+            }
+            "/query" => {
+                let engine = self.engine.lock().unwrap().clone();
+                let body = json!({"0": {"engine_id": engine, "worker_addr": {}}}).to_string();
+                reply(stream, 200, &body, "application/json").await
+            }
+            _ if seen.path.starts_with("/v1/") || seen.path == "/tokenize" => {
+                self.generate(stream, seen).await
+            }
+            _ => reply(stream, 404, "{}", "application/json").await,
+        }
+    }
+
+    async fn generate(&self, stream: &mut TcpStream, seen: Seen) -> std::io::Result<()> {
+        self.requests.fetch_add(1, Ordering::SeqCst);
+        self.running.fetch_add(1, Ordering::SeqCst);
+        let _running = Running(&self.running);
+        if self.keep_seen.load(Ordering::SeqCst) {
+            self.seen.lock().unwrap().push(seen.clone());
+        }
+        let failing = self
+            .fail_count
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+        if failing.is_ok() {
+            let status = self.fail_status.load(Ordering::SeqCst);
+            let body = json!({"error": {"message": "injected", "code": status}}).to_string();
+            return reply(stream, status, &body, "application/json").await;
+        }
+        let result = {
+            let mut probe = [0; 64];
+            let (mut reader, mut writer) = stream.split();
+            tokio::select! {
+                done = self.compute(&mut writer, &seen.body) => Some(done),
+                _ = reader.read(&mut probe) => None,
+            }
+        };
+        match result {
+            Some(done) => {
+                self.finished.fetch_add(1, Ordering::SeqCst);
+                done
+            }
+            None => {
+                self.aborted.fetch_add(1, Ordering::SeqCst);
+                Err(std::io::ErrorKind::ConnectionAborted.into())
+            }
+        }
+    }
+
+    async fn compute(
+        &self,
+        out: &mut tokio::net::tcp::WriteHalf<'_>,
+        body: &Value,
+    ) -> std::io::Result<()> {
+        if self.hang.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
+        let params = &body["kv_transfer_params"];
+        let is_prefill = params["do_remote_decode"] == true;
+        let is_fetch = params["do_remote_prefill"] == true;
+        if is_fetch && self.dialect == Dialect::Mooncake {
+            let id = params["transfer_id"].as_str().unwrap_or_default();
+            while !self.world.pinned.lock().unwrap().contains(id) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+        let ttft = self.ttft.load(Ordering::SeqCst);
+        if ttft > 0 {
+            tokio::time::sleep(Duration::from_micros(ttft)).await;
+        }
+        let mut answer = json!({"id": "cmpl-1", "choices": [{"index": 0, "text": " tok"}], "usage": {"prompt_tokens": 5}});
+        if is_prefill && self.dialect == Dialect::Nixl {
+            let id = format!("req-{}", self.world.next.fetch_add(1, Ordering::SeqCst));
+            answer["kv_transfer_params"] = json!({
+                "do_remote_prefill": true, "do_remote_decode": false, "remote_block_ids": [[1, 2]],
+                "remote_engine_id": *self.engine.lock().unwrap(), "remote_request_id": id,
+            });
+            self.pin(&id);
+        }
+        if is_prefill && self.dialect == Dialect::Mooncake {
+            self.pin(params["transfer_id"].as_str().unwrap_or_default());
+        }
+        if is_fetch {
+            let name = if self.dialect == Dialect::Nixl {
+                "remote_request_id"
+            } else {
+                "transfer_id"
+            };
+            let id = params[name].as_str().unwrap_or_default();
+            self.world.pinned.lock().unwrap().remove(id);
+        }
+        let count = body["max_completion_tokens"]
+            .as_u64()
+            .or(body["max_tokens"].as_u64())
+            .unwrap_or(16);
+        if body["stream"] != true {
+            let text = answer.to_string();
+            let head = format!(
+                "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nx-worker: 1\r\ncontent-length: {}\r\n\r\n",
+                text.len()
+            );
+            return out.write_all((head + &text).as_bytes()).await;
+        }
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n";
+        out.write_all(head.as_bytes()).await?;
+        let drop_after = self.drop_after.load(Ordering::SeqCst);
+        for n in 0..count {
+            let itl = self.itl.load(Ordering::SeqCst);
+            if n > 0 && itl > 0 {
+                tokio::time::sleep(Duration::from_micros(itl)).await;
+            }
+            if drop_after > 0 && n as usize >= drop_after {
+                // Cut in the middle of a chunk, as a process does that dies.
+                out.write_all(b"1f\r\ndata: {\"half").await?;
+                return Err(std::io::ErrorKind::ConnectionReset.into());
+            }
+            let event = format!("data: {{\"token\":{n}}}\n\n");
+            let chunk = format!("{:x}\r\n{event}\r\n", event.len());
+            out.write_all(chunk.as_bytes()).await?;
+        }
+        out.write_all(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n").await
+    }
+
+    fn pin(&self, id: &str) {
+        self.world.prefilled.fetch_add(1, Ordering::SeqCst);
+        self.world.pinned.lock().unwrap().insert(id.to_owned());
+    }
+}
+
+async fn accept(worker: Arc<Worker>, listener: TcpListener) {
+    // Connections end with the listener, as with a process.
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            return;
+        };
+        let _ = stream.set_nodelay(true);
+        let worker = worker.clone();
+        connections.spawn(async move {
+            let _ = serve(&worker, stream).await;
+        });
+        while connections.try_join_next().is_some() {}
+    }
+}
+
+async fn serve(worker: &Worker, mut stream: TcpStream) -> std::io::Result<()> {
+    let mut inbox = Vec::new();
+    loop {
+        let at = loop {
+            if let Some(at) = inbox.windows(4).position(|w| w == b"\r\n\r\n") {
+                break at + 4;
+            }
+            if stream.read_buf(&mut inbox).await? == 0 {
+                return Ok(());
+            }
+        };
+        let head = String::from_utf8_lossy(&inbox[..at]).into_owned();
+        let length = head
+            .lines()
+            .find_map(|l| l.strip_prefix("content-length: "))
+            .map_or(0, |v| v.parse().unwrap());
+        while inbox.len() < at + length {
+            if stream.read_buf(&mut inbox).await? == 0 {
+                return Ok(());
+            }
+        }
+        let raw = inbox[at..at + length].to_vec();
+        inbox.drain(..at + length);
+        let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
+        let seen = Seen {
+            path,
+            body: serde_json::from_slice(&raw).unwrap_or(Value::Null),
+            head: head.clone(),
+            raw,
+        };
+        worker.dispatch(&mut stream, seen).await?;
+        if head.contains("connection: close") {
+            return Ok(());
+        }
+    }
+}
+
+async fn reply(stream: &mut TcpStream, status: u64, body: &str, kind: &str) -> std::io::Result<()> {
+    let text = format!(
+        "HTTP/1.1 {status} Injected\r\ncontent-type: {kind}\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(text.as_bytes()).await
+}
+
+impl Worker {
+    /// Ends it as a kill does: listener and connections close.
+    pub(crate) fn kill(&self) {
+        if let Some(task) = self.task.lock().unwrap().take() {
+            task.abort();
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! The command as a process: start line, SIGHUP, SIGTERM, `inspect proxy`, exit codes.
+
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::mock::{Dialect, MODEL, Worker, World};
+use super::{KEY, read_reply, request};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::process::{Child, Command};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_mooncake");
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(BINARY);
+    command.args(arguments).env("ADMIN_API_KEY", KEY);
+    command.env("RUST_LOG", "warn").kill_on_drop(true);
+    command.stdin(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+async fn start(arguments: &[&str]) -> (Child, String) {
+    let mut child = command(arguments).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let line = lines.next_line().await.unwrap().unwrap();
+    let (_, address) = line.split_once("http://").unwrap();
+    (child, address.to_owned())
+}
+
+async fn complete(address: &str) -> u16 {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = request("/v1/completions", r#"{"prompt":"a"}"#);
+    stream.write_all(&request).await.unwrap();
+    read_reply(&mut stream).await.status
+}
+
+async fn until_served_by(address: &str, worker: &Worker) {
+    let end = std::time::Instant::now() + Duration::from_secs(10);
+    while complete(address).await != 200 || worker.count() == 0 {
+        assert!(std::time::Instant::now() < end);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn signal(child: &Child, name: &str) {
+    let pid = child.id().unwrap().to_string();
+    let sent = std::process::Command::new("kill")
+        .args([name, &pid])
+        .status();
+    assert!(sent.unwrap().success());
+}
+
+#[tokio::test]
+async fn signals_and_inspect() {
+    let world = Arc::new(World::default());
+    let mut workers = Vec::new();
+    for _ in 0..4 {
+        workers.push(Worker::start(&world, Dialect::Store).await);
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("proxy.toml");
+    let settings = |p: &Worker, d: &Worker| {
+        let text = format!("prefill = \"{}\"\ndecode = \"{}\"\n", p.address, d.address);
+        std::fs::write(&path, text).unwrap();
+    };
+    settings(&workers[0], &workers[1]);
+    let file = path.to_str().unwrap();
+    let (mut child, address) = start(&[
+        "proxy",
+        "-m",
+        MODEL,
+        "--config",
+        file,
+        "--port",
+        "0",
+        "--threads",
+        "2",
+        "--health-interval",
+        "100ms",
+    ])
+    .await;
+    until_served_by(&address, &workers[1]).await;
+    settings(&workers[2], &workers[3]);
+    signal(&child, "-HUP");
+    until_served_by(&address, &workers[3]).await;
+    assert!(workers[2].count() > 0);
+    let shown = command(&["inspect", "proxy", &address])
+        .output()
+        .await
+        .unwrap();
+    let text = String::from_utf8(shown.stdout).unwrap();
+    assert!(
+        shown.status.success()
+            && text.contains(&workers[3].address)
+            && !text.contains(&workers[1].address),
+        "{text}"
+    );
+    let wrong = command(&["inspect", "proxy", &address])
+        .env("ADMIN_API_KEY", "x")
+        .output()
+        .await
+        .unwrap();
+    assert_eq!(wrong.status.code(), Some(3));
+    let mut taken = command(&[
+        "proxy",
+        "-m",
+        "m",
+        "-p",
+        "h:1",
+        "-d",
+        "h:2",
+        "--port",
+        address.rsplit(':').next().unwrap(),
+    ]);
+    assert_eq!(taken.output().await.unwrap().status.code(), Some(2));
+    // A request under way ends before the process does.
+    workers[3].ttft.store(400_000, Ordering::SeqCst);
+    let serving = tokio::spawn({
+        let address = address.clone();
+        async move { complete(&address).await }
+    });
+    while workers[3].running.load(Ordering::SeqCst) == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    signal(&child, "-TERM");
+    assert_eq!(serving.await.unwrap(), 200);
+    let status = tokio::time::timeout(Duration::from_secs(5), child.wait()).await;
+    assert!(status.unwrap().unwrap().success());
+}
