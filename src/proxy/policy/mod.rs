@@ -1,8 +1,8 @@
-//! Who gets a request: one policy per role, each in its file behind [`Policy`].
+//! Who gets a request: one policy per role, each in its file behind `Policy`.
 //!
 //! Owns the contract and the list of names. A policy sees the candidates (usable now, never none) and the request; it does
 //! no I/O, keeps bounded state, and never decides whether somebody is usable. A strategy of one's own is a file here and a
-//! line in [`NAMES`] and [`build`].
+//! line in `NAMES` and `build`.
 
 mod cost;
 mod least_loaded;
