@@ -535,23 +535,23 @@ impl MasterState {
         }
     }
 
-    /// Which versions a job concerns, and those of them that are objects: the node keeps them.
-    pub(crate) fn kept(&self, job: &ReconcileJob) -> (std::ops::Range<u64>, Vec<u64>) {
+    /// Which versions a job concerns, and those of them that are objects: the node keeps them. `None`: not known yet.
+    pub(crate) fn kept(&self, job: &ReconcileJob) -> Option<(std::ops::Range<u64>, Vec<u64>)> {
         let Settles::Arena(id) = &job.what else {
-            return (0..job.versions_end, Vec::new());
+            return Some((0..job.versions_end, Vec::new()));
         };
         let Some(arena) = self.arenas.lock().get(id).cloned() else {
             // Given up already: nothing in its range is ours to settle.
-            return (1..1, Vec::new());
+            return Some((1..1, Vec::new()));
         };
-        // A commit that was let in before the arena was closed is about to enter the index.
-        for _ in 0..1000 {
-            if arena.lock().committing == 0 {
-                break;
+        // A commit that was let in before the arena was closed is about to enter the index: ask again.
+        let versions = {
+            let arena = arena.lock();
+            if arena.committing > 0 {
+                return None;
             }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let versions = arena.lock().versions.clone();
+            arena.versions.clone()
+        };
         let mut kept = Vec::new();
         self.walk(0, usize::MAX, |o| {
             if versions.contains(&o.version) {
@@ -559,7 +559,7 @@ impl MasterState {
             }
             false
         });
-        (versions, kept)
+        Some((versions, kept))
     }
 
     /// The node's answer to a reconciliation.

@@ -257,7 +257,12 @@ async fn flush(master: &Master, node: &NodeState, session: u64, outbox: &Outbox)
     for sequence in due {
         let job = master.state.reconciles.lock().get(&sequence).cloned();
         let Some(job) = job else { continue };
-        let (versions, keep) = tokio::task::block_in_place(|| master.state.kept(&job));
+        let kept = tokio::task::block_in_place(|| master.state.kept(&job));
+        let Some((versions, keep)) = kept else {
+            // With the next tick.
+            node.reconciles.lock().push(sequence);
+            continue;
+        };
         let message = wire::Reconcile {
             sequence,
             segment: job.node_segment,
