@@ -280,3 +280,48 @@ fn a_node_leaves_cleanly_on_sigterm() {
         );
     }
 }
+
+/// A client that lives on through a restart of the master: what it had acknowledged stays, and the arena it had open is kept
+/// whole until it has left it, then given back.
+#[test]
+fn an_arena_of_an_earlier_master_is_kept_and_then_given_back() {
+    let mut pool = Pool::start(1, "256MiB", &[]);
+    let client = pool.client();
+    let put =
+        |key: &str, seed| client.put_bytes(key.as_bytes(), &pattern(300_000, seed), &copies(1));
+    put("before", 1).unwrap();
+    let arenas = || pool.client().overview().unwrap().arenas;
+    assert_eq!(arenas(), 1);
+    pool.restart_master();
+    let end = Instant::now() + Duration::from_secs(10);
+    let found = || pool.client().get(b"before").map(Blob);
+    while found() != Ok(Blob(pattern(300_000, 1))) {
+        assert!(Instant::now() < end, "D1");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let arenas = || pool.client().overview().unwrap().arenas;
+    assert_eq!(arenas(), 1, "its writer has not left it");
+    put("after", 2).unwrap();
+    // The next put of this client leaves the old one and may open a new one.
+    put("after that", 3).unwrap();
+    while arenas() > 1 {
+        assert!(
+            Instant::now() < end + Duration::from_secs(10),
+            "it is given back"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    for (key, seed) in [("before", 1), ("after", 2), ("after that", 3)] {
+        assert_eq!(
+            client.get(key.as_bytes()).map(Blob),
+            Ok(Blob(pattern(300_000, seed)))
+        );
+    }
+    client.remove_matching("", true).unwrap();
+    drop(client);
+    let used = || pool.client().overview().unwrap().used_bytes;
+    while used() > 0 {
+        assert!(Instant::now() < end + Duration::from_secs(20), "all of it");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
