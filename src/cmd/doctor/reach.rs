@@ -533,7 +533,7 @@ pub(super) fn master(target: &str, keys: &ClusterKeys) -> MasterSeen {
         ),
     ));
     let mut skew = None;
-    match http(target, "GET", "/role", "", "") {
+    match request(target, "GET", "/role", "", "") {
         Ok(answer) => {
             let sent = std::time::SystemTime::now();
             skew = answer
@@ -578,7 +578,17 @@ pub(super) fn master(target: &str, keys: &ClusterKeys) -> MasterSeen {
                 findings.push(large_packets(target));
             }
         }
-        Err(fault) => findings.push(fault.finding("HTTP of the master", target)),
+        Err(Unanswered::Fault(fault)) => findings.push(fault.finding("HTTP of the master", target)),
+        // The lane has shown that it is a master: what its HTTP does says nothing about who listens.
+        Err(Unanswered::Connected(_, _, how)) => findings.push(
+            Finding::fail(
+                "HTTP of the master",
+                "http_unanswered",
+                target,
+                format!("its lanes work, and a request over HTTP met a connection that was {how}"),
+            )
+            .remedy("look at the master's log and load, and at proxies between here and there"),
+        ),
     }
     MasterSeen {
         findings,

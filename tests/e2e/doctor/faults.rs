@@ -525,6 +525,19 @@ fn pool() -> Vec<Fault> {
                 .examined(lab)
             }
         ),
+        fault!(
+            area,
+            "the master's lanes work and its HTTP answers nothing",
+            ("HTTP of the master", "fail", "http_unanswered"),
+            &[],
+            |lab| {
+                strangers::FakeMaster {
+                    http_mute: true,
+                    ..strangers::FakeMaster::default()
+                }
+                .examined(lab)
+            }
+        ),
     ]
 }
 

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use mooncake::base::handshake::{self, HELLO_BYTES, LaneKind, MAGIC};
 use mooncake::base::id::Id128;
@@ -92,6 +92,8 @@ pub(super) struct FakeMaster {
     pub(super) largest_free: u64,
     pub(super) host: &'static str,
     pub(super) mute: bool,
+    /// Takes HTTP requests and says nothing.
+    pub(super) http_mute: bool,
 }
 
 impl Default for FakeMaster {
@@ -107,6 +109,7 @@ impl Default for FakeMaster {
             largest_free: 90 << 20,
             host: "",
             mute: false,
+            http_mute: false,
         }
     }
 }
@@ -138,29 +141,24 @@ impl FakeMaster {
     fn http(&self, stream: &mut TcpStream) {
         let mut request = [0; 4096];
         let n = stream.read(&mut request).unwrap_or(0);
+        if self.http_mute {
+            std::thread::sleep(Duration::from_secs(5));
+            return;
+        }
         let request = String::from_utf8_lossy(&request[..n]).into_owned();
         let body = match request.split(' ').nth(1) {
             Some("/role") => self.role.to_owned(),
             Some("/metrics") => "master_put_start_alloc_failures_total 0\n".to_owned(),
             _ => String::new(),
         };
-        let date = Command::new("date")
-            .args([
-                "-u",
-                "+%a, %d %b %Y %H:%M:%S GMT",
-                "-d",
-                &format!("{} seconds", self.clock),
-            ])
-            .env("LC_ALL", "C")
-            .output()
-            .unwrap();
-        let date = String::from_utf8_lossy(&date.stdout);
-        let _ = write!(
-            stream,
-            "HTTP/1.1 200 OK\r\nDate: {}\r\nContent-Length: {}\r\n\r\n{body}",
-            date.trim(),
-            body.len()
-        );
+        let now = SystemTime::now();
+        let off = Duration::from_secs(self.clock.unsigned_abs());
+        let date = httpdate::fmt_http_date(if self.clock < 0 { now - off } else { now + off });
+        // In one piece: `write!` on a socket sends every part by itself.
+        let length = body.len();
+        let answer =
+            format!("HTTP/1.1 200 OK\r\nDate: {date}\r\nContent-Length: {length}\r\n\r\n{body}");
+        let _ = stream.write_all(answer.as_bytes());
     }
 
     fn lane(&self, stream: &mut TcpStream, node: &str) {
