@@ -65,6 +65,11 @@ impl ControlSocket {
             .write_all_from(framed, &[], Until::Deadline(deadline))
     }
 
+    /// Waits at most this long for a message without sleeping; see `Socket::spin`.
+    pub fn spin(&self, most: Duration) {
+        self.socket.spin(most);
+    }
+
     /// The next message.
     ///
     /// # Errors

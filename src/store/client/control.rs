@@ -47,6 +47,13 @@ pub(crate) struct Sent {
     deadline: Instant,
 }
 
+impl Sent {
+    /// Waits for the replies without sleeping, briefly: for when they are due.
+    pub(crate) fn spin(&self, most: Duration) {
+        self.lane.spin(most);
+    }
+}
+
 impl ControlLink {
     pub(crate) fn new(
         master: &str,

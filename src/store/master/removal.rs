@@ -143,13 +143,22 @@ impl MasterState {
     ///
     /// Takes the shards in the order of their oldest candidates, a bounded step under each lock.
     pub(crate) fn evict(&self, bytes: u64, now: Millis) -> u64 {
-        add(&self.counters.eviction_rounds, 1);
-        let mut wanted = bytes;
         let passes: &[bool] = if self.config.evict_soft_pinned {
             &[false, true]
         } else {
             &[false]
         };
+        self.evict_in_passes(passes, bytes, now)
+    }
+
+    /// As [`MasterState::evict`], without what is soft pinned: for room that would only be convenient.
+    fn evict_unpinned(&self, bytes: u64, now: Millis) -> u64 {
+        self.evict_in_passes(&[false], bytes, now)
+    }
+
+    fn evict_in_passes(&self, passes: &[bool], bytes: u64, now: Millis) -> u64 {
+        add(&self.counters.eviction_rounds, 1);
+        let mut wanted = bytes;
         for soft_pinned_too in passes {
             // A policy may need several passes over a full shard to age it and one to choose.
             for _ in 0..IDLE_ROUNDS {
@@ -267,22 +276,43 @@ impl MasterState {
         used - watermark + (capacity as f64 * self.config.eviction_ratio) as u64
     }
 
+    /// Bytes that will be free as soon as the nodes in service have carried out their drops.
+    pub(crate) fn leaving_bytes(&self) -> u64 {
+        let nodes = self.segments.nodes();
+        nodes
+            .iter()
+            .filter(|n| n.phase() == super::segments::NodePhase::Ok)
+            .map(|n| n.drops.lock().bytes())
+            .sum()
+    }
+
     /// Evicts for an allocation of `payload_bytes` that found no room. What is already on its way to being free counts.
     pub(crate) fn make_room(&self, payload_bytes: u64, now: Millis) -> u64 {
         let wanted = footprint(payload_bytes).unwrap_or(payload_bytes);
         let (capacity, _) = self.capacity();
-        let nodes = self.segments.nodes();
-        let leaving: u64 = nodes
-            .iter()
-            .filter(|n| n.phase() == super::segments::NodePhase::Ok)
-            .map(|n| n.drops.lock().bytes())
-            .sum();
         // A little more than asked: the next ones are coming.
-        let wanted = wanted.max(capacity / 512).saturating_sub(leaving);
-        if wanted == 0 {
-            0
-        } else {
-            self.evict(wanted, now)
+        let wanted = wanted.max(capacity / 512);
+        match wanted.saturating_sub(self.leaving_bytes()) {
+            0 => 0,
+            missing => self.evict(missing, now),
+        }
+    }
+
+    /// Evicts for an arena of `bytes`: a convenience for which nothing that is pinned goes.
+    pub(crate) fn make_room_for_arena(&self, bytes: u64, now: Millis) -> u64 {
+        match bytes.saturating_sub(self.leaving_bytes()) {
+            0 => 0,
+            missing => self.evict_unpinned(missing, now),
+        }
+    }
+
+    /// Evicts what the watermark asks for, before the sweeper comes by, but nothing that is pinned.
+    pub(crate) fn keep_below_watermark(&self, now: Millis) {
+        match self.eviction_need() {
+            0 => {}
+            need => {
+                self.evict_unpinned(need, now);
+            }
         }
     }
 }
