@@ -72,6 +72,7 @@ impl Socket {
 
     /// Takes a connected Unix stream.
     pub(crate) fn from_unix(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(false)?;
         Self::new(stream.into())
     }
 

@@ -33,14 +33,15 @@ mod table;
 mod model_test;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use parking_lot::Mutex;
 
 use crate::base::clock::Millis;
 use crate::base::id::Id128;
+use crate::base::net::host_id;
 use crate::base::trust::ClusterKeys;
 use crate::store::wire;
 
@@ -61,6 +62,9 @@ pub struct Master {
     pub(crate) keys: ClusterKeys,
     pub(crate) metrics: metrics::Metrics,
     pub(crate) names: names::Names,
+    pub(crate) host_id: String,
+    /// The abstract Unix socket for control lanes of this host, when it is served.
+    pub(crate) control_socket: OnceLock<String>,
     clients: Mutex<HashMap<Id128, ClientLanes>>,
     started: Instant,
 }
@@ -73,6 +77,8 @@ impl Master {
             keys,
             metrics: metrics::Metrics::new(),
             names: names::Names::default(),
+            host_id: host_id(),
+            control_socket: OnceLock::new(),
             clients: Mutex::default(),
             started: Instant::now(),
         })

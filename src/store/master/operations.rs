@@ -398,8 +398,6 @@ impl Call<'_> {
 
     fn arena_open(&mut self, op: &wire::ArenaOpen) -> wire::Reply {
         let state = &self.master.state;
-        // An arena is taken in one piece: what follows needs room before the sweeper comes by.
-        state.keep_below_watermark(self.now);
         let patience = self.deadline.min(Instant::now() + ARENA_PATIENCE);
         let opened = loop {
             let seen = *state.progress.count.lock();
@@ -424,6 +422,8 @@ impl Call<'_> {
                 state.progress.changed.wait_until(&mut count, patience);
             }
         };
+        // An arena is taken in one piece: the next one needs room before the sweeper's next round.
+        state.keep_below_watermark();
         let reply = match opened {
             Ok((arena, replica, length, versions)) => {
                 let expires = unix_ms() + WRITE_GRANT.as_millis() as u64;
@@ -641,6 +641,13 @@ impl Call<'_> {
             epoch,
             changed,
             segments,
+            host_id: self.master.host_id.clone(),
+            control_socket: self
+                .master
+                .control_socket
+                .get()
+                .cloned()
+                .unwrap_or_default(),
         })
         .into()
     }

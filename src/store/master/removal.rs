@@ -306,13 +306,10 @@ impl MasterState {
         }
     }
 
-    /// Evicts what the watermark asks for, before the sweeper comes by, but nothing that is pinned.
-    pub(crate) fn keep_below_watermark(&self, now: Millis) {
-        match self.eviction_need() {
-            0 => {}
-            need => {
-                self.evict_unpinned(need, now);
-            }
+    /// Has the sweeper evict now if the watermark asks for it.
+    pub(crate) fn keep_below_watermark(&self) {
+        if self.eviction_need() > 0 {
+            self.nudge.give();
         }
     }
 }

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use foldhash::fast::FixedState;
 use parking_lot::{Condvar, Mutex, MutexGuard, ReentrantMutex};
@@ -72,6 +72,31 @@ impl Progress {
     }
 }
 
+/// Tells the sweeper that there is something to do before its next round.
+#[derive(Debug, Default)]
+pub(crate) struct Nudge {
+    given: Mutex<bool>,
+    came: Condvar,
+}
+
+impl Nudge {
+    pub(crate) fn give(&self) {
+        *self.given.lock() = true;
+        self.came.notify_one();
+    }
+
+    /// Waits for one, until `deadline`; whether one came.
+    pub(crate) fn wait_until(&self, deadline: Instant) -> bool {
+        let mut given = self.given.lock();
+        while !*given {
+            if self.came.wait_until(&mut given, deadline).timed_out() {
+                break;
+            }
+        }
+        std::mem::take(&mut *given)
+    }
+}
+
 /// See the module header.
 pub(crate) struct MasterState {
     pub(crate) config: MasterConfig,
@@ -96,6 +121,7 @@ pub(crate) struct MasterState {
     pub(crate) eviction_order: EvictionOrder,
     pub(crate) counters: Counters,
     pub(crate) progress: Progress,
+    pub(crate) nudge: Arc<Nudge>,
 }
 
 impl MasterState {
@@ -125,6 +151,7 @@ impl MasterState {
             eviction_order: EvictionOrder::default(),
             counters: Counters::default(),
             progress: Progress::default(),
+            nudge: Arc::default(),
             config,
         }
     }
