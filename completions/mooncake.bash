@@ -320,7 +320,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__bench__subcmd__store)
-            opts="-h --sizes --batches --paths --ops --rounds --time --memory --vs --checksum --export --output --help"
+            opts="-h --sizes --batches --paths --ops --rounds --time --memory --buffers --vs --checksum --export --output --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -352,6 +352,10 @@ _mooncake() {
                     ;;
                 --memory)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --buffers)
+                    COMPREPLY=($(compgen -W "hot cold" -- "${cur}"))
                     return 0
                     ;;
                 --vs)

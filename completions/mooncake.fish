@@ -298,6 +298,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l rounds -d 'Rounds; the sides take turns within each' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l time -d 'Time of one side in one round' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l memory -d 'Memory of the pool, and of Redis' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l buffers -d 'The caller\'s buffers, also memcpy\'s: the same few each time, or taken in turn from 256 MiB' -r -f -a "hot\t''
+cold\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l vs -d 'Also run the same work against Redis; without an address a redis-server is started' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l export -d 'Also write the table to FILE (.md or .json)' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l output -d 'How to print the result' -r -f -a "text\t'For people'

@@ -27,8 +27,9 @@ use crate::store::wire::{self, NodeNotify, node_notify, operation, reply};
 const BEGIN_PATIENCE: Duration = Duration::from_secs(1);
 const END_PATIENCE: Duration = Duration::from_millis(200);
 
-/// After copying this much the master has had the time to answer: its answer is looked for, for so long, without sleeping.
+/// After copying this much the master has had the time to answer.
 const SPIN_AFTER_BYTES: u64 = 256 << 10;
+/// For so long an answer that holds up copying is looked for without sleeping.
 const SPIN: Duration = Duration::from_micros(50);
 
 impl PoolClient {
@@ -269,7 +270,11 @@ impl PoolClient {
         // In this order: the room of what is closed can be granted at once.
         let mut operations: Vec<wire::Operation> = ended.iter().map(close).collect();
         operations.push(open.into());
-        let replies = self.control.call(operations, deadline);
+        let sent = self.control.send(operations, deadline);
+        let replies = sent.and_then(|sent| {
+            sent.spin(SPIN);
+            Ok(self.control.receive(sent)?.replies)
+        });
         if replies.is_err() {
             self.arenas.ended(ended);
         }
