@@ -9,6 +9,7 @@
 //! Nodes hold the truth: this process keeps no file. Restarted, it rebuilds from what nodes report.
 
 pub mod config;
+mod events;
 pub mod eviction;
 mod http;
 mod lanes;
@@ -26,6 +27,7 @@ mod service;
 mod session;
 mod shard;
 mod state;
+mod stream;
 mod sweeper;
 mod table;
 
@@ -47,6 +49,7 @@ use crate::store::wire;
 
 pub use config::MasterConfig;
 pub use server::MasterServer;
+pub use stream::{KvEventsConfig, PublisherStats};
 
 /// Lanes of one client.
 #[derive(Debug, Default)]
@@ -65,6 +68,9 @@ pub struct Master {
     pub(crate) host_id: String,
     /// The abstract Unix socket for control lanes of this host, when it is served.
     pub(crate) control_socket: OnceLock<String>,
+    pub(crate) subscribers: Arc<stream::Subscribers>,
+    /// Set once events are published over ZeroMQ.
+    pub(crate) kv_events: OnceLock<Arc<PublisherStats>>,
     clients: Mutex<HashMap<Id128, ClientLanes>>,
     started: Instant,
 }
@@ -79,6 +85,8 @@ impl Master {
             names: names::Names::default(),
             host_id: host_id(),
             control_socket: OnceLock::new(),
+            subscribers: Arc::default(),
+            kv_events: OnceLock::new(),
             clients: Mutex::default(),
             started: Instant::now(),
         })
