@@ -221,15 +221,26 @@ impl HandOff {
         }
     }
 
-    /// The head for a worker.
+    /// The head of this request for a worker.
     pub(super) fn head(&self, instance: &Instance, body: &[Bytes], rank: Option<u32>) -> Vec<u8> {
+        self.head_for(&self.job.target, instance, body, rank)
+    }
+
+    /// The same for another path.
+    pub(super) fn head_for(
+        &self,
+        target: &str,
+        instance: &Instance,
+        body: &[Bytes],
+        rank: Option<u32>,
+    ) -> Vec<u8> {
         let job = &self.job;
         let length: usize = body.iter().map(Bytes::len).sum();
-        let mut head = Vec::with_capacity(job.lines.len() + job.target.len() + 128);
+        let mut head = Vec::with_capacity(job.lines.len() + target.len() + 128);
         for part in [
             job.method.as_str(),
             " ",
-            &job.target,
+            target,
             " HTTP/1.1\r\nhost: ",
             &instance.name,
             "\r\n",

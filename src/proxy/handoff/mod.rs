@@ -5,11 +5,13 @@
 //! is pinned, dropping the future is enough: connections close, workers stop, the legs leave the counters.
 
 mod at_once;
+mod barrier;
 mod leg;
 mod one_after_the_other;
+mod tokens;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -22,6 +24,7 @@ use super::config::{ConnectorKind, PrefillDown, Role};
 use super::connector::{self, store};
 use super::http::head::ReplyHead;
 use super::http::upstream::UpstreamConn;
+use super::kv::text::Known;
 use super::openai::Facts;
 use super::policy::Ask;
 use super::registry::{Instance, Leg};
@@ -41,6 +44,8 @@ pub(crate) struct Job {
     /// The field that bounds the output; `None`: one leg only.
     pub(crate) limit: Option<&'static str>,
     pub(crate) session: Option<u64>,
+    /// The prompt's tokens, as far as they were known when somebody asked first.
+    pub(crate) known: OnceLock<Option<Known>>,
     pub(crate) arrived: Instant,
 }
 
@@ -164,18 +169,15 @@ impl HandOff {
     fn ask(&self, role: Role) -> Ask<'_> {
         Ask {
             role,
-            prompt: self
-                .job
-                .body
-                .get(self.job.facts.prompt.clone())
-                .unwrap_or_default(),
+            prompt: self.job.prompt(),
             tokens: self.job.facts.tokens,
             session: self.job.session,
+            known: self.known(),
         }
     }
 
     /// Tokens that an instance will have to compute: the load it takes on, as far as the policy knows.
-    fn uncached(&self, ask: &Ask<'_>, instance: &Instance) -> u64 {
+    fn uncached(&self, ask: &Ask<'_>, instance: &Arc<Instance>) -> u64 {
         if ask.role != Role::Prefill {
             return 0;
         }
@@ -206,6 +208,9 @@ impl HandOff {
                 let tokens = self.uncached(&ask, &free[chosen]);
                 if let Some(leg) = app.registry.enter(&free[chosen], role, tokens) {
                     app.policy(role).routed(&ask, &leg.instance);
+                    if role == Role::Prefill || self.app.config.aggregated {
+                        self.learn_tokens(&leg.instance);
+                    }
                     return Ok(Some(leg));
                 }
                 // Its breaker has let another probe in meanwhile.

@@ -37,6 +37,7 @@ impl HandOff {
                     Ok(leg) => leg,
                     Err(served) => return served,
                 };
+                self.wait_for_pool(&from, started).await;
                 let body = store::decode_body(&self.job.body);
                 return self.decode(decode, &body, false).await.0;
             };
