@@ -125,10 +125,13 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l output -d 'H
 json\t'One JSON document'"
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l bind -d 'Address to listen on; beyond loopback only when told so [default: 127.0.0.1]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l port -d 'Port; 0 = any free one [default: 8000]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l scheduling -d 'Who gets a request: round_robin, random, least_loaded, p2c, session, prefix, cost [default: round_robin]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l scheduling -d 'Who gets a request: round_robin, random, least_loaded, p2c, session, prefix, cost, kv [default: round_robin]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-scheduling -d 'The same for prefill only [default: --scheduling]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l decode-scheduling -d 'The same for decode only [default: --scheduling]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l connector -d 'How KV gets from prefill to decode; auto finds out per instance: auto, store, mooncake, nixl, none [default: auto]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l kv-events -d 'Where instances publish KV events: [INSTANCE=]PORT[/REPLAY_PORT], a list; without INSTANCE= for all others' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l tokenize -d 'Policy kv: ask workers\' /tokenize for the tokens of new texts; no request waits for it: background, off [default: background]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l store-barrier -d 'Connector store: longest wait for the prompt\'s last block to be readable before decode starts; 0 = none [default: 20ms]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l agg -d 'No prefill leg at all: every instance of --decode does both [default: false]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-down -d 'When no prefill instance is available: answer 503, or let decode compute the prompt: refuse, decode [default: refuse]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-min-tokens -d 'Prompts with fewer tokens than this (estimated; cached ones not counted) skip prefill [default: 0]' -r

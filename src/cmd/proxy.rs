@@ -10,10 +10,12 @@ use super::{ExitStatus, Outcome, UsageError, print, serve, settings};
 use crate::base::config::{Kind, Resolved, Setting};
 use crate::base::trust::Token;
 use crate::proxy::config::{
-    ConnectorKind, InstanceAddress, PolicyChoice, PrefillDown, ProxyConfig, UpstreamAuth,
+    ConnectorKind, EventsRule, InstanceAddress, PolicyChoice, PrefillDown, ProxyConfig,
+    UpstreamAuth,
 };
 use crate::proxy::{Proxy, listen, policy};
 
+const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 
 static SETTINGS: &[Setting] = &[
@@ -79,6 +81,27 @@ static SETTINGS: &[Setting] = &[
         Kind::Choice(&["auto", "store", "mooncake", "nixl", "none"]),
         "auto",
         "How KV gets from prefill to decode; auto finds out per instance",
+    ),
+    Setting::new(
+        "kv-events",
+        &[],
+        Kind::Text,
+        "",
+        "Where instances publish KV events: [INSTANCE=]PORT[/REPLAY_PORT], a list; without INSTANCE= for all others",
+    ),
+    Setting::new(
+        "tokenize",
+        &[],
+        Kind::Choice(&["background", "off"]),
+        "background",
+        "Policy kv: ask workers' /tokenize for the tokens of new texts; no request waits for it",
+    ),
+    Setting::new(
+        "store-barrier",
+        &[],
+        Kind::Time(MILLISECOND),
+        "20ms",
+        "Connector store: longest wait for the prompt's last block to be readable before decode starts; 0 = none",
     ),
     Setting::new(
         "agg",
@@ -354,6 +377,10 @@ fn config(r: &Resolved) -> anyhow::Result<ProxyConfig> {
         state_file: path("state-file"),
         access_log: path("access-log"),
         debug_headers: r.flag("debug-headers"),
+        kv_events: EventsRule::parse_list(r.text("kv-events").unwrap_or_default())
+            .map_err(|e| UsageError(format!("--kv-events: {e}")))?,
+        tokenize: r.text("tokenize") != Some("off"),
+        barrier: r.time("store-barrier", MILLISECOND),
         ..ProxyConfig::new(model)
     };
     check(r, &config)?;

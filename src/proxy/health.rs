@@ -161,6 +161,9 @@ fn forget(app: &App, instance: &Instance) {
         link.kind = None;
     }
     drop(link);
+    instance
+        .is_mute
+        .store(false, std::sync::atomic::Ordering::Relaxed);
     app.forget_cache(instance.number);
 }
 

@@ -76,10 +76,14 @@ pub(crate) struct Metrics {
     pub(crate) handoffs: Counter,
     pub(crate) released: Counter,
     pub(crate) orphans: Counter,
+    pub(crate) tokenized: Counter,
+    pub(crate) barrier_waits: Counter,
+    pub(crate) barrier_timeouts: Counter,
     pub(crate) ttft: Histogram,
     pub(crate) prefill: Histogram,
     pub(crate) request: Histogram,
     pub(crate) queue: Histogram,
+    pub(crate) barrier: Histogram,
 }
 
 impl Metrics {
@@ -172,6 +176,21 @@ pub(crate) fn page(app: &App) -> String {
             "Prefills whose KV nobody fetched",
             &m.orphans,
         ),
+        (
+            "barrier_waits",
+            "Decodes that waited for the last block in the pool",
+            &m.barrier_waits,
+        ),
+        (
+            "barrier_timeouts",
+            "Decodes that began without it",
+            &m.barrier_timeouts,
+        ),
+        (
+            "texts_tokenized",
+            "Texts whose tokens a worker told",
+            &m.tokenized,
+        ),
     ] {
         let name = format!("mooncake_proxy_{name}_total");
         family(&mut out, &name, "counter", help);
@@ -190,6 +209,11 @@ pub(crate) fn page(app: &App) -> String {
             &m.request,
         ),
         ("queue_seconds", "Waiting for a place", &m.queue),
+        (
+            "barrier_seconds",
+            "Waiting for the last block in the pool",
+            &m.barrier,
+        ),
     ] {
         histogram.print(&mut out, &format!("mooncake_proxy_{name}"), help);
     }
@@ -242,6 +266,24 @@ fn instances(app: &App, out: &mut String) {
             "gauge",
             "Prompt tokens under way as prefill, estimated",
             |i, _| i.tokens(),
+        ),
+        (
+            "kv_live",
+            "gauge",
+            "Whether its KV events are followed",
+            |i, _| u64::from(i.feed.is_live()),
+        ),
+        (
+            "kv_events_total",
+            "counter",
+            "KV events heard of it",
+            |i, _| i.feed.events.load(Ordering::Relaxed),
+        ),
+        (
+            "kv_gaps_total",
+            "counter",
+            "Gaps in its KV events",
+            |i, _| i.feed.gaps.load(Ordering::Relaxed),
         ),
         ("served_total", "counter", "Legs it answered", |i, _| {
             i.served.load(Ordering::Relaxed)

@@ -11,8 +11,9 @@ use smallvec::SmallVec;
 use tokio::sync::Notify;
 
 use super::breaker::{Breaker, Pass};
-use super::config::{ConnectorKind, InstanceAddress, Role};
+use super::config::{ConnectorKind, EventsAddress, InstanceAddress, Role};
 use super::http::upstream::ConnPool;
+use super::kv::Feed;
 use crate::base::clock::Millis;
 
 /// Most instances of a proxy.
@@ -76,6 +77,11 @@ pub(crate) struct Instance {
     pub(crate) group: String,
     /// Came by a request, so it belongs in the state file.
     pub(crate) added: bool,
+    /// Where it tells of its KV cache.
+    pub(crate) events: Option<EventsAddress>,
+    pub(crate) feed: Feed,
+    /// It has no `/tokenize`.
+    pub(crate) is_mute: AtomicBool,
     role: AtomicU8,
     health: AtomicU8,
     draining: AtomicBool,
@@ -244,6 +250,7 @@ pub(crate) struct NewInstance {
     pub(crate) group: String,
     pub(crate) connector: Option<ConnectorKind>,
     pub(crate) added: bool,
+    pub(crate) events: Option<EventsAddress>,
 }
 
 impl NewInstance {
@@ -255,6 +262,7 @@ impl NewInstance {
             group: String::new(),
             connector: None,
             added: false,
+            events: None,
         }
     }
 }
@@ -311,6 +319,9 @@ impl Registry {
             weight: new.weight,
             group: new.group,
             added: new.added,
+            events: new.events,
+            feed: Feed::default(),
+            is_mute: AtomicBool::new(false),
             role: AtomicU8::new(new.role as u8),
             health: AtomicU8::new(Health::Unknown as u8),
             draining: AtomicBool::new(false),

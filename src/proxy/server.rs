@@ -236,6 +236,7 @@ async fn prepare(
         facts: Facts::default(),
         limit: None,
         session: session(head),
+        known: std::sync::OnceLock::new(),
         arrived,
     };
     match api {

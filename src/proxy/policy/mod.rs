@@ -5,6 +5,7 @@
 //! line in `NAMES` and `build`.
 
 mod cost;
+mod kv;
 mod least_loaded;
 mod p2c;
 mod prefix;
@@ -15,6 +16,8 @@ mod session;
 use std::sync::Arc;
 
 use super::config::Role;
+use super::kv::Kv;
+use super::kv::text::Known;
 use super::registry::Instance;
 
 /// What a policy may know of a request.
@@ -27,6 +30,8 @@ pub(crate) struct Ask<'a> {
     pub(crate) tokens: u64,
     /// Hash of what names the session.
     pub(crate) session: Option<u64>,
+    /// The prompt's tokens, where they are known.
+    pub(crate) known: Option<&'a Known>,
 }
 
 /// Chooses among candidates.
@@ -38,7 +43,7 @@ pub(crate) trait Policy: Send + Sync {
     fn routed(&self, _ask: &Ask<'_>, _instance: &Instance) {}
 
     /// Prompt tokens that `instance` probably has cached.
-    fn cached_tokens(&self, _ask: &Ask<'_>, _instance: &Instance) -> u64 {
+    fn cached_tokens(&self, _ask: &Ask<'_>, _instance: &Arc<Instance>) -> u64 {
         0
     }
 
@@ -55,10 +60,11 @@ pub const NAMES: &[&str] = &[
     "session",
     "prefix",
     "cost",
+    "kv",
 ];
 
 /// The policy of a name; an unknown one is `round_robin`.
-pub(crate) fn build(name: &str) -> Box<dyn Policy> {
+pub(crate) fn build(name: &str, knowledge: &Arc<Kv>) -> Box<dyn Policy> {
     match name {
         "random" => Box::new(random::Random),
         "least_loaded" => Box::new(least_loaded::LeastLoaded::default()),
@@ -66,6 +72,7 @@ pub(crate) fn build(name: &str) -> Box<dyn Policy> {
         "session" => Box::new(session::Session),
         "prefix" => Box::new(prefix::Prefix::default()),
         "cost" => Box::new(cost::Cost::default()),
+        "kv" => Box::new(kv::Kv::new(knowledge)),
         _ => Box::new(round_robin::RoundRobin::default()),
     }
 }
@@ -124,6 +131,7 @@ mod tests {
             prompt,
             tokens: prompt.len() as u64 / 4,
             session,
+            known: None,
         }
     }
 
@@ -131,7 +139,7 @@ mod tests {
     #[test]
     fn contract() {
         for name in NAMES {
-            let policy = build(name);
+            let policy = build(name, &Arc::default());
             let registry = registry(5);
             let mut legs = Vec::new();
             let mut seen = [0; 5];

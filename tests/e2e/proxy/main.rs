@@ -3,9 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
 
 mod control;
+mod events;
 mod faults;
 mod mock;
 mod process;
+mod publisher;
 mod ways;
 
 use std::sync::Arc;
