@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -23,6 +24,26 @@ impl ControlSocket {
     pub fn new(stream: TcpStream) -> io::Result<Self> {
         Ok(Self {
             socket: Socket::from_tcp(stream)?,
+        })
+    }
+
+    /// Takes a connected Unix stream.
+    ///
+    /// # Errors
+    /// When its options cannot be set.
+    pub fn from_unix(stream: UnixStream) -> io::Result<Self> {
+        Ok(Self {
+            socket: Socket::from_unix(stream)?,
+        })
+    }
+
+    /// Connects to an abstract Unix socket.
+    ///
+    /// # Errors
+    /// From the system.
+    pub fn connect_unix(name: &str) -> io::Result<Self> {
+        Ok(Self {
+            socket: Socket::connect_unix(name)?,
         })
     }
 
@@ -63,6 +84,11 @@ impl ControlSocket {
     pub fn send(&mut self, framed: &[u8], deadline: Instant) -> io::Result<()> {
         self.socket
             .write_all_from(framed, &[], Until::Deadline(deadline))
+    }
+
+    /// Waits at most this long for a message without sleeping; see `Socket::spin`.
+    pub fn spin(&self, most: Duration) {
+        self.socket.spin(most);
     }
 
     /// The next message.

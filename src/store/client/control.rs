@@ -34,6 +34,8 @@ pub(crate) struct ControlLink {
     patience: Duration,
     missed_since: Mutex<Option<Instant>>,
     idle: Mutex<Vec<ControlSocket>>,
+    /// The master's socket on this host, as it told.
+    local: Mutex<Option<String>>,
     next: AtomicU64,
     pub(crate) term: AtomicU64,
     pub(crate) epoch: AtomicU64,
@@ -45,6 +47,13 @@ pub(crate) struct Sent {
     reused: bool,
     framed: Vec<u8>,
     deadline: Instant,
+}
+
+impl Sent {
+    /// Waits for the replies without sleeping, briefly: for when they are due.
+    pub(crate) fn spin(&self, most: Duration) {
+        self.lane.spin(most);
+    }
 }
 
 impl ControlLink {
@@ -65,6 +74,7 @@ impl ControlLink {
             patience,
             missed_since: Mutex::default(),
             idle: Mutex::default(),
+            local: Mutex::default(),
             next: AtomicU64::new(1),
             term: AtomicU64::new(0),
             epoch: AtomicU64::new(0),
@@ -91,7 +101,36 @@ impl ControlLink {
         }
     }
 
+    /// Opens further lanes at this abstract Unix socket; those of before end with their calls.
+    pub(crate) fn prefer_local(&self, socket: &str) {
+        let mut local = self.local.lock();
+        if local.as_deref() != Some(socket) {
+            *local = Some(socket.to_owned());
+            self.idle.lock().clear();
+        }
+    }
+
     fn open(&self, deadline: Instant) -> Result<ControlSocket, (bool, StoreError)> {
+        let name = self.local.lock().clone();
+        if let Some(name) = name {
+            if let Some(lane) = self.open_local(&name, deadline) {
+                return Ok(lane);
+            }
+            // Another master, or none: the next view tells where it listens.
+            self.local.lock().take_if(|n| *n == name);
+        }
+        self.open_tcp(deadline)
+    }
+
+    fn open_local(&self, name: &str, deadline: Instant) -> Option<ControlSocket> {
+        let mut lane = ControlSocket::connect_unix(name).ok()?;
+        let end = Instant::now() + self.connect_timeout.min(time_left(deadline));
+        let kind = LaneKind::Control;
+        handshake::connect(&mut lane.timed(end), kind, self.me, &self.keys).ok()?;
+        Some(lane)
+    }
+
+    fn open_tcp(&self, deadline: Instant) -> Result<ControlSocket, (bool, StoreError)> {
         let retry = |e: io::Error| (true, self.failed(&e));
         let address = resolve_one(&self.master).map_err(retry)?;
         let timeout = self.connect_timeout.min(time_left(deadline));

@@ -9,6 +9,7 @@
 //! Nodes hold the truth: this process keeps no file. Restarted, it rebuilds from what nodes report.
 
 pub mod config;
+mod events;
 pub mod eviction;
 mod http;
 mod lanes;
@@ -26,6 +27,7 @@ mod service;
 mod session;
 mod shard;
 mod state;
+mod stream;
 mod sweeper;
 mod table;
 
@@ -33,19 +35,21 @@ mod table;
 mod model_test;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use parking_lot::Mutex;
 
 use crate::base::clock::Millis;
 use crate::base::id::Id128;
+use crate::base::net::host_id;
 use crate::base::trust::ClusterKeys;
 use crate::store::wire;
 
 pub use config::MasterConfig;
 pub use server::MasterServer;
+pub use stream::{KvEventsConfig, PublisherStats};
 
 /// Lanes of one client.
 #[derive(Debug, Default)]
@@ -61,6 +65,12 @@ pub struct Master {
     pub(crate) keys: ClusterKeys,
     pub(crate) metrics: metrics::Metrics,
     pub(crate) names: names::Names,
+    pub(crate) host_id: String,
+    /// The abstract Unix socket for control lanes of this host, when it is served.
+    pub(crate) control_socket: OnceLock<String>,
+    pub(crate) subscribers: Arc<stream::Subscribers>,
+    /// Set once events are published over ZeroMQ.
+    pub(crate) kv_events: OnceLock<Arc<PublisherStats>>,
     clients: Mutex<HashMap<Id128, ClientLanes>>,
     started: Instant,
 }
@@ -73,6 +83,10 @@ impl Master {
             keys,
             metrics: metrics::Metrics::new(),
             names: names::Names::default(),
+            host_id: host_id(),
+            control_socket: OnceLock::new(),
+            subscribers: Arc::default(),
+            kv_events: OnceLock::new(),
             clients: Mutex::default(),
             started: Instant::now(),
         })

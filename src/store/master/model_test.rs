@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use proptest::prelude::*;
 
 use super::config::MasterConfig;
+use super::events::{Change, Filter};
 use super::eviction::{Access, PolicyKind};
 use super::object::Attributes;
 use super::puts::{PutOptions, Written};
@@ -33,6 +34,8 @@ struct World {
     now: u64,
     /// key → (version, size)
     model: HashMap<Vec<u8>, (u64, u64)>,
+    /// What a subscriber knows, and its position: key → version.
+    followed: (u64, HashMap<Vec<u8>, u64>),
 }
 
 fn config(policy: PolicyKind) -> MasterConfig {
@@ -92,6 +95,7 @@ impl World {
             nodes,
             now: 1000,
             model: HashMap::new(),
+            followed: (1, HashMap::new()),
         }
     }
 
@@ -177,6 +181,32 @@ impl World {
         all
     }
 
+    /// Whoever follows the events knows what is in the index.
+    fn follow(&mut self) {
+        let (from, known) = &mut self.followed;
+        let (events, next) = self
+            .state
+            .events
+            .read(*from, usize::MAX, &Filter::default())
+            .unwrap();
+        for event in events {
+            match event.change {
+                Change::Stored => {
+                    known.insert(event.key, event.version);
+                }
+                Change::Removed(_) => {
+                    let was = known.remove(&event.key);
+                    assert_eq!(was, Some(event.version), "removed and not there before");
+                }
+                Change::Cleared => {}
+            }
+        }
+        *from = next;
+        let plain = |k: &Vec<u8>| key::split(k).unwrap().1.to_vec();
+        let index: HashMap<_, _> = self.model.iter().map(|(k, v)| (plain(k), v.0)).collect();
+        assert_eq!(*known, index, "events and index agree");
+    }
+
     fn check(&mut self) {
         let index = Self::index(&self.state);
         // Eviction may have taken objects; nothing else may differ.
@@ -195,6 +225,7 @@ impl World {
             .load(std::sync::atomic::Ordering::Relaxed);
         assert!(missing as u64 <= evicted, "an object left without eviction");
         self.model = index;
+        self.follow();
         assert_eq!(
             self.state
                 .objects
@@ -309,7 +340,8 @@ fn removed_from_an_arena() -> (World, u64, u64, u64) {
     let node = world.state.segments.node(world.nodes[0].0).unwrap();
     let client = Id128 { high: 9, low: 9 };
     let (slot, now) = (node.slots[0], Millis(1000));
-    let (arena, range, length, versions) = world.state.arena_open(slot, 1, 4096, client).unwrap();
+    let (arena, range, length, versions) =
+        world.state.arena_open(slot, 1, 4096, 0, client).unwrap();
     let written = Written {
         version: versions.start,
         checksum: None,
@@ -403,7 +435,7 @@ fn a_refused_item_of_an_open_arena_is_not_given_to_others() {
     let node = state.segments.node(world.nodes[0].0).unwrap();
     let (client, now) = (Id128 { high: 9, low: 9 }, Millis(1000));
     let (arena, range, length, versions) =
-        state.arena_open(node.slots[0], 1, 4096, client).unwrap();
+        state.arena_open(node.slots[0], 1, 4096, 0, client).unwrap();
     let attributes = Attributes::default();
     let key = qualified(1);
     let commit = |offset, version| {

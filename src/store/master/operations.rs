@@ -27,6 +27,8 @@ const WRITE_GRANT: Duration = Duration::from_secs(600);
 const READ_GRANT_EXTRA: Duration = Duration::from_secs(60);
 /// After this part of the wait for space, a put takes fewer replicas than asked for.
 const PARTIAL_AFTER: Duration = Duration::from_millis(200);
+/// How long an arena waits for room that is on its way to being free.
+const ARENA_PATIENCE: Duration = Duration::from_millis(5);
 /// How long a node is avoided after a client reported a failure.
 const SUSPICION: Duration = Duration::from_secs(3);
 /// Objects of one page of a listing.
@@ -395,10 +397,33 @@ impl Call<'_> {
     }
 
     fn arena_open(&mut self, op: &wire::ArenaOpen) -> wire::Reply {
-        let opened =
-            self.master
-                .state
-                .arena_open(op.segment, op.incarnation, op.wanted_bytes, self.client);
+        let state = &self.master.state;
+        let patience = self.deadline.min(Instant::now() + ARENA_PATIENCE);
+        let opened = loop {
+            let seen = *state.progress.count.lock();
+            // In a full pool the free ranges are what eviction left: a shorter arena is better than none, once nothing is
+            // on its way to being free.
+            let waits = Instant::now() < patience;
+            let least = if waits { op.wanted_bytes / 2 } else { 0 };
+            let (slot, incarnation, wanted) = (op.segment, op.incarnation, op.wanted_bytes);
+            let opened = state.arena_open(slot, incarnation, wanted, least, self.client);
+            let Err(StoreError::NoSpace { wanted_bytes }) = opened else {
+                break opened;
+            };
+            if !waits {
+                break opened;
+            }
+            state.make_room_for_arena(wanted_bytes, self.now);
+            if state.leaving_bytes() == 0 {
+                break state.arena_open(slot, incarnation, wanted, 0, self.client);
+            }
+            let mut count = state.progress.count.lock();
+            if *count == seen {
+                state.progress.changed.wait_until(&mut count, patience);
+            }
+        };
+        // An arena is taken in one piece: the next one needs room before the sweeper's next round.
+        state.keep_below_watermark();
         let reply = match opened {
             Ok((arena, replica, length, versions)) => {
                 let expires = unix_ms() + WRITE_GRANT.as_millis() as u64;
@@ -511,6 +536,9 @@ impl Call<'_> {
         if self.master.state.recovering(self.now) {
             return Err(StoreError::Rebuilding);
         }
+        if op.regex.is_empty() && op.force {
+            self.master.state.events.cleared(&filter.tenant);
+        }
         let (count, kept) = self
             .master
             .state
@@ -616,6 +644,13 @@ impl Call<'_> {
             epoch,
             changed,
             segments,
+            host_id: self.master.host_id.clone(),
+            control_socket: self
+                .master
+                .control_socket
+                .get()
+                .cloned()
+                .unwrap_or_default(),
         })
         .into()
     }

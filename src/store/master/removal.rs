@@ -5,6 +5,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use super::events::Reason;
 use super::object::{Object, Replica};
 use super::puts::mounted;
 use super::segments::{DropQueue, NodeState};
@@ -67,7 +68,11 @@ impl MasterState {
             if !force && object.leased_until() > now {
                 return Err(StoreError::Leased);
             }
-            shard.remove(hash, qualified)
+            let object = shard.remove(hash, qualified);
+            if let Some(object) = &object {
+                self.events.removed(object, Reason::Removed);
+            }
+            object
         };
         if let Some(object) = object {
             // In this order: a node that is unmounted in between takes note of the one or the other.
@@ -87,7 +92,8 @@ impl MasterState {
     ) -> (u64, u64) {
         let (mut removed, mut kept) = (0, 0);
         for shard in self.shards() {
-            let gone = shard.lock().remove_where(|object| {
+            let mut shard = shard.lock();
+            let gone = shard.remove_where(|object| {
                 if !which(object) {
                     return false;
                 }
@@ -95,6 +101,10 @@ impl MasterState {
                 kept += u64::from(leased);
                 !leased
             });
+            for object in &gone {
+                self.events.removed(object, Reason::Removed);
+            }
+            drop(shard);
             removed += gone.len() as u64;
             for object in gone {
                 self.dismiss(&object);
@@ -105,7 +115,7 @@ impl MasterState {
         (removed, kept)
     }
 
-    /// Takes this very version out of the index; its ranges become the caller's business.
+    /// Takes this very version, whose bytes did not arrive, out of the index; its ranges become the caller's business.
     pub(crate) fn take_version(&self, qualified: &[u8], version: u64) -> Option<Object> {
         let hash = key::hash(qualified);
         let object = {
@@ -113,7 +123,9 @@ impl MasterState {
             shard
                 .get(hash, qualified)
                 .filter(|o| o.version == version)?;
-            shard.remove(hash, qualified)?
+            let object = shard.remove(hash, qualified)?;
+            self.events.removed(&object, Reason::Incomplete);
+            object
         };
         self.gone(&self.segments.view(), &object);
         Some(object)
@@ -143,13 +155,22 @@ impl MasterState {
     ///
     /// Takes the shards in the order of their oldest candidates, a bounded step under each lock.
     pub(crate) fn evict(&self, bytes: u64, now: Millis) -> u64 {
-        add(&self.counters.eviction_rounds, 1);
-        let mut wanted = bytes;
         let passes: &[bool] = if self.config.evict_soft_pinned {
             &[false, true]
         } else {
             &[false]
         };
+        self.evict_in_passes(passes, bytes, now)
+    }
+
+    /// As [`MasterState::evict`], without what is soft pinned: for room that would only be convenient.
+    fn evict_unpinned(&self, bytes: u64, now: Millis) -> u64 {
+        self.evict_in_passes(&[false], bytes, now)
+    }
+
+    fn evict_in_passes(&self, passes: &[bool], bytes: u64, now: Millis) -> u64 {
+        add(&self.counters.eviction_rounds, 1);
+        let mut wanted = bytes;
         for soft_pinned_too in passes {
             // A policy may need several passes over a full shard to age it and one to choose.
             for _ in 0..IDLE_ROUNDS {
@@ -179,6 +200,9 @@ impl MasterState {
                 let most = (shard.len() / VICTIMS_SHARE).clamp(1, VICTIMS_PER_LOCK);
                 shard.evict(now, soft_pinned_too, most, EXAMINED_PER_LOCK, wanted)
             };
+            for victim in &victims {
+                self.events.removed(victim, Reason::Evicted);
+            }
             let rank = shard.rank();
             drop(shard);
             let held = start.elapsed().as_nanos() as u64;
@@ -215,8 +239,10 @@ impl MasterState {
                         .is_some_and(|g| std::sync::Arc::ptr_eq(g, group))
                         && o.evictable(now, soft_pinned_too)
                 };
-                let member = self.shard(hash).remove_by_hash(hash, of_group);
-                if let Some(member) = member {
+                let mut shard = self.shard(hash);
+                if let Some(member) = shard.remove_by_hash(hash, of_group) {
+                    self.events.removed(&member, Reason::Evicted);
+                    drop(shard);
                     bytes += self.evicted(&member);
                 }
             }
@@ -267,22 +293,40 @@ impl MasterState {
         used - watermark + (capacity as f64 * self.config.eviction_ratio) as u64
     }
 
+    /// Bytes that will be free as soon as the nodes in service have carried out their drops.
+    pub(crate) fn leaving_bytes(&self) -> u64 {
+        let nodes = self.segments.nodes();
+        nodes
+            .iter()
+            .filter(|n| n.phase() == super::segments::NodePhase::Ok)
+            .map(|n| n.drops.lock().bytes())
+            .sum()
+    }
+
     /// Evicts for an allocation of `payload_bytes` that found no room. What is already on its way to being free counts.
     pub(crate) fn make_room(&self, payload_bytes: u64, now: Millis) -> u64 {
         let wanted = footprint(payload_bytes).unwrap_or(payload_bytes);
         let (capacity, _) = self.capacity();
-        let nodes = self.segments.nodes();
-        let leaving: u64 = nodes
-            .iter()
-            .filter(|n| n.phase() == super::segments::NodePhase::Ok)
-            .map(|n| n.drops.lock().bytes())
-            .sum();
         // A little more than asked: the next ones are coming.
-        let wanted = wanted.max(capacity / 512).saturating_sub(leaving);
-        if wanted == 0 {
-            0
-        } else {
-            self.evict(wanted, now)
+        let wanted = wanted.max(capacity / 512);
+        match wanted.saturating_sub(self.leaving_bytes()) {
+            0 => 0,
+            missing => self.evict(missing, now),
+        }
+    }
+
+    /// Evicts for an arena of `bytes`: a convenience for which nothing that is pinned goes.
+    pub(crate) fn make_room_for_arena(&self, bytes: u64, now: Millis) -> u64 {
+        match bytes.saturating_sub(self.leaving_bytes()) {
+            0 => 0,
+            missing => self.evict_unpinned(missing, now),
+        }
+    }
+
+    /// Has the sweeper evict now if the watermark asks for it.
+    pub(crate) fn keep_below_watermark(&self) {
+        if self.eviction_need() > 0 {
+            self.nudge.give();
         }
     }
 }

@@ -3,10 +3,11 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Master;
 use super::segments::NodePhase;
+use super::state::Nudge;
 use crate::base::clock::Millis;
 
 const TICK: Duration = Duration::from_millis(20);
@@ -16,16 +17,18 @@ const CLIENT_GRACE: Duration = Duration::from_secs(2);
 /// Starts the thread; it ends with the master.
 pub(crate) fn start(master: &Arc<Master>) -> std::io::Result<()> {
     let weak = Arc::downgrade(master);
+    let nudge = master.state.nudge.clone();
     std::thread::Builder::new()
         .name("sweeper".into())
-        .spawn(move || run(&weak))?;
+        .spawn(move || run(&weak, &nudge))?;
     Ok(())
 }
 
-fn run(master: &Weak<Master>) {
+fn run(master: &Weak<Master>, nudge: &Nudge) {
     let mut ticks = 0u64;
+    let mut next = Instant::now() + TICK;
     loop {
-        std::thread::sleep(TICK);
+        let nudged = nudge.wait_until(next);
         let Some(master) = master.upgrade() else {
             return;
         };
@@ -34,18 +37,26 @@ fn run(master: &Weak<Master>) {
         if need > 0 {
             master.state.evict(need, now);
         }
-        ticks += 1;
-        if ticks.is_multiple_of(5) {
-            master.state.send_reconciles(now);
-            nodes(&master, now);
-            clients(&master, now);
+        if !nudged {
+            next = Instant::now() + TICK;
+            ticks += 1;
+            round(&master, ticks, now);
         }
-        if ticks.is_multiple_of(50) {
-            let release = master.state.config.put_release.as_millis() as u64;
-            master
-                .state
-                .abandon(now, |put| now.since(put.started) >= release);
-        }
+    }
+}
+
+/// What does not have to be done each time.
+fn round(master: &Master, ticks: u64, now: Millis) {
+    if ticks.is_multiple_of(5) {
+        master.state.send_reconciles(now);
+        nodes(master, now);
+        clients(master, now);
+    }
+    if ticks.is_multiple_of(50) {
+        let release = master.state.config.put_release.as_millis() as u64;
+        master
+            .state
+            .abandon(now, |put| now.since(put.started) >= release);
     }
 }
 

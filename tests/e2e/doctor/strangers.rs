@@ -228,6 +228,7 @@ impl FakeMaster {
                     },
                     ..wire::SegmentView::default()
                 }],
+                ..wire::ViewReply::default()
             }),
             _ => reply::Kind::Listing(wire::Listing::default()),
         }
