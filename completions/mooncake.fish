@@ -145,6 +145,9 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l queue-timeou
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-inflight -d 'Requests under way [default: 4096]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-queue -d 'Requests waiting for a place [default: 1024]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-per-instance -d 'Requests under way per instance and role; 0 = no limit [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-handoffs -d 'Hand-offs under way per prefill instance, from prefill\'s start to decode\'s first byte; 0 = no limit [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-handoffs-per-pair -d 'The same per pair of a prefill and a decode instance [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l discover -d 'Where more instances are found, looked at every 5 s: [ROLE=]dns:NAME:PORT, file:PATH (JSON), a list' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-connections -d 'Client connections [default: 16384]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-body -d 'Largest request body [default: 64MiB]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l retries -d 'Retries per leg, within the retry budget [default: 2]' -r

@@ -13,6 +13,7 @@ use crate::proxy::config::{
     ConnectorKind, EventsRule, InstanceAddress, PolicyChoice, PrefillDown, ProxyConfig,
     UpstreamAuth,
 };
+use crate::proxy::discover::Discovery;
 use crate::proxy::{Proxy, listen, policy};
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -193,6 +194,27 @@ static SETTINGS: &[Setting] = &[
         Kind::Integer(0, 1 << 20),
         "0",
         "Requests under way per instance and role; 0 = no limit",
+    ),
+    Setting::new(
+        "max-handoffs",
+        &[],
+        Kind::Integer(0, 1 << 20),
+        "0",
+        "Hand-offs under way per prefill instance, from prefill's start to decode's first byte; 0 = no limit",
+    ),
+    Setting::new(
+        "max-handoffs-per-pair",
+        &[],
+        Kind::Integer(0, 1 << 20),
+        "0",
+        "The same per pair of a prefill and a decode instance",
+    ),
+    Setting::new(
+        "discover",
+        &[],
+        Kind::Text,
+        "",
+        "Where more instances are found, looked at every 5 s: [ROLE=]dns:NAME:PORT, file:PATH (JSON), a list",
     ),
     Setting::new(
         "max-connections",
@@ -379,6 +401,10 @@ fn config(r: &Resolved) -> anyhow::Result<ProxyConfig> {
         debug_headers: r.flag("debug-headers"),
         kv_events: EventsRule::parse_list(r.text("kv-events").unwrap_or_default())
             .map_err(|e| UsageError(format!("--kv-events: {e}")))?,
+        handoffs_max: r.integer("max-handoffs") as usize,
+        pair_handoffs_max: r.integer("max-handoffs-per-pair") as usize,
+        discover: Discovery::parse_list(r.text("discover").unwrap_or_default())
+            .map_err(|e| UsageError(format!("--discover: {e}")))?,
         tokenize: r.text("tokenize") != Some("off"),
         barrier: r.time("store-barrier", MILLISECOND),
         ..ProxyConfig::new(model)
@@ -394,7 +420,8 @@ fn check(r: &Resolved, config: &ProxyConfig) -> Result<(), UsageError> {
         ));
     }
     // Without an admin key nobody could ever add one.
-    let may_come = config.admin_key.is_some() || r.text("state-file").is_some();
+    let may_come =
+        config.admin_key.is_some() || r.text("state-file").is_some() || !config.discover.is_empty();
     let no_prefill = config.prefill.is_empty() && !config.aggregated;
     if (no_prefill || config.decode.is_empty()) && !may_come {
         return Err(UsageError(

@@ -15,7 +15,7 @@ use super::health;
 use super::http::head::RequestHead;
 use super::kv::index::POOL;
 use super::metrics;
-use super::registry::{Instance, NewInstance};
+use super::registry::{Instance, NewInstance, Origin};
 use super::reply::LocalReply;
 use crate::base::clock::Millis;
 
@@ -193,8 +193,20 @@ async fn add(app: &Arc<App>, request: &Value) -> Result<LocalReply, LocalReply> 
         return Err(bad("Instance already exists."));
     }
     let target = (address.host.clone(), address.port);
-    if let Err(error) = health::models(app, &target).await {
-        tracing::info!(instance = %address, %error, "not added");
+    let served = match health::models(app, &target).await {
+        Ok(served) => served,
+        Err(error) => {
+            tracing::info!(instance = %address, %error, "not added");
+            return Err(bad("Instance validation failed."));
+        }
+    };
+    let others = app.registry.all();
+    let longest = others
+        .iter()
+        .map(|i| i.model_len.load(Ordering::Relaxed))
+        .max();
+    if served.model_len > 0 && longest.is_some_and(|l| l > served.model_len) {
+        tracing::info!(instance = %address, max_model_len = served.model_len, others = longest, "not added: it takes shorter prompts");
         return Err(bad("Instance validation failed."));
     }
     let events = match request.get("kv_events").filter(|e| !e.is_null()) {
@@ -208,7 +220,7 @@ async fn add(app: &Arc<App>, request: &Value) -> Result<LocalReply, LocalReply> 
         weight,
         group: text(request, "group").chars().take(128).collect(),
         connector,
-        added: true,
+        origin: Origin::Added,
         events,
     };
     app.add(new).map_err(|e| bad(&e.to_string()))?;
@@ -297,7 +309,11 @@ fn list(app: &App) -> Value {
                 "engines": link.engines.len(),
                 "weight": i.weight,
                 "group": i.group,
-                "added": i.added,
+                "origin": i.origin.name(),
+                "max_model_len": i.model_len.load(Ordering::Relaxed),
+                "handoffs": app.handoffs.of(i.number),
+                "others_requests": i.others.load(Ordering::Relaxed),
+                "kv_usage": i.kv_usage.load(Ordering::Relaxed) as f64 / 1000.0,
                 "kv_events": i.events.as_ref().map(|e| json!({
                     "endpoint": e.to_string(),
                     "live": i.feed.is_live(),

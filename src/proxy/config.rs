@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::discover::Discovery;
 use crate::base::net::join_host_port;
 use crate::base::trust::Token;
 
@@ -353,6 +354,12 @@ pub struct ProxyConfig {
     pub kv_events: Vec<EventsRule>,
     /// Ask workers for the tokens of new texts (policy `kv`).
     pub tokenize: bool,
+    /// Hand-offs under way per prefill instance; 0 = any number.
+    pub handoffs_max: usize,
+    /// The same per pair of a prefill and a decode instance.
+    pub pair_handoffs_max: usize,
+    /// Where instances are looked for.
+    pub discover: Vec<Discovery>,
     /// Longest wait for the last block to be readable in the pool before decode starts; 0 = none.
     pub barrier: Duration,
 }
@@ -391,6 +398,9 @@ impl ProxyConfig {
             debug_headers: false,
             kv_events: Vec::new(),
             tokenize: true,
+            handoffs_max: 0,
+            pair_handoffs_max: 0,
+            discover: Vec::new(),
             barrier: Duration::from_millis(20),
         }
     }

@@ -77,6 +77,7 @@ pub(crate) struct Metrics {
     pub(crate) released: Counter,
     pub(crate) orphans: Counter,
     pub(crate) tokenized: Counter,
+    pub(crate) usage_merged: Counter,
     pub(crate) barrier_waits: Counter,
     pub(crate) barrier_timeouts: Counter,
     pub(crate) ttft: Histogram,
@@ -84,6 +85,7 @@ pub(crate) struct Metrics {
     pub(crate) request: Histogram,
     pub(crate) queue: Histogram,
     pub(crate) barrier: Histogram,
+    pub(crate) itl: Histogram,
 }
 
 impl Metrics {
@@ -187,6 +189,11 @@ pub(crate) fn page(app: &App) -> String {
             &m.barrier_timeouts,
         ),
         (
+            "usage_merged",
+            "Answers that tell prefill's count of cached tokens",
+            &m.usage_merged,
+        ),
+        (
             "texts_tokenized",
             "Texts whose tokens a worker told",
             &m.tokenized,
@@ -201,6 +208,11 @@ pub(crate) fn page(app: &App) -> String {
             "ttft_seconds",
             "Arrival to the first byte of an answer's body",
             &m.ttft,
+        ),
+        (
+            "itl_seconds",
+            "Between two pieces of a streamed answer, as they were passed on",
+            &m.itl,
         ),
         ("prefill_seconds", "Prefill legs", &m.prefill),
         (

@@ -11,10 +11,12 @@ mod admission;
 mod breaker;
 pub mod config;
 mod connector;
+pub mod discover;
 mod handoff;
 mod health;
 mod http;
 mod kv;
+mod load;
 mod metrics;
 mod openai;
 pub mod policy;
@@ -24,6 +26,8 @@ mod reply;
 mod server;
 pub mod splice;
 mod state_file;
+mod tunnel;
+mod usage;
 
 use std::io;
 use std::net::SocketAddr;
@@ -38,10 +42,11 @@ use crate::base::trust::ClusterKeys;
 use access_log::AccessLog;
 use admission::{Gate, RetryBudget};
 use config::{EventsRule, InstanceAddress, ProxyConfig, Role};
+use handoff::places::Handoffs;
 use kv::Kv;
 use metrics::Metrics;
 use policy::Policy;
-use registry::{AddError, Instance, NewInstance, Registry};
+use registry::{AddError, Instance, NewInstance, Origin, Registry};
 pub use state_file::StateFileError;
 
 /// Everything the rooms share.
@@ -54,6 +59,7 @@ pub(crate) struct App {
     pub(crate) connections: Arc<Semaphore>,
     pub(crate) access_log: Option<AccessLog>,
     pub(crate) kv: Arc<Kv>,
+    pub(crate) handoffs: Arc<Handoffs>,
     pub(crate) admin_keys: Option<ClusterKeys>,
     prefill_policy: Box<dyn Policy>,
     decode_policy: Box<dyn Policy>,
@@ -141,7 +147,7 @@ impl App {
         let all = self.registry.all();
         let added: Vec<_> = all
             .iter()
-            .filter(|i| i.added && !i.is_draining())
+            .filter(|i| i.origin == Origin::Added && !i.is_draining())
             .map(|i| state_file::entry(i))
             .collect();
         if let Err(error) = state_file::save(path, &added) {
@@ -214,11 +220,15 @@ impl Proxy {
             stopped: Notify::new(),
             releases: AtomicUsize::new(0),
             kv,
+            handoffs: Arc::default(),
             config,
         });
         let proxy = Self { app };
         proxy.add_all(&proxy.app.config.prefill, Role::Prefill)?;
         proxy.add_all(&proxy.app.config.decode, Role::Decode)?;
+        if !proxy.app.config.discover.is_empty() {
+            tokio::spawn(discover::watch(proxy.app.clone()));
+        }
         for new in remembered {
             // Named by a flag too by now: the flag's is the same instance.
             let _ = proxy.app.add(new);
@@ -253,7 +263,7 @@ impl Proxy {
     pub fn reload(&self, prefill: &[InstanceAddress], decode: &[InstanceAddress]) {
         let wanted = |i: &Instance| prefill.iter().chain(decode).any(|a| a.is_same(&i.address));
         for instance in self.app.registry.all().iter() {
-            if !instance.added && !wanted(instance) {
+            if instance.origin == Origin::Named && !wanted(instance) {
                 tracing::info!(instance = %instance.name, "removed by reload");
                 self.app.remove(instance);
             }

@@ -40,6 +40,8 @@ pub(crate) struct Facts {
     pub(crate) prompt: std::ops::Range<usize>,
     /// Prompt tokens, estimated from its bytes.
     pub(crate) tokens: u64,
+    /// vLLM's `priority`: smaller comes first.
+    pub(crate) priority: i64,
     /// Hash of what else decides the prompt's tokens: model, tools, template.
     pub(crate) seed: u64,
     /// Hash of the body's own name for a session.
@@ -118,6 +120,7 @@ pub(crate) fn facts(body: &[u8], members: &Members, limit: &str) -> Facts {
     });
     Facts {
         seed,
+        priority: get("priority").and_then(number).map_or(0, |n| n as i64),
         model: get("model").and_then(text),
         stream: truthy("stream"),
         alone,

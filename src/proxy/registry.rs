@@ -45,6 +45,27 @@ impl Health {
     }
 }
 
+/// How an instance came, and so what may take it away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// Flags and files.
+    Named,
+    /// A request; it belongs in the state file.
+    Added,
+    /// A source of `--discover`.
+    Discovered,
+}
+
+impl Origin {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Named => "named",
+            Self::Added => "added",
+            Self::Discovered => "discovered",
+        }
+    }
+}
+
 /// A rank of a bootstrap server's answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Engine {
@@ -75,8 +96,7 @@ pub(crate) struct Instance {
     pub(crate) name: String,
     pub(crate) weight: f64,
     pub(crate) group: String,
-    /// Came by a request, so it belongs in the state file.
-    pub(crate) added: bool,
+    pub(crate) origin: Origin,
     /// Where it tells of its KV cache.
     pub(crate) events: Option<EventsAddress>,
     pub(crate) feed: Feed,
@@ -99,6 +119,14 @@ pub(crate) struct Instance {
     /// Prefill tokens per second, learnt; 0 = not yet.
     pub(crate) rate: AtomicU64,
     pub(crate) turn: AtomicU32,
+    /// Longest prompt and answer it takes, in tokens; 0 = not told.
+    pub(crate) model_len: AtomicU64,
+    /// Requests it runs that are not this proxy's, as far as it says.
+    pub(crate) others: AtomicU64,
+    /// Its KV cache in use, in thousandths.
+    pub(crate) kv_usage: AtomicU64,
+    /// It has no such gauges.
+    pub(crate) has_no_gauges: AtomicBool,
 }
 
 fn slot(role: Role) -> usize {
@@ -249,7 +277,7 @@ pub(crate) struct NewInstance {
     pub(crate) weight: f64,
     pub(crate) group: String,
     pub(crate) connector: Option<ConnectorKind>,
-    pub(crate) added: bool,
+    pub(crate) origin: Origin,
     pub(crate) events: Option<EventsAddress>,
 }
 
@@ -261,7 +289,7 @@ impl NewInstance {
             weight: 1.0,
             group: String::new(),
             connector: None,
-            added: false,
+            origin: Origin::Named,
             events: None,
         }
     }
@@ -318,7 +346,7 @@ impl Registry {
             address: new.address,
             weight: new.weight,
             group: new.group,
-            added: new.added,
+            origin: new.origin,
             events: new.events,
             feed: Feed::default(),
             is_mute: AtomicBool::new(false),
@@ -340,6 +368,10 @@ impl Registry {
             failed: AtomicU64::new(0),
             rate: AtomicU64::new(0),
             turn: AtomicU32::new(0),
+            model_len: AtomicU64::new(0),
+            others: AtomicU64::new(0),
+            kv_usage: AtomicU64::new(0),
+            has_no_gauges: AtomicBool::new(false),
         });
         let mut next = all.as_ref().clone();
         next.push(instance.clone());

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::admin::read_events;
 use super::config::{ConnectorKind, InstanceAddress, Role};
-use super::registry::{Instance, NewInstance};
+use super::registry::{Instance, NewInstance, Origin};
 
 /// Why a state file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +53,7 @@ fn read_entry(entry: &Value) -> Option<NewInstance> {
         weight: weight.filter(|w| *w > 0.0).unwrap_or(1.0),
         group: text("group").to_owned(),
         connector: ConnectorKind::parse(text("connector")),
-        added: true,
+        origin: Origin::Added,
         events: read_events(entry.get("kv_events"), &host),
     })
 }

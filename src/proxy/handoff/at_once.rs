@@ -8,7 +8,7 @@ use super::super::connector::{self, mooncake};
 use super::super::registry::Leg;
 use super::super::reply::LocalReply;
 use super::leg::Tried;
-use super::{Attempts, HandOff, Route, Served, group_of};
+use super::{Attempts, HandOff, Route, Served};
 
 impl HandOff {
     /// Both legs at once: mooncake's push.
@@ -22,8 +22,9 @@ impl HandOff {
         self.owner.pin();
         loop {
             attempts.tried.push(decode.instance.number);
-            let group = group_of(&prefill.instance).map(str::to_owned);
-            self.route.prefill = Some(prefill.instance.clone());
+            let kept = prefill.instance.clone();
+            self.hold(&kept, Some(&decode.instance));
+            self.route.prefill = Some(kept.clone());
             self.route.decode = Some(decode.instance.clone());
             let (last, again) = match self.push(prefill, decode, limit).await {
                 Pushed::Done(served) => return served,
@@ -33,13 +34,13 @@ impl HandOff {
             if !again || !self.may_retry(&mut attempts, "decode") {
                 return last;
             }
-            prefill = match self.pick(Role::Prefill, &[], group.as_deref()).await {
+            prefill = match self.pick(Role::Prefill, &[], Some(&kept)).await {
                 Ok(Some(leg)) => leg,
                 _ => return last,
             };
             // Another decode instance if there is one; else the same may have been only briefly busy.
             decode = match self
-                .pick(Role::Decode, &attempts.tried, group.as_deref())
+                .pick(Role::Decode, &attempts.tried, Some(&prefill.instance))
                 .await
             {
                 Ok(Some(leg)) => leg,
@@ -74,6 +75,8 @@ impl HandOff {
             job: self.job.clone(),
             owner: self.owner.clone(),
             route: Route::default(),
+            cached: None,
+            place: None,
         };
         let rank = (link.engines.len() > 1).then_some(engine.rank);
         let started = Instant::now();

@@ -10,12 +10,14 @@ use super::super::http::head::ReplyHead;
 use super::super::http::upstream::{LegError, UpstreamConn};
 use super::super::registry::{Instance, Leg};
 use super::super::reply::LocalReply;
-use super::{Answer, Attempts, HandOff, Route, Served, group_of};
+use super::{Answer, Attempts, HandOff, Route, Served};
 
 /// How long the release of a hand-off may take once its client has gone.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest prefill reply that is kept to be read.
 const PREFILL_REPLY_MAX: usize = 16 << 20;
+/// The same where nothing but its usage is wanted.
+const USAGE_REPLY_MAX: usize = 64 << 10;
 
 /// What one try of a leg came to.
 pub(super) enum Tried {
@@ -64,11 +66,18 @@ impl HandOff {
                     .ask(&instance.target, &head, body, false)
                     .await?
             };
+            if reply.status < 200 {
+                return Err(LegError::Malformed);
+            }
             if reply.status >= 300 {
                 return Ok((conn, reply, Vec::new()));
             }
             let mut kept = Vec::new();
-            let kept_max = if pins { PREFILL_REPLY_MAX } else { 0 };
+            let kept_max = if pins {
+                PREFILL_REPLY_MAX
+            } else {
+                USAGE_REPLY_MAX
+            };
             tokio::select! {
                 done = conn.read_body(&mut reply.body, &mut kept, kept_max) => done?,
                 () = self.owner.left(), if pins => {
@@ -113,6 +122,7 @@ impl HandOff {
             leg,
             route: Route::default(),
             _place: None,
+            cached: None,
         });
         match status {
             429 | 502..=504 => Tried::Again(Served::Answer(answer), Failure::Sent),
@@ -175,11 +185,8 @@ impl HandOff {
             if !elsewhere || !(releasing || self.may_retry(&mut attempts, "decode")) {
                 return (last, Some(failure));
             }
-            let group = group_of(&instance).map(str::to_owned);
-            leg = match self
-                .pick(Role::Decode, &attempts.tried, group.as_deref())
-                .await
-            {
+            let with = self.route.prefill.clone().unwrap_or(instance);
+            leg = match self.pick(Role::Decode, &attempts.tried, Some(&with)).await {
                 Ok(Some(leg)) => leg,
                 _ => return (last, Some(failure)),
             };
@@ -195,6 +202,9 @@ impl HandOff {
                 .pool
                 .ask(&instance.target, &head, body, bodiless)
                 .await?;
+            if reply.status < 200 && !self.job.upgrades {
+                return Err(LegError::Malformed);
+            }
             if reply.status < 300 {
                 conn.first_byte(&reply.body).await?;
             }
@@ -214,6 +224,7 @@ impl HandOff {
                     leg,
                     route: Route::default(),
                     _place: None,
+                    cached: None,
                 }))
             }
             Ok((conn, head)) => self.judge(leg, conn, head),

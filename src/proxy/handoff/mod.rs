@@ -8,6 +8,8 @@ mod at_once;
 mod barrier;
 mod leg;
 mod one_after_the_other;
+pub(crate) mod places;
+mod release;
 mod tokens;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,10 +18,10 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use smallvec::SmallVec;
-use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tokio::sync::Notify;
 
 use super::App;
-use super::admission::Refusal;
+use super::admission::{Claim, Place, Refusal};
 use super::config::{ConnectorKind, PrefillDown, Role};
 use super::connector::{self, store};
 use super::http::head::ReplyHead;
@@ -44,6 +46,9 @@ pub(crate) struct Job {
     /// The field that bounds the output; `None`: one leg only.
     pub(crate) limit: Option<&'static str>,
     pub(crate) session: Option<u64>,
+    pub(crate) claim: Claim,
+    /// Asks for a WebSocket.
+    pub(crate) upgrades: bool,
     /// The prompt's tokens, as far as they were known when somebody asked first.
     pub(crate) known: OnceLock<Option<Known>>,
     pub(crate) arrived: Instant,
@@ -88,7 +93,9 @@ pub(crate) struct Answer {
     pub(crate) head: ReplyHead,
     pub(crate) leg: Leg,
     pub(crate) route: Route,
-    pub(crate) _place: Option<OwnedSemaphorePermit>,
+    pub(crate) _place: Option<Place>,
+    /// Prompt tokens that prefill had cached, where decode's count would be misleading.
+    pub(crate) cached: Option<u64>,
 }
 
 /// Which way a request went, for the log and debug headers.
@@ -112,6 +119,15 @@ pub(crate) enum Served {
 }
 
 impl Served {
+    /// A worker's answer that is no success: it has not fetched anything.
+    fn is_refusal(&self) -> bool {
+        match self {
+            Self::Answer(answer) => answer.head.status >= 300,
+            Self::Local(_) => true,
+            Self::Gone => false,
+        }
+    }
+
     fn local(reply: LocalReply) -> Self {
         Self::Local(reply)
     }
@@ -129,12 +145,14 @@ struct HandOff {
     job: Arc<Job>,
     owner: Arc<Owner>,
     route: Route,
+    cached: Option<u64>,
+    place: Option<places::Place>,
 }
 /// Carries a request out up to the first byte of its answer.
 pub(crate) async fn run(app: Arc<App>, job: Arc<Job>, owner: Arc<Owner>) -> Served {
     app.budget.earn();
     let waited = Instant::now();
-    let place = match app.gate.enter().await {
+    let place = match app.gate.enter(job.claim).await {
         Ok(place) => place,
         Err(refusal) => {
             app.metrics.refused_busy.add();
@@ -156,11 +174,14 @@ pub(crate) async fn run(app: Arc<App>, job: Arc<Job>, owner: Arc<Owner>) -> Serv
         job,
         owner,
         route: Route::default(),
+        cached: None,
+        place: None,
     };
     let mut served = handoff.carry_out().await;
     if let Served::Answer(answer) = &mut served {
         answer._place = Some(place);
         answer.route = handoff.route;
+        answer.cached = handoff.cached;
     }
     served
 }
@@ -186,11 +207,13 @@ impl HandOff {
     }
 
     /// Takes a place at an instance, waiting for one that is only busy. `Ok(None)`: all were tried.
+    ///
+    /// `with`: who it must suit, for a decode leg its prefill instance.
     async fn pick(
         &self,
         role: Role,
         tried: &[u64],
-        group: Option<&str>,
+        with: Option<&Instance>,
     ) -> Result<Option<Leg>, LocalReply> {
         let app = &self.app;
         let deadline = tokio::time::Instant::now() + app.config.queue_timeout;
@@ -198,10 +221,10 @@ impl HandOff {
             let changed = app.registry.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            let mut free = app
-                .registry
-                .candidates(role, app.config.instance_max, group);
-            free.retain(|i| !tried.contains(&i.number));
+            let mut free =
+                app.registry
+                    .candidates(role, app.config.instance_max, with.and_then(group_of));
+            free.retain(|i| !tried.contains(&i.number) && self.has_room(role, i, with));
             let ask = self.ask(role);
             while !free.is_empty() {
                 let chosen = app.policy(role).choose(&ask, &free).min(free.len() - 1);
@@ -232,6 +255,27 @@ impl HandOff {
         }
     }
 
+    /// Whether one more hand-off may begin there.
+    fn has_room(&self, role: Role, instance: &Instance, with: Option<&Instance>) -> bool {
+        let (config, handoffs) = (&self.app.config, &self.app.handoffs);
+        let below = |max: usize, count: usize| max == 0 || count < max;
+        match (role, with) {
+            (Role::Prefill, _) => below(config.handoffs_max, handoffs.of(instance.number)),
+            (_, Some(prefill)) => {
+                let count = || handoffs.of_pair(prefill.number, instance.number);
+                config.pair_handoffs_max == 0 || below(config.pair_handoffs_max, count())
+            }
+            _ => true,
+        }
+    }
+
+    /// Counts this request's hand-off from here until decode's first byte.
+    fn hold(&mut self, prefill: &Instance, decode: Option<&Instance>) {
+        let decode = decode.map(|d| d.number);
+        let freed = &self.app.registry.changed;
+        self.place = Some(self.app.handoffs.begin(prefill.number, decode, freed));
+    }
+
     async fn carry_out(&mut self) -> Served {
         let Some(limit) = self.prefill_limit() else {
             return self.decode_alone().await;
@@ -251,17 +295,16 @@ impl HandOff {
             self.route.reason = "short prompt";
             return self.decode_alone().await;
         }
+        self.hold(&prefill.instance, None);
         // Decode's place is taken before prefill begins: what is being prefilled is decode's future load.
-        let decode = match self
-            .pick(Role::Decode, &[], group_of(&prefill.instance))
-            .await
-        {
+        let decode = match self.pick(Role::Decode, &[], Some(&prefill.instance)).await {
             Ok(Some(leg)) => leg,
             Ok(None) => {
                 return Served::local(LocalReply::later(503, "no decode instance is available", 2));
             }
             Err(reply) => return Served::local(reply),
         };
+        self.hold(&prefill.instance, Some(&decode.instance));
         let kind = prefill.instance.link.read().kind;
         if kind == Some(ConnectorKind::Mooncake) {
             return self.at_once(prefill, decode, limit).await;

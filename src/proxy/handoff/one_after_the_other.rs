@@ -9,8 +9,9 @@ use super::super::config::{ConnectorKind, Role};
 use super::super::connector::{self, nixl, store};
 use super::super::registry::{Health, Instance, Leg};
 use super::super::reply::LocalReply;
+use super::super::usage;
 use super::leg::{Failure, Tried};
-use super::{Attempts, HandOff, Served, group_of};
+use super::{Attempts, HandOff, Served};
 
 impl HandOff {
     /// Prefill, then decode: store and nixl, and instances of which neither is known yet.
@@ -29,6 +30,7 @@ impl HandOff {
             };
             self.app.metrics.prefill.record(started.elapsed());
             self.route.prefill = Some(from.clone());
+            self.hold(&from, Some(&decode.instance));
             if params.is_none() && self.owner.is_gone() {
                 return Served::Gone;
             }
@@ -45,19 +47,22 @@ impl HandOff {
             decode = match self.still_usable(decode, &from).await {
                 Ok(leg) => leg,
                 Err(served) => {
-                    self.app.metrics.orphans.add();
+                    self.release(&from, limit, &params);
                     return served;
                 }
             };
-            let body = self.with_params(nixl::decode_edit(params), limit);
+            let body = self.with_params(nixl::decode_edit(params.clone()), limit);
             let (served, failure) = self.decode(decode, &body, true).await;
             let Some(failure) = failure else {
+                if served.is_refusal() {
+                    self.release(&from, limit, &params);
+                }
                 return served;
             };
             // The parameters may have been used up: the prompt is computed again, once.
             let again =
                 failure == Failure::Sent && self.may_retry(&mut Attempts::default(), "prefill");
-            self.app.metrics.orphans.add();
+            self.release(&from, limit, &params);
             if !again {
                 return served;
             }
@@ -65,8 +70,8 @@ impl HandOff {
                 Ok(Some(leg)) => leg,
                 _ => return served,
             };
-            let group = group_of(&prefill.instance).map(str::to_owned);
-            decode = match self.pick(Role::Decode, &[], group.as_deref()).await {
+            self.hold(&prefill.instance, None);
+            decode = match self.pick(Role::Decode, &[], Some(&prefill.instance)).await {
                 Ok(Some(leg)) => leg,
                 _ => return served,
             };
@@ -86,7 +91,7 @@ impl HandOff {
             return Ok(leg);
         }
         drop(leg);
-        match self.pick(Role::Decode, &[], group_of(prefill)).await {
+        match self.pick(Role::Decode, &[], Some(prefill)).await {
             Ok(Some(leg)) => Ok(leg),
             Ok(None) => Err(Served::local(LocalReply::later(
                 503,
@@ -116,10 +121,10 @@ impl HandOff {
                 edits.push(nixl::prefill_edit());
             }
             let body = self.splice(&edits);
-            let group = group_of(&instance).map(str::to_owned);
             let (last, _) = match self.prefill_once(leg, &body, pins, None).await {
                 Ok(reply) => {
                     let params = pins.then(|| nixl::params(&reply)).flatten();
+                    self.cached = usage::cached_tokens(&reply);
                     if kind.is_none() && !self.owner.is_gone() {
                         let found = if params.is_some() {
                             ConnectorKind::Nixl
@@ -139,7 +144,7 @@ impl HandOff {
                 return Err(last);
             }
             leg = match self
-                .pick(Role::Prefill, &attempts.tried, group.as_deref())
+                .pick(Role::Prefill, &attempts.tried, Some(&instance))
                 .await
             {
                 Ok(Some(leg)) => leg,

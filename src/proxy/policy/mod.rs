@@ -14,7 +14,9 @@ mod round_robin;
 mod session;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
+use super::App;
 use super::config::Role;
 use super::kv::Kv;
 use super::kv::text::Known;
@@ -77,12 +79,41 @@ pub(crate) fn build(name: &str, knowledge: &Arc<Kv>) -> Box<dyn Policy> {
     }
 }
 
+/// Whether a policy of the proxy weighs what instances have to do.
+pub(crate) fn weighs_load(app: &App) -> bool {
+    let weighs = |name: &str| !matches!(name, "round_robin" | "random");
+    weighs(app.config.policy.prefill) || weighs(app.config.policy.decode)
+}
+
+/// A KV cache this full (in thousandths) makes an engine push running requests out.
+const KV_FULL: u64 = 950;
+
+/// Streams at a decode instance, others' included; more when its KV cache is full.
+fn streams(instance: &Instance) -> f64 {
+    let others = instance.others.load(Ordering::Relaxed) as f64;
+    let streams = instance.inflight(Role::Decode) as f64 + others;
+    if instance.kv_usage.load(Ordering::Relaxed) >= KV_FULL {
+        1.5 * streams + 1.0
+    } else {
+        streams
+    }
+}
+
+/// Tokens to be computed at a prefill instance. Of others' requests only the number is known.
+fn tokens(instance: &Instance) -> f64 {
+    // A request of a few tokens is still a request.
+    let own = instance.tokens() as f64 + 16.0 * instance.inflight(Role::Prefill) as f64;
+    own + OTHERS_TOKENS * instance.others.load(Ordering::Relaxed) as f64
+}
+
+/// What another's request at a prefill instance counts, in tokens.
+const OTHERS_TOKENS: f64 = 512.0;
+
 /// What is under way at an instance, in tokens for prefill and in streams for decode, per unit of weight.
 fn load(instance: &Instance, role: Role) -> f64 {
     let work = match role {
-        Role::Decode => instance.inflight(role) as f64,
-        // A request of a few tokens is still a request.
-        _ => instance.tokens() as f64 + 16.0 * instance.inflight(role) as f64,
+        Role::Decode => streams(instance),
+        _ => tokens(instance),
     };
     work / instance.weight
 }

@@ -16,7 +16,7 @@ use smallvec::SmallVec;
 use super::super::config::Role;
 use super::super::kv::text_blocks;
 use super::super::registry::Instance;
-use super::{Ask, Policy, least};
+use super::{Ask, Policy, least, streams, tokens};
 use crate::base::clock::Millis;
 
 /// Blocks per generation.
@@ -139,8 +139,8 @@ pub(super) struct Prefix {
 /// Tokens under way there.
 pub(super) fn queued(ask: &Ask<'_>, instance: &Instance) -> f64 {
     match ask.role {
-        Role::Decode => instance.inflight(Role::Decode) as f64 * TOKENS_PER_STREAM,
-        role => instance.tokens() as f64 + 16.0 * instance.inflight(role) as f64,
+        Role::Decode => streams(instance) * TOKENS_PER_STREAM,
+        _ => tokens(instance),
     }
 }
 

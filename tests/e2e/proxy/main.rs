@@ -3,9 +3,12 @@
 #![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
 
 mod control;
+mod discovery;
 mod events;
 mod faults;
+mod limits;
 mod mock;
+mod passing;
 mod process;
 mod publisher;
 mod ways;
