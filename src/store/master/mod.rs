@@ -26,6 +26,7 @@ mod server;
 mod service;
 mod session;
 mod shard;
+mod slow;
 mod state;
 mod stream;
 mod sweeper;
@@ -37,7 +38,7 @@ mod model_test;
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -64,6 +65,9 @@ pub struct Master {
     pub(crate) keys: ClusterKeys,
     pub(crate) metrics: metrics::Metrics,
     pub(crate) names: names::Names,
+    pub(crate) census: http::Census,
+    pub(crate) slow_log: Duration,
+    pub(crate) slow_lines: slow::SlowLog,
     pub(crate) subscribers: Arc<stream::Subscribers>,
     /// Set once events are published over ZeroMQ.
     pub(crate) kv_events: OnceLock<Arc<PublisherStats>>,
@@ -74,11 +78,15 @@ pub struct Master {
 impl Master {
     /// A master with an empty index.
     pub fn new(config: MasterConfig, keys: ClusterKeys) -> Arc<Self> {
+        let slow_log = config.slow_log;
         Arc::new(Self {
             state: state::MasterState::new(config, Millis::now()),
             keys,
             metrics: metrics::Metrics::new(),
             names: names::Names::default(),
+            census: http::Census::default(),
+            slow_log,
+            slow_lines: slow::SlowLog::default(),
             subscribers: Arc::default(),
             kv_events: OnceLock::new(),
             clients: Mutex::default(),
