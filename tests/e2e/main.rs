@@ -8,6 +8,7 @@ mod capacity;
 mod doctor;
 mod doors;
 mod events;
+mod http;
 mod objects;
 mod pool;
 mod recovery;

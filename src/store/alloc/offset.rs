@@ -144,6 +144,13 @@ impl OffsetAllocator {
     pub fn largest_free(&self) -> u64 {
         self.by_size.last().map_or(0, |(length, _)| *length)
     }
+    /// Free ranges as `(offset, length)`, the largest first, and whether that is all of them: at most 100,000.
+    pub fn largest_free_ranges(&self) -> (Vec<(u64, u64)>, bool) {
+        const RANGES_MAX: usize = 100_000;
+        let largest = self.by_size.iter().rev().take(RANGES_MAX);
+        let ranges = largest.map(|(length, offset)| (*offset, *length)).collect();
+        (ranges, self.by_size.len() <= RANGES_MAX)
+    }
     /// Number of free ranges.
     pub fn free_ranges(&self) -> usize {
         self.by_offset.len()

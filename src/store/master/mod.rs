@@ -26,6 +26,7 @@ mod server;
 mod service;
 mod session;
 mod shard;
+mod slow;
 mod state;
 mod stream;
 mod sweeper;
@@ -37,7 +38,7 @@ mod model_test;
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -68,6 +69,9 @@ pub struct Master {
     pub(crate) host_id: String,
     /// The abstract Unix socket for control lanes of this host, when it is served.
     pub(crate) control_socket: OnceLock<String>,
+    pub(crate) census: http::Census,
+    pub(crate) slow_log: Duration,
+    pub(crate) slow_lines: slow::SlowLog,
     pub(crate) subscribers: Arc<stream::Subscribers>,
     /// Set once events are published over ZeroMQ.
     pub(crate) kv_events: OnceLock<Arc<PublisherStats>>,
@@ -78,6 +82,7 @@ pub struct Master {
 impl Master {
     /// A master with an empty index.
     pub fn new(config: MasterConfig, keys: ClusterKeys) -> Arc<Self> {
+        let slow_log = config.slow_log;
         Arc::new(Self {
             state: state::MasterState::new(config, Millis::now()),
             keys,
@@ -85,6 +90,9 @@ impl Master {
             names: names::Names::default(),
             host_id: host_id(),
             control_socket: OnceLock::new(),
+            census: http::Census::default(),
+            slow_log,
+            slow_lines: slow::SlowLog::default(),
             subscribers: Arc::default(),
             kv_events: OnceLock::new(),
             clients: Mutex::default(),
