@@ -12,6 +12,7 @@ pub mod config;
 pub mod eviction;
 mod http;
 mod lanes;
+mod mesh;
 mod metrics;
 mod names;
 mod object;
@@ -61,6 +62,7 @@ pub struct Master {
     pub(crate) keys: ClusterKeys,
     pub(crate) metrics: metrics::Metrics,
     pub(crate) names: names::Names,
+    pub(crate) mesh: mesh::Mesh,
     clients: Mutex<HashMap<Id128, ClientLanes>>,
     started: Instant,
 }
@@ -73,6 +75,7 @@ impl Master {
             keys,
             metrics: metrics::Metrics::new(),
             names: names::Names::default(),
+            mesh: mesh::Mesh::default(),
             clients: Mutex::default(),
             started: Instant::now(),
         })

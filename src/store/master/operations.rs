@@ -663,6 +663,7 @@ pub(crate) fn segment_view(
         objects: s.objects.load(Ordering::Relaxed),
         node_segment: s.node_segment,
         page_kind: s.page_kind.clone(),
+        build: s.node.build.get().cloned().unwrap_or_default(),
     }
 }
 

@@ -67,6 +67,9 @@ pub(crate) async fn serve(
         Millis::now(),
     );
     let node = registration.node.clone();
+    if !register.build.is_empty() {
+        let _ = node.build.set(register.build.chars().take(64).collect());
+    }
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let session = NEXT.fetch_add(1, Ordering::Relaxed);
     let woken = Arc::new(Notify::new());
@@ -199,6 +202,7 @@ async fn in_service(
                 node.last_seen.store(now.0, Ordering::Relaxed);
                 match kind {
                     In::DropAck(ack) => master.state.drops_acked(node, ack.sequence),
+                    In::ProbeReport(report) => master.mesh.report(node.id, report),
                     In::ReconcileReport(r) => {
                         tokio::task::block_in_place(|| {
                             master.state.reconciled(r.sequence, r.busy, &r.missing, now);
@@ -250,6 +254,11 @@ async fn flush(master: &Master, node: &NodeState, session: u64, outbox: &Outbox)
             })
             .collect();
         if !send(outbox, Out::Drop(wire::Drop { sequence, items })).await {
+            return false;
+        }
+    }
+    for probe in master.mesh.due(node.id) {
+        if !send(outbox, Out::Probe(probe)).await {
             return false;
         }
     }
