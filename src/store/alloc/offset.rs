@@ -144,6 +144,31 @@ impl OffsetAllocator {
     pub fn largest_free(&self) -> u64 {
         self.by_size.last().map_or(0, |(length, _)| *length)
     }
+    /// How full each of `cells` equal parts is: 0 = free, 255 = full.
+    pub fn map(&self, cells: usize) -> Vec<u8> {
+        let mut free = vec![0u64; cells];
+        let start_of =
+            |cell: usize| (u128::from(self.size) * cell as u128 / cells.max(1) as u128) as u64;
+        for (offset, length) in &self.by_offset {
+            let end = offset + length;
+            let first =
+                (u128::from(*offset) * cells as u128 / u128::from(self.size.max(1))) as usize;
+            for (cell, free) in free.iter_mut().enumerate().skip(first.saturating_sub(1)) {
+                let (from, to) = (start_of(cell), start_of(cell + 1));
+                if from >= end {
+                    break;
+                }
+                *free += to.min(end).saturating_sub(from.max(*offset));
+            }
+        }
+        let filled = |(cell, free): (usize, &u64)| {
+            let size = start_of(cell + 1) - start_of(cell);
+            let used = u128::from(size.saturating_sub(*free)) * 255;
+            // A part with anything in it is not shown as free.
+            used.div_ceil(u128::from(size.max(1))) as u8
+        };
+        free.iter().enumerate().map(filled).collect()
+    }
     /// Number of free ranges.
     pub fn free_ranges(&self) -> usize {
         self.by_offset.len()
@@ -171,6 +196,20 @@ mod tests {
         assert_eq!(a.free_ranges(), 2);
         assert!(a.free(0, 64).is_err(), "it is free");
         assert!(a.free(1024, 64).is_err(), "outside");
+    }
+
+    #[test]
+    fn the_map_of_a_segment() {
+        let mut a = OffsetAllocator::new(64 * 100);
+        assert_eq!(a.map(4), [0; 4]);
+        assert!(a.allocate_at(0, 64 * 25) && a.allocate_at(64 * 60, 64));
+        assert_eq!(a.map(4), [255, 0, 11, 0]);
+        assert_eq!(a.map(0), []);
+        assert_eq!(a.map(1), [67]);
+        assert_eq!(OffsetAllocator::new(0).map(2), [0, 0]);
+        for cells in [3, 7, 64, 1000] {
+            assert_eq!(a.map(cells).len(), cells);
+        }
     }
 
     proptest! {

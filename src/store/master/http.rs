@@ -11,7 +11,7 @@ use axum::routing::{get, post};
 use serde_json::{Value, json};
 
 use super::eviction::Access;
-use super::{Master, names, operations};
+use super::{Master, dashboard, names, operations};
 use crate::base::clock::Millis;
 use crate::store::model::error::{StoreError, code_name};
 use crate::store::model::key;
@@ -38,6 +38,8 @@ pub(crate) fn router(master: Arc<Master>) -> Router {
             "/metadata",
             get(names::get).put(names::put).delete(names::delete),
         )
+        .route("/", get(dashboard::page))
+        .route("/dashboard/live", get(dashboard::live))
         .fallback(|| async { (StatusCode::NOT_FOUND, "404 Not Found") })
         .with_state(master)
 }

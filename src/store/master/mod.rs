@@ -9,6 +9,7 @@
 //! Nodes hold the truth: this process keeps no file. Restarted, it rebuilds from what nodes report.
 
 pub mod config;
+mod dashboard;
 pub mod eviction;
 mod http;
 mod lanes;
@@ -27,6 +28,7 @@ mod service;
 mod session;
 mod shard;
 mod state;
+mod survey;
 mod sweeper;
 mod table;
 
@@ -63,6 +65,7 @@ pub struct Master {
     pub(crate) metrics: metrics::Metrics,
     pub(crate) names: names::Names,
     pub(crate) mesh: mesh::Mesh,
+    pub(crate) dashboard: dashboard::Dashboard,
     clients: Mutex<HashMap<Id128, ClientLanes>>,
     started: Instant,
 }
@@ -76,6 +79,7 @@ impl Master {
             metrics: metrics::Metrics::new(),
             names: names::Names::default(),
             mesh: mesh::Mesh::default(),
+            dashboard: dashboard::Dashboard::default(),
             clients: Mutex::default(),
             started: Instant::now(),
         })

@@ -13,6 +13,7 @@ use super::object::{Attributes, Object, Replica};
 use super::puts::{PutOptions, Written};
 use super::segments::SegmentsView;
 use super::state::{Presence, add};
+use super::survey;
 use crate::base::clock::{Millis, unix_ms};
 use crate::base::id::Id128;
 use crate::engine::grant::{Access as GrantAccess, Grant};
@@ -114,6 +115,7 @@ impl Call<'_> {
             Op::View(op) => Ok(self.view(&op)),
             Op::ReportFailure(op) => Ok(self.report_failure(&op)),
             Op::Overview(_) => Ok(self.master.overview().into()),
+            Op::Survey(op) => Ok(Re::Survey(survey::survey(self.master, &op, self.now)).into()),
         };
         result.unwrap_or_else(|error| refuse(&error))
     }
@@ -537,6 +539,7 @@ impl Call<'_> {
                 size_bytes: o.size,
                 version: o.version,
                 replicas: o.replicas.len() as u32,
+                lease_left_ms: o.leased_until().since(self.now),
             });
             true
         });

@@ -122,13 +122,18 @@ async fn announces_lane(stream: &TcpStream) -> io::Result<bool> {
     }
 }
 
-/// The token guards everything but `/health`.
+/// What says nothing of the pool: whether it lives, and the page that asks for the token.
+fn is_open(path: &str) -> bool {
+    matches!(path, "/health" | "/")
+}
+
+/// The token guards everything else.
 async fn authorize(State(master): State<Arc<Master>>, request: Request, next: Next) -> Response {
     let given = request
         .headers()
         .get(header::AUTHORIZATION)
         .map(HeaderValue::as_bytes);
-    if request.uri().path() == "/health" || master.keys.bearer_matches(given) {
+    if is_open(request.uri().path()) || master.keys.bearer_matches(given) {
         return next.run(request).await;
     }
     let is_grpc = request
