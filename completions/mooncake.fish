@@ -63,6 +63,12 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l client-ttl 
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l put-start-release-timeout -d 'An unfinished put is reclaimed after this; a bare number is seconds [default: 600s]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l put-wait -d 'How long a put waits for space when its client names no deadline [default: 2s]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l recovery-grace -d 'After the start, absence is not answered for this long: nodes may still be on their way [default: 1s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events -d 'Record what is stored and removed, for subscribers (GET /events, gRPC, --kv-events-endpoint) [default: true]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-queue-capacity -d 'Events kept for replay, and at most 256 bytes of key each on average [default: 65536]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-endpoint -d 'Publish the events over ZeroMQ as well, PUB and replay on one port: tcp://HOST:PORT' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-backend-id -d 'This pool\'s name in published events [default: mooncake]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-emit-legacy-compat -d 'Published events also carry the names engines use: type, block_hashes [default: true]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-emit-object-key -d 'Published events carry the key as text [default: true]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l max-lanes -d 'Control lanes open at once; as many data lanes of the embedded node [default: 4096]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l log-format -d 'How log lines look: text, json [default: text]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l max-threads -d '' -r
@@ -80,6 +86,12 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l http-metada
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-metadata-cleanup-on-timeout -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-multi-tenants -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-gc -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-model-name -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-tenant-id -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-additional-salt -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-lora-name -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-block-size -d '' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-dp-rank -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l v -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l print-config -d 'Print every setting with its value and where it came from, and stop'
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -s h -l help -d 'Print help (see more with \'--help\')'

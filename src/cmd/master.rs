@@ -12,7 +12,7 @@ use crate::base::units::ByteSize;
 use crate::store::master::config::MasterConfig;
 use crate::store::master::eviction::PolicyKind;
 use crate::store::master::placement::PlacementStrategy;
-use crate::store::master::{Master, MasterServer};
+use crate::store::master::{KvEventsConfig, Master, MasterServer};
 use crate::store::node::{Node, NodeConfig};
 
 const MS: Kind = Kind::Time(Duration::from_millis(1));
@@ -161,6 +161,48 @@ pub(super) static SETTINGS: &[Setting] = &[
         "After the start, absence is not answered for this long: nodes may still be on their way",
     ),
     Setting::new(
+        "kv-events",
+        &["enable_kv_events"],
+        Kind::Flag,
+        "true",
+        "Record what is stored and removed, for subscribers (GET /events, gRPC, --kv-events-endpoint)",
+    ),
+    Setting::new(
+        "kv-events-queue-capacity",
+        &[],
+        Kind::Integer(1, 16_777_216),
+        "65536",
+        "Events kept for replay, and at most 256 bytes of key each on average",
+    ),
+    Setting::new(
+        "kv-events-endpoint",
+        &["kv_events_bind_endpoint"],
+        Kind::Text,
+        "",
+        "Publish the events over ZeroMQ as well, PUB and replay on one port: tcp://HOST:PORT",
+    ),
+    Setting::new(
+        "kv-events-backend-id",
+        &[],
+        Kind::Text,
+        "mooncake",
+        "This pool's name in published events",
+    ),
+    Setting::new(
+        "kv-events-emit-legacy-compat",
+        &[],
+        Kind::Flag,
+        "true",
+        "Published events also carry the names engines use: type, block_hashes",
+    ),
+    Setting::new(
+        "kv-events-emit-object-key",
+        &[],
+        Kind::Flag,
+        "true",
+        "Published events carry the key as text",
+    ),
+    Setting::new(
         "max-lanes",
         &[],
         Kind::Integer(1, 65_536),
@@ -190,6 +232,12 @@ pub(super) static SETTINGS: &[Setting] = &[
     settings::ignored("enable-metadata-cleanup-on-timeout", &[]),
     settings::ignored("enable-multi-tenants", &[]),
     settings::ignored("enable-gc", &[]),
+    settings::ignored("kv-events-model-name", &[]),
+    settings::ignored("kv-events-tenant-id", &[]),
+    settings::ignored("kv-events-additional-salt", &[]),
+    settings::ignored("kv-events-lora-name", &[]),
+    settings::ignored("kv-events-block-size", &[]),
+    settings::ignored("kv-events-dp-rank", &[]),
     settings::ignored("v", &[]),
 ];
 
@@ -216,6 +264,11 @@ fn config(r: &Resolved) -> MasterConfig {
         put_release: r.time("put-start-release-timeout", seconds),
         put_wait: r.time("put-wait", ms),
         recovery_grace: r.time("recovery-grace", ms),
+        events_max: if r.flag("kv-events") {
+            r.integer("kv-events-queue-capacity") as usize
+        } else {
+            0
+        },
         placement: PlacementStrategy::by_name(r.text("allocation-strategy").unwrap_or("random")),
         policy: PolicyKind::by_name(r.text("eviction-policy").unwrap_or("sieve")),
     }
@@ -252,6 +305,7 @@ async fn serve_master(r: &Resolved) -> Outcome {
     let server = MasterServer::new(master, lanes_max)?;
     tokio::spawn(server.clone().serve(listener));
     metrics_listener(r, &server).await?;
+    let published = publish_events(r, &server).await?;
     let node = match r.size("memory") {
         ByteSize(0) => None,
         memory => Some(embedded(r, address, memory, token, lanes_max).await?),
@@ -261,6 +315,9 @@ async fn serve_master(r: &Resolved) -> Outcome {
         "mooncake master {} listening on {address} ({trust})",
         env!("CARGO_PKG_VERSION")
     ))?;
+    if let Some(published) = published {
+        print::line(&format!("kv events on tcp://{published} (no token there)"))?;
+    }
     if let Some(node) = &node {
         print::line(&format!(
             "embedded node {} with {}",
@@ -311,6 +368,38 @@ async fn embedded(
         .await;
     anyhow::ensure!(ready, "the embedded node did not register within 10 s");
     Ok(node)
+}
+
+/// Publishes events over ZeroMQ when asked to; returns where.
+async fn publish_events(
+    r: &Resolved,
+    server: &std::sync::Arc<MasterServer>,
+) -> anyhow::Result<Option<std::net::SocketAddr>> {
+    let Some(endpoint) = r.text("kv-events-endpoint") else {
+        return Ok(None);
+    };
+    let wrong = |problem: &str| super::UsageError(format!("--kv-events-endpoint: {problem}"));
+    if !r.flag("kv-events") {
+        return Err(wrong("needs --kv-events").into());
+    }
+    let parts = endpoint
+        .strip_prefix("tcp://")
+        .and_then(|rest| rest.rsplit_once(':'))
+        .and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
+    let Some((host, port)) = parts else {
+        return Err(wrong(&format!("`{endpoint}` is not tcp://HOST:PORT")).into());
+    };
+    let host = if host == "*" { "0.0.0.0" } else { host };
+    let config = KvEventsConfig {
+        listen: serve::listen(host, port)?,
+        backend_id: r.text("kv-events-backend-id").unwrap_or("").to_owned(),
+        legacy: r.flag("kv-events-emit-legacy-compat"),
+        object_key: r.flag("kv-events-emit-object-key"),
+    };
+    let published = server.master().publish_kv_events(config).await;
+    let address =
+        published.with_context(|| format!("cannot listen on {endpoint} (--kv-events-endpoint)"))?;
+    Ok(Some(address))
 }
 
 async fn metrics_listener(

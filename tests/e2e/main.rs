@@ -7,6 +7,7 @@ mod bench;
 mod capacity;
 mod doctor;
 mod doors;
+mod events;
 mod objects;
 mod pool;
 mod recovery;

@@ -26,6 +26,8 @@ pub struct MasterConfig {
     pub put_wait: Duration,
     /// After the start, absence is not answered for this long: nodes of an earlier master may still be on their way.
     pub recovery_grace: Duration,
+    /// Changes of the index kept for subscribers; 0 = none.
+    pub events_max: usize,
     /// Where replicas go.
     pub placement: PlacementStrategy,
     /// What is evicted first.
@@ -44,6 +46,7 @@ impl Default for MasterConfig {
             put_release: Duration::from_secs(600),
             put_wait: Duration::from_secs(2),
             recovery_grace: Duration::from_secs(1),
+            events_max: 65_536,
             placement: PlacementStrategy::Random,
             policy: PolicyKind::Sieve,
         }

@@ -11,7 +11,7 @@ use axum::routing::{get, post};
 use serde_json::{Value, json};
 
 use super::eviction::Access;
-use super::{Master, dashboard, names, operations};
+use super::{Master, dashboard, names, operations, stream};
 use crate::base::clock::Millis;
 use crate::store::model::error::{StoreError, code_name};
 use crate::store::model::key;
@@ -28,6 +28,9 @@ pub(crate) fn router(master: Arc<Master>) -> Router {
         .route("/leader", get(leader))
         .route("/metrics", get(metrics))
         .route("/metrics/summary", get(summary))
+        .route("/events", get(stream::sse_events))
+        .route("/kv_events/status", get(kv_events_status))
+        .route("/api/v1/events", get(recent_events))
         .route("/query_key", get(query_key))
         .route("/get_all_keys", get(all_keys))
         .route("/get_all_segments", get(all_segments))
@@ -92,6 +95,60 @@ async fn summary(State(master): Shared) -> Response {
         o.clients,
         o.evicted_objects,
     ))
+}
+
+async fn kv_events_status(State(master): Shared) -> Response {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    let stats = master.kv_events.get().cloned();
+    let enabled = stats.is_some();
+    let stats = stats.unwrap_or_default();
+    let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
+    answer(
+        StatusCode::OK,
+        &json!({
+            "enabled": enabled, "subscribers": master.subscribers.count(), "published_batches": load(&stats.batches),
+            "published_events": load(&stats.events), "dropped_events": load(&stats.dropped),
+            "skipped_unparsed_keys": load(&stats.unparsed),
+        }),
+    )
+}
+
+/// A page of the events kept: `from` (0 = the last `limit`), `limit`, `tenant`, `prefix`.
+async fn recent_events(State(master): Shared, Query(params): Params) -> Response {
+    const LIMIT_MAX: u64 = 1000;
+    let ring = &master.state.events;
+    let number = |name: &str, default: u64| {
+        params
+            .get(name)
+            .map_or(Some(default), |t| t.parse::<u64>().ok())
+    };
+    let (Some(from), Some(limit)) = (number("from", 0), number("limit", 100)) else {
+        return failure(StatusCode::BAD_REQUEST, -600);
+    };
+    let limit = limit.clamp(1, LIMIT_MAX);
+    let (oldest, next) = (ring.oldest(), ring.next());
+    let begin = match from {
+        0 => next.saturating_sub(limit).max(oldest),
+        from => from.max(oldest),
+    };
+    let filter = super::events::Filter {
+        tenant: params.get("tenant").cloned(),
+        prefix: params
+            .get("prefix")
+            .map_or_else(Vec::new, |p| p.clone().into_bytes()),
+    };
+    // One that was forgotten since, or is yet to come, makes an empty page.
+    let (events, next_seq) = ring
+        .read(begin, limit as usize, &filter)
+        .unwrap_or((Vec::new(), next));
+    let events: Vec<Value> = events.iter().map(stream::event_json).collect();
+    answer(
+        StatusCode::OK,
+        &json!({
+            "enabled": ring.enabled(), "epoch": ring.epoch(), "oldest_seq": oldest,
+            "next_seq": next_seq, "gap": from != 0 && from < oldest, "events": events,
+        }),
+    )
 }
 
 async fn query_key(State(master): Shared, Query(params): Params) -> Response {

@@ -10,6 +10,7 @@
 
 pub mod config;
 mod dashboard;
+mod events;
 pub mod eviction;
 mod http;
 mod lanes;
@@ -28,6 +29,7 @@ mod service;
 mod session;
 mod shard;
 mod state;
+mod stream;
 mod survey;
 mod sweeper;
 mod table;
@@ -36,8 +38,8 @@ mod table;
 mod model_test;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -49,6 +51,7 @@ use crate::store::wire;
 
 pub use config::MasterConfig;
 pub use server::MasterServer;
+pub use stream::{KvEventsConfig, PublisherStats};
 
 /// Lanes of one client.
 #[derive(Debug, Default)]
@@ -66,6 +69,9 @@ pub struct Master {
     pub(crate) names: names::Names,
     pub(crate) mesh: mesh::Mesh,
     pub(crate) dashboard: dashboard::Dashboard,
+    pub(crate) subscribers: Arc<stream::Subscribers>,
+    /// Set once events are published over ZeroMQ.
+    pub(crate) kv_events: OnceLock<Arc<PublisherStats>>,
     clients: Mutex<HashMap<Id128, ClientLanes>>,
     started: Instant,
 }
@@ -80,6 +86,8 @@ impl Master {
             names: names::Names::default(),
             mesh: mesh::Mesh::default(),
             dashboard: dashboard::Dashboard::default(),
+            subscribers: Arc::default(),
+            kv_events: OnceLock::new(),
             clients: Mutex::default(),
             started: Instant::now(),
         })

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use proptest::prelude::*;
 
 use super::config::MasterConfig;
+use super::events::{Change, Filter};
 use super::eviction::{Access, PolicyKind};
 use super::object::Attributes;
 use super::puts::{PutOptions, Written};
@@ -33,6 +34,8 @@ struct World {
     now: u64,
     /// key → (version, size)
     model: HashMap<Vec<u8>, (u64, u64)>,
+    /// What a subscriber knows, and its position: key → version.
+    followed: (u64, HashMap<Vec<u8>, u64>),
 }
 
 fn config(policy: PolicyKind) -> MasterConfig {
@@ -92,6 +95,7 @@ impl World {
             nodes,
             now: 1000,
             model: HashMap::new(),
+            followed: (1, HashMap::new()),
         }
     }
 
@@ -177,6 +181,32 @@ impl World {
         all
     }
 
+    /// Whoever follows the events knows what is in the index.
+    fn follow(&mut self) {
+        let (from, known) = &mut self.followed;
+        let (events, next) = self
+            .state
+            .events
+            .read(*from, usize::MAX, &Filter::default())
+            .unwrap();
+        for event in events {
+            match event.change {
+                Change::Stored => {
+                    known.insert(event.key, event.version);
+                }
+                Change::Removed(_) => {
+                    let was = known.remove(&event.key);
+                    assert_eq!(was, Some(event.version), "removed and not there before");
+                }
+                Change::Cleared => {}
+            }
+        }
+        *from = next;
+        let plain = |k: &Vec<u8>| key::split(k).unwrap().1.to_vec();
+        let index: HashMap<_, _> = self.model.iter().map(|(k, v)| (plain(k), v.0)).collect();
+        assert_eq!(*known, index, "events and index agree");
+    }
+
     fn check(&mut self) {
         let index = Self::index(&self.state);
         // Eviction may have taken objects; nothing else may differ.
@@ -195,6 +225,7 @@ impl World {
             .load(std::sync::atomic::Ordering::Relaxed);
         assert!(missing as u64 <= evicted, "an object left without eviction");
         self.model = index;
+        self.follow();
         assert_eq!(
             self.state
                 .objects

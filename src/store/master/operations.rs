@@ -513,6 +513,9 @@ impl Call<'_> {
         if self.master.state.recovering(self.now) {
             return Err(StoreError::Rebuilding);
         }
+        if op.regex.is_empty() && op.force {
+            self.master.state.events.cleared(&filter.tenant);
+        }
         let (count, kept) = self
             .master
             .state

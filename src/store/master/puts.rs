@@ -508,6 +508,7 @@ impl MasterState {
             ..Access::default()
         };
         let (hash, version) = (object.hash, object.version);
+        self.events.stored(&object);
         shard.insert(object, &access);
         if shard.len() == 1 {
             self.eviction_order.list(Self::shard_number(hash), version);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use super::events::Reason;
 use super::object::{Attributes, Replica, Replicas};
 use super::puts::{Arena, Written, mounted};
 use super::segments::{Drop, NodePhase, NodeState, Offer};
@@ -468,10 +469,15 @@ impl MasterState {
     /// Removes replicas on segments that have left the view.
     fn purge(&self, gone: impl Fn(&Replica) -> bool) {
         for shard in self.shards() {
-            let objects = shard.lock().remove_where(|object| {
+            let mut shard = shard.lock();
+            let objects = shard.remove_where(|object| {
                 object.replicas.retain(|r| !gone(r));
                 object.replicas.is_empty()
             });
+            for object in &objects {
+                self.events.removed(object, Reason::NodeLost);
+            }
+            drop(shard);
             let view = self.segments.view();
             for object in objects {
                 self.gone(&view, &object);

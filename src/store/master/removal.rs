@@ -5,6 +5,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use super::events::Reason;
 use super::object::{Object, Replica};
 use super::puts::mounted;
 use super::segments::{DropQueue, NodeState};
@@ -67,7 +68,11 @@ impl MasterState {
             if !force && object.leased_until() > now {
                 return Err(StoreError::Leased);
             }
-            shard.remove(hash, qualified)
+            let object = shard.remove(hash, qualified);
+            if let Some(object) = &object {
+                self.events.removed(object, Reason::Removed);
+            }
+            object
         };
         if let Some(object) = object {
             // In this order: a node that is unmounted in between takes note of the one or the other.
@@ -87,7 +92,8 @@ impl MasterState {
     ) -> (u64, u64) {
         let (mut removed, mut kept) = (0, 0);
         for shard in self.shards() {
-            let gone = shard.lock().remove_where(|object| {
+            let mut shard = shard.lock();
+            let gone = shard.remove_where(|object| {
                 if !which(object) {
                     return false;
                 }
@@ -95,6 +101,10 @@ impl MasterState {
                 kept += u64::from(leased);
                 !leased
             });
+            for object in &gone {
+                self.events.removed(object, Reason::Removed);
+            }
+            drop(shard);
             removed += gone.len() as u64;
             for object in gone {
                 self.dismiss(&object);
@@ -105,7 +115,7 @@ impl MasterState {
         (removed, kept)
     }
 
-    /// Takes this very version out of the index; its ranges become the caller's business.
+    /// Takes this very version, whose bytes did not arrive, out of the index; its ranges become the caller's business.
     pub(crate) fn take_version(&self, qualified: &[u8], version: u64) -> Option<Object> {
         let hash = key::hash(qualified);
         let object = {
@@ -113,7 +123,9 @@ impl MasterState {
             shard
                 .get(hash, qualified)
                 .filter(|o| o.version == version)?;
-            shard.remove(hash, qualified)?
+            let object = shard.remove(hash, qualified)?;
+            self.events.removed(&object, Reason::Incomplete);
+            object
         };
         self.gone(&self.segments.view(), &object);
         Some(object)
@@ -179,6 +191,9 @@ impl MasterState {
                 let most = (shard.len() / VICTIMS_SHARE).clamp(1, VICTIMS_PER_LOCK);
                 shard.evict(now, soft_pinned_too, most, EXAMINED_PER_LOCK, wanted)
             };
+            for victim in &victims {
+                self.events.removed(victim, Reason::Evicted);
+            }
             let rank = shard.rank();
             drop(shard);
             let held = start.elapsed().as_nanos() as u64;
@@ -215,8 +230,10 @@ impl MasterState {
                         .is_some_and(|g| std::sync::Arc::ptr_eq(g, group))
                         && o.evictable(now, soft_pinned_too)
                 };
-                let member = self.shard(hash).remove_by_hash(hash, of_group);
-                if let Some(member) = member {
+                let mut shard = self.shard(hash);
+                if let Some(member) = shard.remove_by_hash(hash, of_group) {
+                    self.events.removed(&member, Reason::Evicted);
+                    drop(shard);
                     bytes += self.evicted(&member);
                 }
             }

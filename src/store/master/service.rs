@@ -7,10 +7,10 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Master, mesh, operations, session};
+use super::{Master, mesh, operations, session, stream};
 use crate::store::wire::{
-    MasterMessage, MeshItem, MeshRequest, NodeMessage, OperationBatch, ReplyBatch,
-    pool_server::Pool,
+    EventBatch, EventsRequest, MasterMessage, MeshItem, MeshRequest, NodeMessage, OperationBatch,
+    ReplyBatch, pool_server::Pool,
 };
 
 /// Batches of one stream under way at once.
@@ -59,6 +59,16 @@ impl Pool for PoolService {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    type EventsStream = Replies<EventBatch>;
+
+    async fn events(
+        &self,
+        request: Request<EventsRequest>,
+    ) -> Result<Response<Self::EventsStream>, Status> {
+        let batches = stream::grpc_events(&self.master, request.into_inner())?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(batches))))
     }
 
     type NodeSessionStream = Replies<MasterMessage>;

@@ -15,6 +15,7 @@ use foldhash::fast::FixedState;
 use parking_lot::{Condvar, Mutex, MutexGuard, ReentrantMutex};
 
 use super::config::MasterConfig;
+use super::events::EventRing;
 use super::eviction::Access;
 use super::eviction::order::EvictionOrder;
 use super::object::{Group, Object};
@@ -95,6 +96,7 @@ pub(crate) struct MasterState {
     pub(crate) recovery_until: Millis,
     pub(crate) eviction_order: EvictionOrder,
     pub(crate) counters: Counters,
+    pub(crate) events: EventRing,
     pub(crate) progress: Progress,
 }
 
@@ -124,6 +126,7 @@ impl MasterState {
             recovery_until,
             eviction_order: EvictionOrder::default(),
             counters: Counters::default(),
+            events: EventRing::new(config.events_max),
             progress: Progress::default(),
             config,
         }
