@@ -1162,7 +1162,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__master)
-            opts="-h --config --print-config --output --port --bind --token-file --memory --node-port --advertise --metrics-port --metrics-host --enable-metric-reporting --default-kv-lease-ttl --max-kv-soft-pin-ttl --allow-evict-soft-pinned-objects --eviction-high-watermark-ratio --eviction-ratio --eviction-policy --allocation-strategy --client-ttl --put-start-release-timeout --put-wait --recovery-grace --kv-events --kv-events-queue-capacity --kv-events-endpoint --kv-events-backend-id --kv-events-emit-legacy-compat --kv-events-emit-object-key --max-lanes --log-format --max-threads --rpc-conn-timeout-seconds --rpc-enable-tcp-no-delay --rpc-interface --memory-allocator --cluster-id --default-kv-soft-pin-ttl --put-start-discard-timeout-sec --logtostderr --enable-http-metadata-server --http-metadata-server-host --http-metadata-server-port --enable-metadata-cleanup-on-timeout --enable-multi-tenants --enable-gc --kv-events-model-name --kv-events-tenant-id --kv-events-additional-salt --kv-events-lora-name --kv-events-block-size --kv-events-dp-rank --v --help"
+            opts="-h --config --print-config --output --port --bind --token-file --memory --node-port --advertise --metrics-port --metrics-host --enable-metric-reporting --default-kv-lease-ttl --max-kv-soft-pin-ttl --allow-evict-soft-pinned-objects --eviction-high-watermark-ratio --eviction-ratio --eviction-policy --allocation-strategy --client-ttl --put-start-release-timeout --put-wait --recovery-grace --kv-events --kv-events-queue-capacity --kv-events-endpoint --kv-events-backend-id --kv-events-emit-legacy-compat --kv-events-emit-object-key --max-lanes --slow-log --log-format --max-threads --rpc-conn-timeout-seconds --rpc-enable-tcp-no-delay --rpc-interface --memory-allocator --cluster-id --default-kv-soft-pin-ttl --put-start-discard-timeout-sec --logtostderr --enable-http-metadata-server --http-metadata-server-host --http-metadata-server-port --enable-metadata-cleanup-on-timeout --enable-multi-tenants --enable-gc --kv-events-model-name --kv-events-tenant-id --kv-events-additional-salt --kv-events-lora-name --kv-events-block-size --kv-events-dp-rank --v --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1281,6 +1281,10 @@ _mooncake() {
                     return 0
                     ;;
                 --max-lanes)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --slow-log)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

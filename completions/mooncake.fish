@@ -70,6 +70,7 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-b
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-emit-legacy-compat -d 'Published events also carry the names engines use: type, block_hashes [default: true]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-emit-object-key -d 'Published events carry the key as text [default: true]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l max-lanes -d 'Control lanes open at once; as many data lanes of the embedded node [default: 4096]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l slow-log -d 'Log operations that take longer, with what they waited for; 0 = none [default: 1s]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l log-format -d 'How log lines look: text, json [default: text]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l max-threads -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l rpc-conn-timeout-seconds -d '' -r

@@ -210,6 +210,13 @@ pub(super) static SETTINGS: &[Setting] = &[
         "Control lanes open at once; as many data lanes of the embedded node",
     ),
     Setting::new(
+        "slow-log",
+        &[],
+        MS,
+        "1s",
+        "Log operations that take longer, with what they waited for; 0 = none",
+    ),
+    Setting::new(
         "log-format",
         &[],
         Kind::Choice(&["text", "json"]),
@@ -264,6 +271,7 @@ fn config(r: &Resolved) -> MasterConfig {
         put_release: r.time("put-start-release-timeout", seconds),
         put_wait: r.time("put-wait", ms),
         recovery_grace: r.time("recovery-grace", ms),
+        slow_log: r.time("slow-log", ms),
         events_max: if r.flag("kv-events") {
             r.integer("kv-events-queue-capacity") as usize
         } else {

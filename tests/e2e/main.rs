@@ -9,6 +9,7 @@ mod dashboard;
 mod doctor;
 mod doors;
 mod events;
+mod http;
 mod objects;
 mod pool;
 mod recovery;

@@ -372,31 +372,6 @@ impl PoolClient {
         }
     }
 
-    /// Where memory is used and by whom: `cells` parts per segment (0 = no maps), the `top` tenants and prefixes, from at
-    /// most `objects_max` objects (0 = all).
-    ///
-    /// # Errors
-    /// Master unreachable.
-    pub fn survey(
-        &self,
-        cells: u32,
-        top: u32,
-        objects_max: u64,
-    ) -> Result<wire::SurveyReply, StoreError> {
-        let survey = wire::Survey {
-            cells,
-            top,
-            objects_max,
-        };
-        match self
-            .control
-            .ask(operation::Kind::Survey(survey), self.deadline())?
-        {
-            reply::Kind::Survey(survey) => Ok(survey),
-            _ => Err(self.control.surprise()),
-        }
-    }
-
     /// The transport that would be tried first for a segment of a view.
     pub fn path(&self, segment: &wire::SegmentView) -> Option<TransportKind> {
         self.engine.path(&Peer {

@@ -28,6 +28,8 @@ pub struct MasterConfig {
     pub recovery_grace: Duration,
     /// Changes of the index kept for subscribers; 0 = none.
     pub events_max: usize,
+    /// Operations that take longer are logged; zero = none.
+    pub slow_log: Duration,
     /// Where replicas go.
     pub placement: PlacementStrategy,
     /// What is evicted first.
@@ -47,6 +49,7 @@ impl Default for MasterConfig {
             put_wait: Duration::from_secs(2),
             recovery_grace: Duration::from_secs(1),
             events_max: 65_536,
+            slow_log: Duration::ZERO,
             placement: PlacementStrategy::Random,
             policy: PolicyKind::Sieve,
         }

@@ -21,18 +21,17 @@ use super::segments::NodePhase;
 use super::{Master, operations, survey};
 use crate::base::clock::Millis;
 use crate::base::id::random_bytes;
-use crate::store::wire;
 
 /// Time between frames.
 const FRAME: Duration = Duration::from_secs(1);
 /// Age up to which the result of a walk is shown again.
 const WALK_AGE: Duration = Duration::from_secs(4);
 /// Objects of one walk; what is larger is told from this many.
-const WALK_MAX: u64 = 200_000;
+const WALK_MAX: usize = 200_000;
 /// Parts of a segment's map.
-const CELLS: u32 = 96;
+const CELLS: usize = 96;
 /// Tenants and prefixes shown.
-const TOP: u32 = 12;
+const TOP: usize = 12;
 /// Segments of one frame.
 const SEGMENTS_MAX: usize = 512;
 /// Streams open at once.
@@ -46,7 +45,7 @@ const PAGE: &str = include_str!("dashboard.html");
 #[derive(Default)]
 pub(crate) struct Dashboard {
     viewers: AtomicUsize,
-    walked: Mutex<Option<(Instant, Arc<wire::SurveyReply>)>>,
+    walked: Mutex<Option<(Instant, Arc<survey::Survey>)>>,
 }
 
 /// The page. Nothing but its own inline script and style may run, and it may talk to its own server only.
@@ -118,7 +117,7 @@ pub(crate) async fn live(State(master): State<Arc<Master>>) -> Response {
     (headers, Body::from_stream(ReceiverStream::new(receiver))).into_response()
 }
 
-fn walked(master: &Master) -> Arc<wire::SurveyReply> {
+fn walked(master: &Master) -> Arc<survey::Survey> {
     // Held during the walk: others wait for its result instead of walking as well.
     let mut walked = master.dashboard.walked.lock();
     if let Some((at, reply)) = &*walked
@@ -126,12 +125,8 @@ fn walked(master: &Master) -> Arc<wire::SurveyReply> {
     {
         return reply.clone();
     }
-    let ask = wire::Survey {
-        cells: CELLS,
-        top: TOP,
-        objects_max: WALK_MAX,
-    };
-    let reply = Arc::new(survey::survey(master, &ask, Millis::now()));
+    let reply = survey::survey(master, CELLS, TOP, WALK_MAX, Millis::now());
+    let reply = Arc::new(reply);
     *walked = Some((Instant::now(), reply.clone()));
     reply
 }
@@ -147,9 +142,9 @@ fn picture(master: &Master) -> Value {
     let now = Millis::now();
     let view = master.state.segments.view();
     let map_of = |slot: u32| {
-        let map = survey.maps.iter().find(|m| m.segment == slot);
-        map.map_or_else(String::new, |m| {
-            m.used.iter().map(|b| format!("{b:02x}")).collect()
+        let map = survey.maps.get(&slot);
+        map.map_or_else(String::new, |map| {
+            map.iter().map(|b| format!("{b:02x}")).collect()
         })
     };
     let segments: Vec<Value> = view
@@ -165,7 +160,7 @@ fn picture(master: &Master) -> Value {
             })
         })
         .collect();
-    let tallies = |all: &[wire::Tally]| -> Vec<Value> {
+    let tallies = |all: &[survey::Tally]| -> Vec<Value> {
         all.iter()
             .map(|t| {
                 json!({

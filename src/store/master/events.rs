@@ -377,6 +377,7 @@ mod tests {
             checksum: 0,
             has_checksum: false,
             hard_pin: false,
+            read: false,
             data_type: 0,
         }
     }

@@ -28,6 +28,7 @@ mod server;
 mod service;
 mod session;
 mod shard;
+mod slow;
 mod state;
 mod stream;
 mod survey;
@@ -40,7 +41,7 @@ mod model_test;
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -69,6 +70,9 @@ pub struct Master {
     pub(crate) names: names::Names,
     pub(crate) mesh: mesh::Mesh,
     pub(crate) dashboard: dashboard::Dashboard,
+    pub(crate) census: http::Census,
+    pub(crate) slow_log: Duration,
+    pub(crate) slow_lines: slow::SlowLog,
     pub(crate) subscribers: Arc<stream::Subscribers>,
     /// Set once events are published over ZeroMQ.
     pub(crate) kv_events: OnceLock<Arc<PublisherStats>>,
@@ -79,6 +83,7 @@ pub struct Master {
 impl Master {
     /// A master with an empty index.
     pub fn new(config: MasterConfig, keys: ClusterKeys) -> Arc<Self> {
+        let slow_log = config.slow_log;
         Arc::new(Self {
             state: state::MasterState::new(config, Millis::now()),
             keys,
@@ -86,6 +91,9 @@ impl Master {
             names: names::Names::default(),
             mesh: mesh::Mesh::default(),
             dashboard: dashboard::Dashboard::default(),
+            census: http::Census::default(),
+            slow_log,
+            slow_lines: slow::SlowLog::default(),
             subscribers: Arc::default(),
             kv_events: OnceLock::new(),
             clients: Mutex::default(),

@@ -37,6 +37,7 @@ pub(crate) struct Object {
     pub(crate) hash: u64,
     pub(crate) size: u64,
     pub(crate) version: u64,
+    /// When it was stored, until somebody reads it.
     pub(crate) lease_until: Millis,
     pub(crate) soft_pin_until: Millis,
     pub(crate) group: Option<Arc<Group>>,
@@ -44,6 +45,8 @@ pub(crate) struct Object {
     pub(crate) checksum: u32,
     pub(crate) has_checksum: bool,
     pub(crate) hard_pin: bool,
+    /// Somebody has read it.
+    pub(crate) read: bool,
     pub(crate) data_type: u8,
 }
 

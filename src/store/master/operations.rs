@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::Master;
 use super::eviction::Access;
+use super::metrics::Rpc;
 use super::object::{Attributes, Object, Replica};
 use super::puts::{PutOptions, Written};
 use super::segments::SegmentsView;
 use super::state::{Presence, add};
-use super::survey;
+use super::{Master, slow};
 use crate::base::clock::{Millis, unix_ms};
 use crate::base::id::Id128;
 use crate::engine::grant::{Access as GrantAccess, Grant};
@@ -45,6 +45,7 @@ struct Call<'a> {
     client: Id128,
     deadline: Instant,
     scratch: Vec<u8>,
+    waits: slow::Waits,
 }
 
 /// Carries out a batch; replies come in the order of the operations.
@@ -58,17 +59,27 @@ pub(crate) fn execute(master: &Master, batch: wire::OperationBatch) -> wire::Rep
         client: wire::id(batch.client_high, batch.client_low),
         deadline: started + state.patience(batch.deadline_ms),
         scratch: Vec::new(),
+        waits: slow::Waits::default(),
     };
-    let replies = batch
-        .operations
-        .into_iter()
-        .map(|op| call.one(op))
-        .collect();
-    master.metrics.batches.inc();
-    master
-        .metrics
-        .batch_seconds
-        .observe(started.elapsed().as_secs_f64());
+    // One look at the clock per operation: each begins when the one before it ends.
+    let mut begun = started;
+    let mut replies = Vec::with_capacity(batch.operations.len());
+    for operation in batch.operations {
+        let slow = slow::Watch::new(master, &operation);
+        let rpc = operation.kind.as_ref().map(Rpc::of);
+        let reply = call.one(operation);
+        let ended = Instant::now();
+        if let Some(rpc) = rpc {
+            let took = ended - begun;
+            master.metrics.carried_out(rpc, took, &reply);
+            slow.report(master, rpc, took, std::mem::take(&mut call.waits), &reply);
+        }
+        begun = ended;
+        replies.push(reply);
+    }
+    master.metrics.batches.fetch_add(1, Ordering::Relaxed);
+    let took = (begun - started).as_nanos() as u64;
+    master.metrics.batch_nanoseconds.observe(took);
     wire::ReplyBatch {
         id: batch.id,
         term: state.term(),
@@ -115,7 +126,6 @@ impl Call<'_> {
             Op::View(op) => Ok(self.view(&op)),
             Op::ReportFailure(op) => Ok(self.report_failure(&op)),
             Op::Overview(_) => Ok(self.master.overview().into()),
-            Op::Survey(op) => Ok(Re::Survey(survey::survey(self.master, &op, self.now)).into()),
         };
         result.unwrap_or_else(|error| refuse(&error))
     }
@@ -169,8 +179,6 @@ impl Call<'_> {
         self.for_each_key(&op.tenant, &op.keys, |call, hash, key, access| {
             results.push(call.master.state.exist(&call.view, hash, key, access) as u8);
         })?;
-        let metrics = &self.master.metrics;
-        metrics.exist_items.inc_by(results.len() as u64);
         Ok(Re::Exist(wire::ExistReply {
             results: results.into(),
         })
@@ -181,7 +189,7 @@ impl Call<'_> {
         let lease = self.master.state.config.lease_ttl;
         let expires = unix_ms() + (lease + READ_GRANT_EXTRA).as_millis() as u64;
         let mut locations = Vec::with_capacity(op.keys.len());
-        let (mut hits, mut misses) = (0, 0);
+        let (mut hits, mut misses, mut hit_bytes) = (0, 0, 0);
         self.for_each_key(&op.tenant, &op.keys, |call, hash, key, access| {
             let state = &call.master.state;
             let found = state.locate(&call.view, hash, key, access, |o| {
@@ -193,6 +201,7 @@ impl Call<'_> {
                 &mut misses
             };
             *counter += 1;
+            hit_bytes += found.as_ref().map_or(0, |l| l.size_bytes);
             locations.push(found.unwrap_or_else(|| wire::Location {
                 code: match state.absence(call.now) {
                     Presence::Unknown => StoreError::Rebuilding.code(),
@@ -203,6 +212,11 @@ impl Call<'_> {
         })?;
         add(&self.master.state.counters.hits, hits);
         add(&self.master.state.counters.misses, misses);
+        let metrics = &self.master.metrics;
+        metrics.tenants.of(&op.tenant).add(hits, misses, hit_bytes);
+        if let Some(head) = op.keys.first() {
+            metrics.hot.asked(&op.tenant, head, hits, self.now);
+        }
         Ok(Re::Locate(wire::LocateReply { locations }).into())
     }
 
@@ -349,6 +363,7 @@ impl Call<'_> {
                     }
                     // Leases lapse without anybody telling: look again soon even if nothing was freed.
                     let soon = Instant::now() + Duration::from_millis(10);
+                    let waiting = Instant::now();
                     let mut count = state.progress.count.lock();
                     if *count == seen {
                         state
@@ -356,6 +371,7 @@ impl Call<'_> {
                             .changed
                             .wait_until(&mut count, soon.min(self.deadline));
                     }
+                    self.waits.space += waiting.elapsed();
                 }
                 Err(error) => {
                     if error != StoreError::Exists {
@@ -467,7 +483,14 @@ impl Call<'_> {
     }
 
     /// Waits until the nodes have forgotten what was removed (D2).
-    fn settle(&self) -> Result<(), StoreError> {
+    fn settle(&mut self) -> Result<(), StoreError> {
+        let waiting = Instant::now();
+        let settled = self.settled();
+        self.waits.nodes += waiting.elapsed();
+        settled
+    }
+
+    fn settled(&self) -> Result<(), StoreError> {
         let state = &self.master.state;
         let barrier = state.barrier();
         loop {

@@ -197,6 +197,9 @@ impl MasterState {
             self.release_now(&replicas, wanted_bytes);
             return Err(StoreError::NoSpace { wanted_bytes });
         }
+        if replicas.len() < options.replica_num {
+            add(&self.counters.partial_puts, 1);
+        }
         let version = self.take_versions(1);
         let put = PendingPut {
             key: qualified.into(),
@@ -400,6 +403,7 @@ impl MasterState {
         replaces: Replaces,
         now: Millis,
     ) -> Result<bool, StoreError> {
+        self.counters.value_bytes.observe(size);
         let hash = key::hash(&qualified);
         let object = self.object(qualified, hash, size, replicas, attributes, written, now);
         let mut shard = self.shard(hash);
@@ -476,7 +480,7 @@ impl MasterState {
             hash,
             size,
             version: written.version,
-            lease_until: Millis(0),
+            lease_until: now,
             soft_pin_until: if ttl == 0 {
                 Millis(0)
             } else {
@@ -486,6 +490,7 @@ impl MasterState {
             checksum: written.checksum.unwrap_or(0),
             has_checksum: written.checksum.is_some(),
             hard_pin: attributes.hard_pin,
+            read: false,
             data_type: attributes.data_type,
         }
     }
@@ -503,6 +508,9 @@ impl MasterState {
             }
         }
         self.objects.fetch_add(1, Ordering::Relaxed);
+        if object.soft_pin_until > Millis(0) {
+            add(&self.counters.soft_pinned, 1);
+        }
         let access = Access {
             now,
             ..Access::default()
@@ -523,6 +531,9 @@ impl MasterState {
             }
         }
         self.objects.fetch_sub(1, Ordering::Relaxed);
+        if object.soft_pin_until > Millis(0) {
+            self.counters.soft_pinned.fetch_sub(1, Ordering::Relaxed);
+        }
         self.forget(object);
     }
 

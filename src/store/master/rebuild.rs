@@ -10,7 +10,7 @@ use super::events::Reason;
 use super::object::{Attributes, Replica, Replicas};
 use super::puts::{Arena, Written, mounted};
 use super::segments::{Drop, NodePhase, NodeState, Offer};
-use super::state::MasterState;
+use super::state::{MasterState, add};
 use crate::base::clock::{Millis, unix_ms};
 use crate::base::id::Id128;
 use crate::store::model::header::footprint;
@@ -160,6 +160,7 @@ impl MasterState {
             // They are handed out again: a job that went out twice would settle what came after the first.
             node.reconciles.lock().clear();
             self.segments.changed();
+            add(&self.counters.remounts, offers.len() as u64);
             return Registration {
                 node,
                 returning: true,
@@ -177,6 +178,7 @@ impl MasterState {
         let node = self
             .segments
             .mount(id, name, address, host_id, shm_socket, offers, now);
+        add(&self.counters.mounts, offers.len() as u64);
         Registration {
             node,
             returning: false,
@@ -449,6 +451,7 @@ impl MasterState {
         self.registration_failed(node);
         self.depart(node);
         self.segments.unmount(node);
+        add(&self.counters.unmounts, node.slots.len() as u64);
         let of_node = |r: &Replica| node.slots.contains(&r.segment);
         self.purge(of_node);
         for pending in &self.pending {
@@ -649,6 +652,7 @@ impl MasterState {
                 }
                 !leaves
             });
+            add(&self.counters.released_puts, gone.len() as u64);
             for (replicas, size, client) in gone {
                 for replica in replicas {
                     self.quarantine(replica, footprint(size).unwrap_or(0), client, now);

@@ -156,6 +156,7 @@ impl MasterState {
     /// Takes the shards in the order of their oldest candidates, a bounded step under each lock.
     pub(crate) fn evict(&self, bytes: u64, now: Millis) -> u64 {
         add(&self.counters.eviction_rounds, 1);
+        let before = self.counters.evicted_objects.load(Ordering::Relaxed);
         let mut wanted = bytes;
         let passes: &[bool] = if self.config.evict_soft_pinned {
             &[false, true]
@@ -170,6 +171,8 @@ impl MasterState {
                 }
             }
         }
+        let after = self.counters.evicted_objects.load(Ordering::Relaxed);
+        add(&self.counters.evictions_useful, u64::from(after > before));
         bytes - wanted
     }
 
@@ -234,18 +237,21 @@ impl MasterState {
                 if let Some(member) = shard.remove_by_hash(hash, of_group) {
                     self.events.removed(&member, Reason::Evicted);
                     drop(shard);
-                    bytes += self.evicted(&member);
+                    bytes += self.evicted(&member, now);
                 }
             }
         }
-        self.evicted(victim);
+        self.evicted(victim, now);
         bytes
     }
 
-    fn evicted(&self, object: &Object) -> u64 {
+    fn evicted(&self, object: &Object, now: Millis) -> u64 {
         let bytes = object.size * object.replicas.len() as u64;
         add(&self.counters.evicted_objects, 1);
         add(&self.counters.evicted_bytes, bytes);
+        add(&self.counters.evicted_unread, u64::from(!object.read));
+        let age = now.since(self.last_read(object));
+        self.counters.eviction_age_ms.observe(age);
         self.dismiss(object);
         bytes
     }

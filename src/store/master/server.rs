@@ -1,15 +1,16 @@
 //! The master's port: looks at a connection's first bytes and gives it to control lanes, or to gRPC and HTTP.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
@@ -23,6 +24,10 @@ use crate::store::wire::{BATCH_BYTES_MAX, pool_server::PoolServer};
 
 /// How long a connection may stay silent before its first byte.
 const FIRST_BYTE: Duration = Duration::from_secs(10);
+
+/// Who sent a request.
+#[derive(Clone, Copy)]
+struct Peer(SocketAddr);
 
 /// A running master.
 pub struct MasterServer {
@@ -70,9 +75,9 @@ impl MasterServer {
     pub async fn serve(self: Arc<Self>, listener: TcpListener) {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => {
+                Ok((stream, peer)) => {
                     let server = self.clone();
-                    tokio::spawn(async move { server.connection(stream).await });
+                    tokio::spawn(async move { server.connection(stream, peer).await });
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a connection was not accepted");
@@ -82,7 +87,7 @@ impl MasterServer {
         }
     }
 
-    async fn connection(self: Arc<Self>, stream: TcpStream) {
+    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr) {
         let is_lane = tokio::time::timeout(FIRST_BYTE, announces_lane(&stream)).await;
         match is_lane {
             Ok(Ok(true)) => {
@@ -92,7 +97,8 @@ impl MasterServer {
             }
             Ok(Ok(false)) => {
                 let _ = stream.set_nodelay(true);
-                let service = TowerToHyperService::new(self.router.clone());
+                let router = self.router.clone().layer(Extension(Peer(peer)));
+                let service = TowerToHyperService::new(router);
                 let builder = auto::Builder::new(TokioExecutor::new());
                 let served = builder
                     .serve_connection(TokioIo::new(stream), service)
@@ -127,13 +133,27 @@ fn is_open(path: &str) -> bool {
     matches!(path, "/health" | "/")
 }
 
-/// The token guards everything else.
+/// What removes or changes objects over HTTP, for which a browser or a script anywhere in the network would do.
+fn is_destructive(request: &Request) -> bool {
+    let path = request.uri().path();
+    path.starts_with("/api/") && !matches!(request.method().as_str(), "GET" | "HEAD")
+}
+
+/// The token guards everything else. Without one, what is destructive is for this host only.
 async fn authorize(State(master): State<Arc<Master>>, request: Request, next: Next) -> Response {
     let given = request
         .headers()
         .get(header::AUTHORIZATION)
         .map(HeaderValue::as_bytes);
     if is_open(request.uri().path()) || master.keys.bearer_matches(given) {
+        let local = request
+            .extensions()
+            .get::<Peer>()
+            .is_some_and(|p| p.0.ip().to_canonical().is_loopback());
+        if !master.keys.secured() && !local && is_destructive(&request) {
+            let text = "without a cluster token this is for clients on the master's own host: set --token-file\n";
+            return (StatusCode::FORBIDDEN, text).into_response();
+        }
         return next.run(request).await;
     }
     let is_grpc = request

@@ -200,6 +200,9 @@ async fn in_service(
                 }
                 let now = Millis::now();
                 node.last_seen.store(now.0, Ordering::Relaxed);
+                if matches!(kind, In::Heartbeat(_)) {
+                    master.state.counters.pings.fetch_add(1, Ordering::Relaxed);
+                }
                 match kind {
                     In::DropAck(ack) => master.state.drops_acked(node, ack.sequence),
                     In::ProbeReport(report) => master.mesh.report(node.id, report),

@@ -18,6 +18,7 @@ use super::config::MasterConfig;
 use super::events::EventRing;
 use super::eviction::Access;
 use super::eviction::order::EvictionOrder;
+use super::metrics::histogram::Histogram;
 use super::object::{Group, Object};
 use super::puts::{Arena, PendingPut};
 use super::rebuild::{Departed, ReconcileJob};
@@ -33,7 +34,7 @@ const SHARDS: usize = 1024;
 pub(crate) const PENDING_SHARDS: usize = 64;
 
 /// Counters, for metrics and the overview.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Counters {
     pub(crate) hits: AtomicU64,
     pub(crate) misses: AtomicU64,
@@ -44,6 +45,66 @@ pub(crate) struct Counters {
     pub(crate) evicted_bytes: AtomicU64,
     pub(crate) eviction_rounds: AtomicU64,
     pub(crate) eviction_hold_max_ns: AtomicU64,
+    /// Rounds that evicted something.
+    pub(crate) evictions_useful: AtomicU64,
+    /// Evicted objects that nobody had read.
+    pub(crate) evicted_unread: AtomicU64,
+    /// Objects with a soft pin, also one that has run out.
+    pub(crate) soft_pinned: AtomicU64,
+    /// Puts that got fewer replicas than they asked for.
+    pub(crate) partial_puts: AtomicU64,
+    /// Unfinished puts that were reclaimed.
+    pub(crate) released_puts: AtomicU64,
+    pub(crate) mounts: AtomicU64,
+    pub(crate) remounts: AtomicU64,
+    pub(crate) unmounts: AtomicU64,
+    /// Heartbeats of nodes.
+    pub(crate) pings: AtomicU64,
+    /// Sizes of completed objects.
+    pub(crate) value_bytes: Histogram,
+    /// Time since the last read of what is read again.
+    pub(crate) lease_age_ms: Histogram,
+    /// Time since the last read (or the store) of what is evicted.
+    pub(crate) eviction_age_ms: Histogram,
+}
+
+/// Upstream's bounds.
+static VALUE_BYTES: &[u64] = &[
+    4096, 65_536, 262_144, 1_048_576, 4_194_304, 16_777_216, 67_108_864,
+];
+/// 10 ms to a day.
+static AGES_MS: &[u64] = &[
+    10, 100, 1_000, 5_000, 10_000, 30_000, 60_000, 300_000, 900_000, 3_600_000, 14_400_000,
+    86_400_000,
+];
+
+impl Default for Counters {
+    fn default() -> Self {
+        let zero = || AtomicU64::new(0);
+        Self {
+            hits: zero(),
+            misses: zero(),
+            puts: zero(),
+            put_failures: zero(),
+            removed: zero(),
+            evicted_objects: zero(),
+            evicted_bytes: zero(),
+            eviction_rounds: zero(),
+            eviction_hold_max_ns: zero(),
+            evictions_useful: zero(),
+            evicted_unread: zero(),
+            soft_pinned: zero(),
+            partial_puts: zero(),
+            released_puts: zero(),
+            mounts: zero(),
+            remounts: zero(),
+            unmounts: zero(),
+            pings: zero(),
+            value_bytes: Histogram::new(VALUE_BYTES),
+            lease_age_ms: Histogram::new(AGES_MS),
+            eviction_age_ms: Histogram::new(AGES_MS),
+        }
+    }
 }
 
 pub(crate) fn add(counter: &AtomicU64, n: u64) {
@@ -215,9 +276,20 @@ impl MasterState {
 
     fn lease(object: &mut Object, until: Millis) {
         object.lease_until = object.lease_until.max(until);
+        object.read = true;
         if let Some(group) = &object.group {
             group.lease_until.fetch_max(until.0, Ordering::Relaxed);
         }
+    }
+
+    /// When an object was last read; when it was stored, if nobody has read it.
+    pub(crate) fn last_read(&self, object: &Object) -> Millis {
+        let ttl = if object.read {
+            self.config.lease_ttl.as_millis() as u64
+        } else {
+            0
+        };
+        Millis(object.lease_until.0.saturating_sub(ttl))
     }
 
     /// Whether a readable replica exists; grants a lease.
@@ -254,6 +326,10 @@ impl MasterState {
         if !Self::readable(view, object) {
             return None;
         }
+        if object.read {
+            let age = access.now.since(self.last_read(object));
+            self.counters.lease_age_ms.observe(age);
+        }
         Self::lease(object, until);
         Some(found(object))
     }
@@ -275,6 +351,11 @@ impl MasterState {
             let allocator = s.allocator.lock();
             (capacity + allocator.size(), used + allocator.used())
         })
+    }
+
+    /// Bytes of ranges that are settled with their nodes before they are free.
+    pub(crate) fn unsettled_bytes(&self) -> u64 {
+        self.reconciles.lock().values().map(|j| j.length).sum()
     }
 
     /// Bytes of the largest mounted segment.

@@ -4,62 +4,80 @@
 //! in number. Grants no lease, changes nothing.
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
 
 use super::Master;
 use super::object::Object;
 use super::segments::{NodePhase, SegmentsView};
 use crate::base::clock::Millis;
+use crate::store::alloc::offset::map_of;
 use crate::store::model::key::{self, DEFAULT_TENANT};
-use crate::store::wire;
 
-/// Parts of one map.
-const CELLS_MAX: u32 = 1024;
-/// Tenants and prefixes told.
-const TOP_MAX: u32 = 1000;
 /// Prefixes (tenants) told apart during a walk; what comes after belongs to the empty prefix.
 const GROUPS_MAX: usize = 4096;
 /// Numbers of replicas told apart.
 const REPLICAS_MAX: usize = 4;
 
-/// Answers the operation.
-pub(crate) fn survey(master: &Master, op: &wire::Survey, now: Millis) -> wire::SurveyReply {
+/// Objects of one tenant, or with one prefix.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Tally {
+    pub(crate) tenant: String,
+    pub(crate) prefix: Vec<u8>,
+    pub(crate) objects: u64,
+    /// Of the objects, once per replica.
+    pub(crate) bytes: u64,
+    pub(crate) leased_objects: u64,
+}
+
+/// What a walk found.
+#[derive(Debug, Default)]
+pub(crate) struct Survey {
+    /// By slot: a byte per part, 0 = free, 255 = full.
+    pub(crate) maps: HashMap<u32, Vec<u8>>,
+    /// Largest first.
+    pub(crate) tenants: Vec<Tally>,
+    pub(crate) prefixes: Vec<Tally>,
+    pub(crate) looked_at: u64,
+    pub(crate) pinned_objects: u64,
+    pub(crate) leased_objects: u64,
+    /// Objects with 1, 2, … replicas (the last: that many or more).
+    pub(crate) by_replicas: [u64; REPLICAS_MAX],
+    /// Objects of which some replicas lie on nodes that are lost, and those of which all do.
+    pub(crate) degraded_objects: u64,
+    pub(crate) unreadable_objects: u64,
+}
+
+/// Looks at up to `objects_max` objects; `cells` parts per segment, the `top` tenants and prefixes.
+pub(crate) fn survey(
+    master: &Master,
+    cells: usize,
+    top: usize,
+    objects_max: usize,
+    now: Millis,
+) -> Survey {
     let state = &master.state;
     let view = state.segments.view();
     let mut walk = Walk::default();
-    let most = match op.objects_max {
-        0 => usize::MAX,
-        n => usize::try_from(n).unwrap_or(usize::MAX),
-    };
-    state.walk(0, most, |object| {
+    state.walk(0, objects_max, |object| {
         walk.add(object, &view, now);
         true
     });
-    let top = op.top.min(TOP_MAX) as usize;
-    let cells = op.cells.min(CELLS_MAX) as usize;
-    let counters = &state.counters;
     let mut reply = walk.reply;
     reply.tenants = largest(walk.tenants, top);
     reply.prefixes = largest(walk.prefixes, top);
-    reply.put_failures = counters.put_failures.load(Ordering::Relaxed);
-    reply.puts = counters.puts.load(Ordering::Relaxed);
-    reply.removed = counters.removed.load(Ordering::Relaxed);
-    if cells > 0 {
-        let map = |s: &std::sync::Arc<super::segments::SegmentState>| wire::SegmentMap {
-            segment: s.slot,
-            used: s.allocator.lock().map(cells).into(),
-        };
-        reply.maps = view.iter().flatten().map(map).collect();
-    }
+    let maps = view.iter().flatten().map(|s| {
+        let (free, _) = s.allocator.lock().largest_free_ranges();
+        (s.slot, map_of(s.size, &free, cells))
+    });
+    reply.maps = maps.collect();
     reply
 }
 
 #[derive(Default)]
 struct Walk {
     /// By the beginning of the qualified key.
-    tenants: HashMap<Box<[u8]>, wire::Tally>,
-    prefixes: HashMap<Box<[u8]>, wire::Tally>,
-    reply: wire::SurveyReply,
+    tenants: HashMap<Box<[u8]>, Tally>,
+    prefixes: HashMap<Box<[u8]>, Tally>,
+    reply: Survey,
 }
 
 impl Walk {
@@ -72,7 +90,6 @@ impl Walk {
         reply.looked_at += 1;
         reply.leased_objects += u64::from(leased);
         reply.pinned_objects += u64::from(object.hard_pin || object.soft_pin_until > now);
-        reply.by_replicas.resize(REPLICAS_MAX, 0);
         let replicas = object.replicas.len().clamp(1, REPLICAS_MAX);
         reply.by_replicas[replicas - 1] += 1;
         let lives = |slot: u32| {
@@ -104,18 +121,18 @@ impl Walk {
 
 /// The tally of the keys that begin with `key[..to]`, of which the first `head` bytes are the tenant.
 fn group<'a>(
-    groups: &'a mut HashMap<Box<[u8]>, wire::Tally>,
+    groups: &'a mut HashMap<Box<[u8]>, Tally>,
     key: &[u8],
     head: usize,
     to: usize,
-) -> &'a mut wire::Tally {
+) -> &'a mut Tally {
     let full = groups.len() >= GROUPS_MAX && !groups.contains_key(&key[..to]);
     let name: &[u8] = if full { &[] } else { &key[..to] };
     if !groups.contains_key(name) {
-        let prefix = bytes::Bytes::copy_from_slice(name.get(head..).unwrap_or_default());
-        let tally = wire::Tally {
+        let prefix = name.get(head..).unwrap_or_default().to_vec();
+        let tally = Tally {
             prefix,
-            ..wire::Tally::default()
+            ..Tally::default()
         };
         groups.insert(name.into(), tally);
     }
@@ -128,8 +145,8 @@ fn prefix_length(key: &[u8]) -> usize {
     last(b"/@:").or_else(|| last(b"_-")).map_or(0, |at| at + 1)
 }
 
-fn largest(groups: HashMap<Box<[u8]>, wire::Tally>, top: usize) -> Vec<wire::Tally> {
-    let mut all: Vec<wire::Tally> = groups.into_values().collect();
+fn largest(groups: HashMap<Box<[u8]>, Tally>, top: usize) -> Vec<Tally> {
+    let mut all: Vec<Tally> = groups.into_values().collect();
     all.sort_by(|a, b| {
         let (x, y) = ((&a.tenant, &a.prefix), (&b.tenant, &b.prefix));
         b.bytes.cmp(&a.bytes).then_with(|| x.cmp(&y))

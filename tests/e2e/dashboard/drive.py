@@ -144,6 +144,7 @@ def shows_the_pool(browser):
     assert "%" in text(browser, "used") and "%" in text(browser, "hit"), text(browser, "hit")
     assert text(browser, "state") == "serving", text(browser, "state")
     assert browser.look("document.querySelectorAll('#prefixes tr').length") > 3
+    wait(lambda: browser.look("document.querySelectorAll('#hot tr').length") > 3, 20, "hot keys")
     assert not browser.look("document.getElementById('tenants-panel').hidden"), "two tenants"
     assert browser.look("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the window"
 

@@ -112,7 +112,13 @@ fn the_page_is_its_own_and_the_data_wants_the_token() {
     paths.dedup();
     assert_eq!(
         paths,
-        ["/api/v1/events", "/dashboard/live", "/events", "/metrics"]
+        [
+            "/api/v1/events",
+            "/api/v1/hot",
+            "/dashboard/live",
+            "/events",
+            "/metrics"
+        ]
     );
     for path in paths {
         let (head, body) = ask(&pool.address, &path, None);
