@@ -378,7 +378,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__doctor)
-            opts="-h --config --master --proxy --peer --rdma --token-file --fix --output --root --help"
+            opts="-h --config --master --proxy --proxy-key-file --peer --mesh --mesh-timeout --rdma --token-file --fix --output --root --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -396,7 +396,15 @@ _mooncake() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --proxy-key-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --peer)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --mesh-timeout)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

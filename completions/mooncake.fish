@@ -297,11 +297,14 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l proxy -d 'Also check this proxy' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l proxy-key-file -d 'File with the proxy\'s admin key (or ADMIN_API_KEY): what it knows of its instances' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l peer -d 'Also check this data port of a node; may be given several times' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l mesh-timeout -d 'Bound of --mesh; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l output -d 'How to print the result' -r -f -a "text\t'For people'
 json\t'One JSON document'"
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l root -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l mesh -d 'Also have every node test the way to every other: latency, bandwidth, what is odd'
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l rdma -d 'RDMA is wanted: its absence is a fault'
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l fix -d 'Print the commands that mend what was found, and nothing else; none is run'
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -s h -l help -d 'Print help (see more with \'--help\')'

@@ -5,6 +5,7 @@
 
 mod bench;
 mod capacity;
+mod dashboard;
 mod doctor;
 mod doors;
 mod events;

@@ -9,6 +9,9 @@ mod config;
 mod firewall;
 mod gpu;
 mod host;
+mod instances;
+mod mesh;
+mod mesh_judge;
 mod pool;
 mod python;
 mod rdma;
@@ -27,10 +30,11 @@ use self::reach::MasterSeen;
 use self::report::{Finding, Report};
 use self::system::Root;
 use super::print::Output;
-use super::{ExitStatus, Outcome, settings};
+use super::{ExitStatus, Outcome, UsageError, settings};
 use crate::base::net::{host_id, join_host_port, split_host_port};
 use crate::base::telemetry::{self, LogFormat};
-use crate::base::trust::ClusterKeys;
+use crate::base::trust::{ClusterKeys, Token};
+use crate::base::units::parse_duration;
 use crate::store::client::{ClientConfig, PoolClient};
 
 /// The master's port unless set.
@@ -67,11 +71,30 @@ pub(super) fn command() -> Command {
                 .help("Also check this proxy"),
         )
         .arg(
+            Arg::new("proxy-key-file")
+                .long("proxy-key-file")
+                .value_name("FILE")
+                .help("File with the proxy's admin key (or ADMIN_API_KEY): what it knows of its instances"),
+        )
+        .arg(
             Arg::new("peer")
                 .long("peer")
                 .value_name("HOST:PORT")
                 .action(ArgAction::Append)
                 .help("Also check this data port of a node; may be given several times"),
+        )
+        .arg(
+            Arg::new("mesh")
+                .long("mesh")
+                .action(ArgAction::SetTrue)
+                .help("Also have every node test the way to every other: latency, bandwidth, what is odd"),
+        )
+        .arg(
+            Arg::new("mesh-timeout")
+                .long("mesh-timeout")
+                .value_name("TIME")
+                .default_value("60s")
+                .help("Bound of --mesh; a bare number is seconds"),
         )
         .arg(
             Arg::new("rdma")
@@ -106,7 +129,15 @@ pub(super) fn command() -> Command {
 
 pub(super) fn run(matches: &ArgMatches) -> Outcome {
     telemetry::init(LogFormat::Text, "error");
-    let report = examine(matches);
+    let asked = Asked {
+        mesh: mesh_time(matches)?,
+        proxy_key: super::proxy::admin_key(
+            matches
+                .get_one::<String>("proxy-key-file")
+                .map(String::as_str),
+        )?,
+    };
+    let report = examine(matches, &asked);
     if matches.get_flag("fix") {
         report.print_commands()?;
     } else if matches.get_one::<Output>("output") == Some(&Output::Json) {
@@ -121,6 +152,22 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
     })
 }
 
+/// What was asked for beyond the usual.
+struct Asked {
+    mesh: Option<Duration>,
+    proxy_key: Option<Token>,
+}
+
+/// Bound of the mesh test; `None` when none is wanted.
+fn mesh_time(matches: &ArgMatches) -> anyhow::Result<Option<Duration>> {
+    let given = matches.get_one::<String>("mesh-timeout");
+    let time = parse_duration(given.map_or("60s", String::as_str), Duration::from_secs(1))
+        .map_err(|e| UsageError(format!("--mesh-timeout: {e}")))?;
+    Ok(matches
+        .get_flag("mesh")
+        .then(|| time.clamp(Duration::from_secs(1), Duration::from_secs(600))))
+}
+
 /// What is learned over the network.
 struct Network {
     master: MasterSeen,
@@ -132,7 +179,7 @@ struct Network {
     here: Vec<(String, u16)>,
 }
 
-fn examine(matches: &ArgMatches) -> Report {
+fn examine(matches: &ArgMatches, asked: &Asked) -> Report {
     let path = |name: &str| matches.get_one::<PathBuf>(name).map(PathBuf::as_path);
     let root = Root::new(path("root").unwrap_or(Path::new("/")));
     let variables: Vec<(String, String)> = std::env::vars_os()
@@ -172,7 +219,12 @@ fn examine(matches: &ArgMatches) -> Report {
                 .as_deref()
                 .map_or_else(Vec::new, reach::metadata)
         });
-        let proxy = s.spawn(|| proxy.as_deref().map_or_else(Vec::new, reach::proxy));
+        let proxy = s.spawn(|| {
+            let key = asked.proxy_key.as_ref();
+            proxy
+                .as_deref()
+                .map_or_else(Vec::new, |url| reach::proxy(url, key))
+        });
         let keys = &keys;
         let peers: Vec<_> = peers
             .iter()
@@ -199,6 +251,11 @@ fn examine(matches: &ArgMatches) -> Report {
             reached.extend(network.master.findings);
             reached.extend(network.nodes);
             in_pool = network.pool;
+            if let Some(time) = asked.mesh.filter(|_| network.master.lane.is_some()) {
+                let (found, matrix) = mesh::check(&pool_client(&wanted, &master), time);
+                report.add("mesh", found);
+                report.mesh = matrix;
+            }
         } else {
             let reason = "these checks ended in a defect of mooncake doctor";
             reached.push(
@@ -234,7 +291,7 @@ fn join(thread: std::thread::ScopedJoinHandle<'_, Vec<Finding>>) -> Vec<Finding>
 
 fn network(wanted: &Wanted, master: &str, keys: &ClusterKeys) -> Network {
     let mut seen = Network {
-        master: reach::master(master, keys),
+        master: reach::master(master, keys, wanted.token.as_ref()),
         nodes: Vec::new(),
         pool: Vec::new(),
         peers: 0,
@@ -245,13 +302,7 @@ fn network(wanted: &Wanted, master: &str, keys: &ClusterKeys) -> Network {
             .push(Finding::skipped("pool", "the master could not be asked"));
         return seen;
     }
-    let mut client = ClientConfig::new(master);
-    client.token.clone_from(&wanted.token);
-    client.tenant.clone_from(&wanted.tenant);
-    client.timeout = CALL;
-    client.connect_timeout = CALL;
-    client.master_patience = Duration::ZERO;
-    let client = match PoolClient::open(client) {
+    let client = match PoolClient::open(pool_client(wanted, master)) {
         Ok(client) => client,
         Err(error) => {
             seen.pool.push(Finding::skipped("pool", error.to_string()));
@@ -288,9 +339,7 @@ fn network(wanted: &Wanted, master: &str, keys: &ClusterKeys) -> Network {
                 s.spawn(move || vec![reach::data_port(&format!("node {name}"), address, keys)])
             })
             .collect();
-        let bearer = wanted.token.as_ref().map_or_else(String::new, |t| {
-            format!("Authorization: {}\r\n", t.bearer())
-        });
+        let bearer = reach::bearer(wanted.token.as_ref());
         let metrics = reach::http(master, "GET", "/metrics", &bearer, "")
             .ok()
             .filter(|a| a.status == 200);
@@ -309,6 +358,17 @@ fn network(wanted: &Wanted, master: &str, keys: &ClusterKeys) -> Network {
         ));
     }
     seen
+}
+
+/// How the pool is asked.
+fn pool_client(wanted: &Wanted, master: &str) -> ClientConfig {
+    let mut client = ClientConfig::new(master);
+    client.token.clone_from(&wanted.token);
+    client.tenant.clone_from(&wanted.tenant);
+    client.timeout = CALL;
+    client.connect_timeout = CALL;
+    client.master_patience = Duration::ZERO;
+    client
 }
 
 fn needs(network: &Network) -> host::Need {

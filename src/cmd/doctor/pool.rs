@@ -52,7 +52,7 @@ pub(super) fn check(
 ) -> Vec<Finding> {
     let mut found = states(&seen.segments);
     found.extend(addresses(&seen.segments, host_id));
-    found.push(version(&seen.overview));
+    found.push(version(&seen.overview, &seen.segments));
     found.extend(index(&seen.overview));
     found.push(room(&seen.overview));
     found.extend(fragmentation(&seen.segments));
@@ -126,18 +126,33 @@ fn addresses(segments: &[SegmentView], host_id: &str) -> Vec<Finding> {
     ]
 }
 
-fn version(o: &OverviewReply) -> Finding {
+/// Releases that meet: this program, the master, the nodes.
+fn version(o: &OverviewReply, segments: &[SegmentView]) -> Finding {
     let own = env!("CARGO_PKG_VERSION");
-    if o.build == own {
-        return Finding::ok("version", format!("{own}, master and this program"));
+    let mut builds: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for s in segments {
+        let build = if s.build.is_empty() {
+            "older"
+        } else {
+            &s.build
+        };
+        builds.entry(build).or_default().insert(&s.node);
     }
-    Finding::warn(
-        "version",
-        "version_mix",
-        format!("master {}, this program {own}", o.build),
-        "different releases meet",
-    )
-    .remedy("run the same release on all hosts")
+    if o.build == own && builds.keys().all(|b| *b == own) {
+        return Finding::ok("version", format!("{own}, master, nodes and this program"));
+    }
+    let mut shown = format!("master {}, this program {own}", o.build);
+    for (build, nodes) in builds {
+        // The few, not the many: a mix is usually one host that was forgotten.
+        let list = if nodes.len() <= 4 {
+            nodes.into_iter().collect::<Vec<_>>().join(" ")
+        } else {
+            format!("{} nodes", nodes.len())
+        };
+        shown.push_str(&format!(", {list} {build}"));
+    }
+    Finding::warn("version", "version_mix", shown, "different releases meet")
+        .remedy("run the same release on all hosts")
 }
 
 /// A master that has just started gives its nodes time to come back.

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 
 use super::address::{self, NoAddress};
 use super::config::without_secret;
+use super::instances;
 use super::report::Finding;
 use crate::base::handshake::{self, HandshakeError, LaneKind};
 use crate::base::id::Id128;
 use crate::base::net::{join_host_port, split_host_port};
-use crate::base::trust::ClusterKeys;
+use crate::base::trust::{ClusterKeys, Token};
 
 /// Bound of a connection: three seconds are what the kernel takes to learn that nobody has an address on this network.
 const CONNECT: Duration = Duration::from_millis(3_300);
@@ -510,7 +511,7 @@ pub(super) struct MasterSeen {
 }
 
 /// The master: a control lane, then HTTP on the same port.
-pub(super) fn master(target: &str, keys: &ClusterKeys) -> MasterSeen {
+pub(super) fn master(target: &str, keys: &ClusterKeys, token: Option<&Token>) -> MasterSeen {
     let mut findings = Vec::new();
     let check = "master";
     let lane = match lane(target, LaneKind::Control, keys) {
@@ -533,7 +534,7 @@ pub(super) fn master(target: &str, keys: &ClusterKeys) -> MasterSeen {
         ),
     ));
     let mut skew = None;
-    match request(target, "GET", "/role", "", "") {
+    match request(target, "GET", "/role", &bearer(token), "") {
         Ok(answer) => {
             let sent = std::time::SystemTime::now();
             skew = answer
@@ -595,6 +596,13 @@ pub(super) fn master(target: &str, keys: &ClusterKeys) -> MasterSeen {
         lane: Some(lane),
         skew,
     }
+}
+
+/// The header that proves the token; empty without one.
+pub(super) fn bearer(token: Option<&Token>) -> String {
+    token.map_or_else(String::new, |t| {
+        format!("Authorization: {}\r\n", t.bearer())
+    })
 }
 
 /// Small packets passed: do large ones?
@@ -848,7 +856,7 @@ fn redis(rest: &str, url: &str) -> Finding {
 }
 
 /// The proxy, and the instances it names.
-pub(super) fn proxy(url: &str) -> Vec<Finding> {
+pub(super) fn proxy(url: &str, key: Option<&Token>) -> Vec<Finding> {
     let check = "proxy";
     let Some(rest) = url.strip_prefix("http://") else {
         let reason = if url.starts_with("https://") {
@@ -881,10 +889,12 @@ pub(super) fn proxy(url: &str) -> Vec<Finding> {
             Finding::fail(check, "wrong_kind", target, "is a master, not a proxy")
                 .remedy("give the proxy's URL: mooncake proxy prints it at its start"),
         ],
-        200 => vec![Finding::ok(
-            check,
-            format!("{target}: healthy, answered in {}", ms(answer.took)),
-        )],
+        200 => {
+            let shown = format!("{target}: healthy, answered in {}", ms(answer.took));
+            let mut found = vec![Finding::ok(check, shown)];
+            found.extend(instances::check(&target, key));
+            found
+        }
         503 => vec![
             Finding::fail(
                 check,

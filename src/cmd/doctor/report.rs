@@ -7,6 +7,7 @@ use std::io::IsTerminal;
 use serde_json::{Value, json};
 
 use super::super::print;
+use super::mesh::Matrix;
 
 /// How a check ended, worst last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -112,6 +113,8 @@ pub(super) struct Group {
 #[derive(Debug, Default)]
 pub(super) struct Report {
     pub(super) groups: Vec<Group>,
+    /// Shown before the checks.
+    pub(super) mesh: Option<Matrix>,
 }
 
 /// Where lines are broken; terminals of 100 columns are common, and logs have no width.
@@ -158,12 +161,16 @@ impl Report {
                 json!({"group": g.name, "checks": checks})
             })
             .collect();
-        print::json(&json!({
+        let mut document = json!({
             "healthy": !self.failed(),
             "ok": self.count(Verdict::Ok), "warn": self.count(Verdict::Warn),
             "fail": self.count(Verdict::Fail), "skipped": self.count(Verdict::Skipped),
             "groups": groups,
-        }))
+        });
+        if let (Some(mesh), Some(document)) = (&self.mesh, document.as_object_mut()) {
+            document.insert("mesh".to_owned(), mesh.json());
+        }
+        print::json(&document)
     }
 
     /// The commands that would mend what was found, each under the reason for it. Nothing is run.
@@ -189,6 +196,9 @@ impl Report {
                 text.to_owned()
             }
         };
+        if let Some(mesh) = &self.mesh {
+            print::line(&mesh.text())?;
+        }
         let mut first = true;
         for group in self.groups.iter().filter(|g| !g.findings.is_empty()) {
             if !first {

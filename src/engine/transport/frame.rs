@@ -21,6 +21,8 @@ pub(crate) const ITEM_BYTES: usize = 104;
 pub(crate) const ITEMS_MAX: usize = 1024;
 /// Most bytes of items and notifies of one request.
 pub(crate) const META_BYTES_MAX: usize = 8 << 20;
+/// Most bytes a ping carries.
+pub(crate) const PING_BYTES_MAX: u64 = 1 << 20;
 /// Most bytes of one notify.
 pub(crate) const NOTIFY_BYTES_MAX: usize = 64 << 10;
 
@@ -34,7 +36,7 @@ pub(crate) enum Operation {
     Read = 1,
     /// Copy in, notify, publish.
     Write = 2,
-    /// Nothing; answers.
+    /// Nothing; answers. A payload is read and forgotten.
     Ping = 3,
     /// Hand over a segment's memory (Unix sockets only): item 0 names it.
     Attach = 4,
@@ -307,7 +309,12 @@ pub(crate) fn decode_request(bytes: &[u8; HEADER_BYTES]) -> Result<RequestHeader
     if header.meta_bytes > META_BYTES_MAX || header.meta_bytes < header.items * ITEM_BYTES {
         return Err("length of items");
     }
-    if operation != Operation::Write && header.payload_bytes != 0 {
+    let most = match operation {
+        Operation::Write => u64::MAX,
+        Operation::Ping => PING_BYTES_MAX,
+        _ => 0,
+    };
+    if header.payload_bytes > most {
         return Err("payload on an operation without one");
     }
     Ok(header)
@@ -360,7 +367,7 @@ pub(crate) fn decode_items(
     if header.items * ITEM_BYTES + notifies != meta.len() {
         return Err("length of notifies");
     }
-    if payload != header.payload_bytes {
+    if payload != header.payload_bytes && header.operation != Operation::Ping {
         return Err("payload length");
     }
     Ok(())

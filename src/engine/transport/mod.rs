@@ -9,6 +9,7 @@ pub mod faulty;
 pub(crate) mod frame;
 pub(crate) mod lane;
 pub mod loopback;
+pub mod probe;
 pub mod server;
 pub mod shm;
 pub(crate) mod socket;

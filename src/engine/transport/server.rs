@@ -318,7 +318,10 @@ impl ServedLane<'_> {
                     let notifies = meta[header.items * frame::ITEM_BYTES..].to_vec();
                     self.write(&header, &notifies)?;
                 }
-                Operation::Ping => self.answer(Status::Ok, 0, 0, header.id, until)?,
+                Operation::Ping => {
+                    self.socket.skip(header.payload_bytes, until)?;
+                    self.answer(Status::Ok, 0, 0, header.id, until)?;
+                }
                 Operation::Attach => self.attach(&header, until)?,
                 Operation::Describe => self.describe(&header, until)?,
             }

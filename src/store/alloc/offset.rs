@@ -157,6 +157,33 @@ impl OffsetAllocator {
     }
 }
 
+/// How full each of `cells` equal parts of a segment is, given its free ranges: 0 = free, 255 = full.
+pub fn map_of(size: u64, free_ranges: &[(u64, u64)], cells: usize) -> Vec<u8> {
+    let mut free = vec![0u64; cells];
+    let scaled =
+        |n: u64, by: u64, to: u64| (u128::from(n) * u128::from(by) / u128::from(to.max(1))) as u64;
+    let start_of = |cell: usize| scaled(size, cell as u64, cells as u64);
+    for (offset, length) in free_ranges {
+        let end = offset + length;
+        // Rounding may name the part before the one in which the range begins.
+        let first = scaled(*offset, cells as u64, size) as usize;
+        for (cell, free) in free.iter_mut().enumerate().skip(first.saturating_sub(1)) {
+            let (from, to) = (start_of(cell), start_of(cell + 1));
+            if from >= end {
+                break;
+            }
+            *free += to.min(end).saturating_sub(from.max(*offset));
+        }
+    }
+    let filled = |(cell, free): (usize, &u64)| {
+        let whole = start_of(cell + 1) - start_of(cell);
+        let used = u128::from(whole.saturating_sub(*free)) * 255;
+        // A part with anything in it is not shown as free.
+        used.div_ceil(u128::from(whole.max(1))) as u8
+    };
+    free.iter().enumerate().map(filled).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,6 +205,21 @@ mod tests {
         assert_eq!(a.free_ranges(), 2);
         assert!(a.free(0, 64).is_err(), "it is free");
         assert!(a.free(1024, 64).is_err(), "outside");
+    }
+
+    #[test]
+    fn the_map_of_a_segment() {
+        let map = |a: &OffsetAllocator, cells| map_of(a.size(), &a.largest_free_ranges().0, cells);
+        let mut a = OffsetAllocator::new(64 * 100);
+        assert_eq!(map(&a, 4), [0; 4]);
+        assert!(a.allocate_at(0, 64 * 25) && a.allocate_at(64 * 60, 64));
+        assert_eq!(map(&a, 4), [255, 0, 11, 0]);
+        assert!(map(&a, 0).is_empty());
+        assert_eq!(map(&a, 1), [67]);
+        assert_eq!(map(&OffsetAllocator::new(0), 2), [0, 0]);
+        for cells in [3, 7, 64, 1000] {
+            assert_eq!(map(&a, cells).len(), cells);
+        }
     }
 
     proptest! {

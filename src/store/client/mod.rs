@@ -10,6 +10,7 @@ mod put;
 mod put_session;
 mod ranges;
 mod replicas;
+pub mod stream;
 mod view;
 
 use std::sync::Arc;

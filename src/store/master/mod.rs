@@ -9,10 +9,12 @@
 //! Nodes hold the truth: this process keeps no file. Restarted, it rebuilds from what nodes report.
 
 pub mod config;
+mod dashboard;
 mod events;
 pub mod eviction;
 mod http;
 mod lanes;
+mod mesh;
 mod metrics;
 mod names;
 mod object;
@@ -29,6 +31,7 @@ mod shard;
 mod slow;
 mod state;
 mod stream;
+mod survey;
 mod sweeper;
 mod table;
 
@@ -69,6 +72,8 @@ pub struct Master {
     pub(crate) host_id: String,
     /// The abstract Unix socket for control lanes of this host, when it is served.
     pub(crate) control_socket: OnceLock<String>,
+    pub(crate) mesh: mesh::Mesh,
+    pub(crate) dashboard: dashboard::Dashboard,
     pub(crate) census: http::Census,
     pub(crate) slow_log: Duration,
     pub(crate) slow_lines: slow::SlowLog,
@@ -90,6 +95,8 @@ impl Master {
             names: names::Names::default(),
             host_id: host_id(),
             control_socket: OnceLock::new(),
+            mesh: mesh::Mesh::default(),
+            dashboard: dashboard::Dashboard::default(),
             census: http::Census::default(),
             slow_log,
             slow_lines: slow::SlowLog::default(),

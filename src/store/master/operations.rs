@@ -590,6 +590,7 @@ impl Call<'_> {
                 size_bytes: o.size,
                 version: o.version,
                 replicas: o.replicas.len() as u32,
+                lease_left_ms: o.leased_until().since(self.now),
             });
             true
         });
@@ -723,6 +724,7 @@ pub(crate) fn segment_view(
         objects: s.objects.load(Ordering::Relaxed),
         node_segment: s.node_segment,
         page_kind: s.page_kind.clone(),
+        build: s.node.build.get().cloned().unwrap_or_default(),
     }
 }
 

@@ -5,8 +5,8 @@
 //! node still holds another object (D2, R1).
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -150,6 +150,8 @@ pub(crate) struct NodeState {
     pub(crate) address: String,
     pub(crate) host_id: String,
     pub(crate) shm_socket: String,
+    /// Its release, once it has said so.
+    pub(crate) build: OnceLock<String>,
     phase: AtomicU8,
     pub(crate) last_seen: AtomicU64,
     pub(crate) suspect_until: AtomicU64,
@@ -339,6 +341,7 @@ impl SegmentTable {
             address: address.to_owned(),
             host_id: host_id.to_owned(),
             shm_socket: shm_socket.to_owned(),
+            build: OnceLock::new(),
             phase: AtomicU8::new(NodePhase::Rebuilding as u8),
             last_seen: AtomicU64::new(now.0),
             suspect_until: AtomicU64::new(0),

@@ -168,19 +168,24 @@ async fn announces_lane(stream: &TcpStream) -> io::Result<bool> {
     }
 }
 
+/// What says nothing of the pool: whether it lives, and the page that asks for the token.
+fn is_open(path: &str) -> bool {
+    matches!(path, "/health" | "/")
+}
+
 /// What removes or changes objects over HTTP, for which a browser or a script anywhere in the network would do.
 fn is_destructive(request: &Request) -> bool {
     let path = request.uri().path();
     path.starts_with("/api/") && !matches!(request.method().as_str(), "GET" | "HEAD")
 }
 
-/// The token guards everything but `/health`. Without one, what is destructive is for this host only.
+/// The token guards everything else. Without one, what is destructive is for this host only.
 async fn authorize(State(master): State<Arc<Master>>, request: Request, next: Next) -> Response {
     let given = request
         .headers()
         .get(header::AUTHORIZATION)
         .map(HeaderValue::as_bytes);
-    if request.uri().path() == "/health" || master.keys.bearer_matches(given) {
+    if is_open(request.uri().path()) || master.keys.bearer_matches(given) {
         let local = request
             .extensions()
             .get::<Peer>()

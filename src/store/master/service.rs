@@ -7,10 +7,10 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Master, operations, session, stream};
+use super::{Master, mesh, operations, session, stream};
 use crate::store::wire::{
-    EventBatch, EventsRequest, MasterMessage, NodeMessage, OperationBatch, ReplyBatch,
-    pool_server::Pool,
+    EventBatch, EventsRequest, MasterMessage, MeshItem, MeshRequest, NodeMessage, OperationBatch,
+    ReplyBatch, pool_server::Pool,
 };
 
 /// Batches of one stream under way at once.
@@ -83,6 +83,17 @@ impl Pool for PoolService {
             request.into_inner(),
             messages,
         ));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    type MeshStream = Replies<MeshItem>;
+
+    async fn mesh(
+        &self,
+        request: Request<MeshRequest>,
+    ) -> Result<Response<Self::MeshStream>, Status> {
+        let (items, receiver) = tokio::sync::mpsc::channel(PIPELINE);
+        mesh::start(self.master.clone(), request.into_inner(), items)?;
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }

@@ -67,6 +67,9 @@ pub(crate) async fn serve(
         Millis::now(),
     );
     let node = registration.node.clone();
+    if !register.build.is_empty() {
+        let _ = node.build.set(register.build.chars().take(64).collect());
+    }
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let session = NEXT.fetch_add(1, Ordering::Relaxed);
     let woken = Arc::new(Notify::new());
@@ -202,6 +205,7 @@ async fn in_service(
                 }
                 match kind {
                     In::DropAck(ack) => master.state.drops_acked(node, ack.sequence),
+                    In::ProbeReport(report) => master.mesh.report(node.id, report),
                     In::ReconcileReport(r) => {
                         tokio::task::block_in_place(|| {
                             master.state.reconciled(r.sequence, r.busy, &r.missing, now);
@@ -253,6 +257,11 @@ async fn flush(master: &Master, node: &NodeState, session: u64, outbox: &Outbox)
             })
             .collect();
         if !send(outbox, Out::Drop(wire::Drop { sequence, items })).await {
+            return false;
+        }
+    }
+    for probe in master.mesh.due(node.id) {
+        if !send(outbox, Out::Probe(probe)).await {
             return false;
         }
     }

@@ -4,6 +4,7 @@
 //! bytes themselves are served by the engine's data server; the node never looks at them.
 
 mod directory;
+mod probe;
 mod session;
 
 use std::io;
@@ -72,6 +73,8 @@ struct Shared {
     phase: AtomicU8,
     phase_changed: Notify,
     drain: Notify,
+    /// Tests of the way to other nodes under way.
+    probes: std::sync::atomic::AtomicUsize,
 }
 
 /// A running node.
@@ -114,6 +117,7 @@ impl Shared {
             protocol_version: wire::SESSION_VERSION,
             segments: self.host.segments().iter().map(offer).collect(),
             last_term: self.term.load(Ordering::Acquire),
+            build: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
 }
@@ -201,6 +205,7 @@ impl Node {
             phase: AtomicU8::new(NodePhase::Connecting as u8),
             phase_changed: Notify::new(),
             drain: Notify::new(),
+            probes: std::sync::atomic::AtomicUsize::new(0),
             config,
         });
         tokio::spawn(session::run(shared.clone()));

@@ -205,6 +205,7 @@ async fn serve(
                 let report = tokio::task::block_in_place(|| reconcile(shared, &r));
                 send(out, Out::ReconcileReport(report)).await?;
             }
+            In::Probe(probe) => super::probe::start(shared, probe, out),
             In::Unmounted(_) => {
                 if drain_sent {
                     shared.set_phase(NodePhase::Unmounted);

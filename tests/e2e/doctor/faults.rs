@@ -488,6 +488,19 @@ fn pool() -> Vec<Fault> {
         ),
         fault!(
             area,
+            "a node of another release",
+            ("version", "warn", "version_mix"),
+            &[],
+            |lab| {
+                strangers::FakeMaster {
+                    node_build: "0.0.9",
+                    ..strangers::FakeMaster::default()
+                }
+                .examined(lab)
+            }
+        ),
+        fault!(
+            area,
             "a master of another release",
             ("version", "warn", "version_mix"),
             &[],

@@ -6,6 +6,8 @@
 
 mod faults;
 mod fixtures;
+mod instances;
+mod mesh;
 mod network;
 mod strangers;
 
@@ -169,7 +171,9 @@ fn doctor_names_every_fault_as_itself() {
         faults::all(),
         fixtures::all(),
         strangers::all(),
+        instances::all(),
         network::all(),
+        mesh::all(),
     ]
     .into_iter()
     .flatten()
@@ -184,7 +188,7 @@ fn doctor_names_every_fault_as_itself() {
                 loop {
                     let at = next.fetch_add(1, Ordering::Relaxed);
                     let Some(fault) = all.get(at) else { return };
-                    if !fault.what.contains(&only) {
+                    if !fault.what.contains(&only) && !fault.area.contains(&only) {
                         continue;
                     }
                     let said = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
@@ -379,4 +383,46 @@ fn doctor_prints_commands_and_no_secret() {
             );
         }
     }
+}
+
+/// Numbers of a mesh: every pair of three nodes, with a token, there and in JSON.
+#[test]
+fn a_sound_mesh_is_a_full_matrix() {
+    let place = tempfile::tempdir().unwrap();
+    let token = place.path().join("token");
+    std::fs::write(&token, "open sesame").unwrap();
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let token = token.to_str().unwrap();
+    let pool = Pool::start_on(
+        "127.0.0.1",
+        3,
+        "16MiB",
+        &["--token-file", token],
+        &["--token-file", token],
+    );
+    let arguments = ["--master", &pool.address, "--token-file", token, "--mesh"];
+    let said = doctor(&arguments, &[], place.path()).unwrap();
+    assert_eq!(faults_of(&said), []);
+    let pairs = said["mesh"]["pairs"].as_array().unwrap();
+    assert_eq!(pairs.len(), 6, "{said}");
+    for pair in pairs {
+        assert_eq!(pair["status"], "ok", "{pair}");
+        assert!(pair["moved_bytes"].as_u64() >= Some(1 << 20), "{pair}");
+        assert!(pair["bytes_per_second"].as_u64() > Some(1 << 20), "{pair}");
+        assert!(pair["round_trip_us"].as_u64() > Some(0), "{pair}");
+    }
+    assert_eq!(said["mesh"]["complete"], true);
+    let out = command(place.path())
+        .arg("doctor")
+        .args(arguments)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let rows: Vec<&str> = text.lines().filter(|l| l.contains('│')).collect();
+    let rates: usize = rows.iter().map(|r| r.matches("/s").count()).sum();
+    assert_eq!((rows.len(), rates), (4, 6), "{text}");
+    // Without the token nobody starts one.
+    let without = doctor(&["--master", &pool.address, "--mesh"], &[], place.path()).unwrap();
+    assert!(without["mesh"].is_null() && without["fail"].as_u64() > Some(0));
 }

@@ -26,7 +26,7 @@ filter() { nft add table inet f; nft add chain inet f "$1" "{ type filter hook $
 doctor() { cd "$D"; set +e; timeout 30 "$M" doctor --output json "$@"; code=$?; kill $(jobs -p) 2>/dev/null; exit $code; }
 "#;
 
-fn run(lab: &Lab, script: &str) -> Said {
+pub(super) fn run(lab: &Lab, script: &str) -> Said {
     if !rustix::process::getuid().is_root() {
         return Err("needs root".to_owned());
     }

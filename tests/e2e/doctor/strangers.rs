@@ -85,6 +85,7 @@ pub(super) struct FakeMaster {
     pub(super) clock: i64,
     pub(super) role: &'static str,
     pub(super) build: &'static str,
+    pub(super) node_build: &'static str,
     pub(super) state: &'static str,
     pub(super) rebuilding: bool,
     /// Percent of its capacity in use.
@@ -103,6 +104,7 @@ impl Default for FakeMaster {
             clock: 0,
             role: "leader",
             build: env!("CARGO_PKG_VERSION"),
+            node_build: env!("CARGO_PKG_VERSION"),
             state: "ok",
             rebuilding: false,
             used: 10,
@@ -226,6 +228,7 @@ impl FakeMaster {
                     } else {
                         self.host.to_owned()
                     },
+                    build: self.node_build.to_owned(),
                     ..wire::SegmentView::default()
                 }],
                 ..wire::ViewReply::default()

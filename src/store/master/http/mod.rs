@@ -16,7 +16,7 @@ use axum::routing::get;
 use serde_json::{Value, json};
 
 use super::metrics::exposition;
-use super::{Master, names, operations, stream};
+use super::{Master, dashboard, names, operations, stream};
 use crate::base::units::ByteSize;
 use crate::store::model::error::{StoreError, code_name};
 use crate::store::wire::{OperationBatch, operation, reply};
@@ -36,6 +36,8 @@ pub(crate) fn router(master: Arc<Master>) -> Router {
             "/metadata",
             get(names::get).put(names::put).delete(names::delete),
         )
+        .route("/", get(dashboard::page))
+        .route("/dashboard/live", get(dashboard::live))
         .merge(admin::routes())
         .merge(pool::routes())
         .fallback(|| async { (StatusCode::NOT_FOUND, "404 Not Found") })
