@@ -136,26 +136,23 @@ impl Memory {
             PageKind::Huge => MapFlags::empty(),
             PageKind::Small => MapFlags::NORESERVE,
         };
-        let (base, fixed) = if length >= HUGE_PAGE {
-            (reserve_aligned(length)?.cast(), MapFlags::FIXED)
-        } else {
-            (std::ptr::null_mut(), MapFlags::empty())
+        let map_at = |base: *mut u8, fixed: MapFlags| {
+            let protection = ProtFlags::READ | ProtFlags::WRITE;
+            let flags = MapFlags::SHARED | reserve | fixed;
+            // SAFETY: at an address of the kernel's choice, or over a reservation that nobody else knows of.
+            unsafe { rustix::mm::mmap(base.cast(), length, protection, flags, &fd, 0) }
         };
-        // SAFETY: at an address of the kernel's choice, or over a reservation that nobody else knows of.
-        let base = unsafe {
-            rustix::mm::mmap(
-                base,
-                length,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | reserve | fixed,
-                &fd,
-                0,
-            )
-            .inspect_err(|_| {
-                if !base.is_null() {
-                    let _ = rustix::mm::munmap(base, length);
-                }
-            })?
+        let aligned = if pages == PageKind::Small && length >= HUGE_PAGE {
+            // Where this fails the reservation may be gone already: it is not touched again.
+            let base = reserve_aligned(length)?;
+            map_at(base, MapFlags::FIXED).ok()
+        } else {
+            None
+        };
+        // Reserved huge pages, of whatever size, are aligned by the kernel.
+        let base = match aligned {
+            Some(base) => base,
+            None => map_at(std::ptr::null_mut(), MapFlags::empty())?,
         };
         let base = NonNull::new(base.cast::<u8>())
             .ok_or_else(|| io::Error::other("mmap returned the null page"))?;

@@ -14,6 +14,7 @@ use super::socket::{Socket, Timed, Until};
 #[derive(Debug)]
 pub struct ControlSocket {
     socket: Socket,
+    local: bool,
 }
 
 impl ControlSocket {
@@ -24,6 +25,7 @@ impl ControlSocket {
     pub fn new(stream: TcpStream) -> io::Result<Self> {
         Ok(Self {
             socket: Socket::from_tcp(stream)?,
+            local: false,
         })
     }
 
@@ -34,17 +36,29 @@ impl ControlSocket {
     pub fn from_unix(stream: UnixStream) -> io::Result<Self> {
         Ok(Self {
             socket: Socket::from_unix(stream)?,
+            local: true,
         })
     }
 
-    /// Connects to an abstract Unix socket.
+    /// Connects to an abstract Unix socket of this user or of root.
     ///
     /// # Errors
-    /// From the system.
+    /// From the system; `PermissionDenied` when another user listens there.
     pub fn connect_unix(name: &str) -> io::Result<Self> {
+        let socket = Socket::connect_unix(name)?;
+        let peer = rustix::net::sockopt::socket_peercred(socket.fd())?;
+        if peer.uid != rustix::process::geteuid() && !peer.uid.is_root() {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
         Ok(Self {
-            socket: Socket::connect_unix(name)?,
+            socket,
+            local: true,
         })
+    }
+
+    /// Whether the peer is on this host and spoken to without a network.
+    pub fn is_local(&self) -> bool {
+        self.local
     }
 
     /// Connects.
@@ -54,6 +68,7 @@ impl ControlSocket {
     pub fn connect(address: SocketAddr, timeout: Duration) -> io::Result<Self> {
         Ok(Self {
             socket: Socket::connect_tcp(address, timeout)?,
+            local: false,
         })
     }
 

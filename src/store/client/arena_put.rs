@@ -249,7 +249,7 @@ impl PoolClient {
                 // Whether the node has a table now is unsure: nobody writes there before that is settled.
                 tracing::debug!(%error, "an arena was not begun");
                 self.arenas.refused(segment.slot);
-                self.arenas.still_left([opened.arena]);
+                self.arenas.ended([(opened.arena, true)]);
                 None
             }
         }
@@ -293,6 +293,12 @@ impl PoolClient {
         deadline: Instant,
     ) -> Result<Option<ArenaTable>, TransferError> {
         let over = self.arenas.closable_at(segment.peer.node);
+        // What was there before its node started anew cannot be reached, and must not spoil the rest.
+        let view = self.view();
+        let (over, gone): (Vec<Arena>, Vec<Arena>) = over
+            .into_iter()
+            .partition(|a| view.get(a.segment.slot, a.grant.incarnation).is_some());
+        self.arenas.ended(left_behind(&gone, &[]));
         let table = if self.is_near(segment) {
             let (peer, index) = (&segment.peer, segment.node_segment);
             let memory = self.engine.map(peer, index, segment.incarnation);
@@ -314,7 +320,8 @@ impl PoolClient {
         let Some(table) = table else { return Ok(None) };
         match results.pop() {
             Some(Ok(())) if table.is_open() => Ok(Some(table)),
-            Some(Err(error)) if error.is_path_failure() => Err(error),
+            // Refused although it is open: begun, and the first answer was lost on its way.
+            Some(Err(error)) if error.is_path_failure() || table.is_open() => Err(error),
             _ => Ok(None),
         }
     }

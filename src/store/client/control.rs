@@ -34,11 +34,19 @@ pub(crate) struct ControlLink {
     patience: Duration,
     missed_since: Mutex<Option<Instant>>,
     idle: Mutex<Vec<ControlSocket>>,
-    /// The master's socket on this host, as it told.
-    local: Mutex<Option<String>>,
+    local: Mutex<LocalSocket>,
     next: AtomicU64,
     pub(crate) term: AtomicU64,
     pub(crate) epoch: AtomicU64,
+}
+
+/// The master's abstract Unix socket on this host.
+#[derive(Debug, Default)]
+struct LocalSocket {
+    /// As the master told, once a lane was opened there.
+    name: Option<String>,
+    /// Where nobody answered: another network namespace, or a master that is gone.
+    failed: Option<String>,
 }
 
 /// A batch that has been sent.
@@ -50,9 +58,11 @@ pub(crate) struct Sent {
 }
 
 impl Sent {
-    /// Waits for the replies without sleeping, briefly: for when they are due.
+    /// Waits for the replies without sleeping, briefly: for when they are due. Not for a master across a network.
     pub(crate) fn spin(&self, most: Duration) {
-        self.lane.spin(most);
+        if self.lane.is_local() {
+            self.lane.spin(most);
+        }
     }
 }
 
@@ -101,23 +111,39 @@ impl ControlLink {
         }
     }
 
-    /// Opens further lanes at this abstract Unix socket; those of before end with their calls.
-    pub(crate) fn prefer_local(&self, socket: &str) {
-        let mut local = self.local.lock();
-        if local.as_deref() != Some(socket) {
-            *local = Some(socket.to_owned());
-            self.idle.lock().clear();
+    /// Changes over to this abstract Unix socket if it can be reached. There is a lane at any time: the master gives up what
+    /// a client without lanes has begun.
+    pub(crate) fn prefer_local(&self, socket: &str, deadline: Instant) {
+        {
+            let local = self.local.lock();
+            let known = [&local.name, &local.failed];
+            if known.into_iter().any(|n| n.as_deref() == Some(socket)) {
+                return;
+            }
         }
+        let lane = self.open_local(socket, deadline);
+        let mut local = self.local.lock();
+        let Some(lane) = lane else {
+            local.failed = Some(socket.to_owned());
+            return;
+        };
+        local.name = Some(socket.to_owned());
+        let mut idle = self.idle.lock();
+        idle.clear();
+        idle.push(lane);
     }
 
     fn open(&self, deadline: Instant) -> Result<ControlSocket, (bool, StoreError)> {
-        let name = self.local.lock().clone();
+        let name = self.local.lock().name.clone();
         if let Some(name) = name {
             if let Some(lane) = self.open_local(&name, deadline) {
                 return Ok(lane);
             }
             // Another master, or none: the next view tells where it listens.
-            self.local.lock().take_if(|n| *n == name);
+            let mut local = self.local.lock();
+            if local.name.as_ref() == Some(&name) {
+                local.failed = local.name.take();
+            }
         }
         self.open_tcp(deadline)
     }
@@ -173,7 +199,9 @@ impl ControlLink {
 
     fn give_back(&self, lane: ControlSocket) {
         let mut idle = self.idle.lock();
-        if idle.len() < IDLE_MAX {
+        // Lanes of before the change-over to the local socket end with their calls, but never the last one.
+        let outdated = !lane.is_local() && idle.iter().any(ControlSocket::is_local);
+        if idle.len() < IDLE_MAX && !outdated {
             idle.push(lane);
         }
     }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::eviction::Access;
 use super::metrics::Rpc;
 use super::object::{Attributes, Object, Replica};
-use super::puts::{PutOptions, Written};
+use super::puts::{Least, PutOptions, Written};
 use super::segments::SegmentsView;
 use super::state::{Presence, add};
 use super::{Master, slow};
@@ -416,30 +416,33 @@ impl Call<'_> {
 
     fn arena_open(&mut self, op: &wire::ArenaOpen) -> wire::Reply {
         let state = &self.master.state;
-        let patience = self.deadline.min(Instant::now() + ARENA_PATIENCE);
-        let opened = loop {
-            let seen = *state.progress.count.lock();
-            // In a full pool the free ranges are what eviction left: a shorter arena is better than none, once nothing is
-            // on its way to being free.
-            let waits = Instant::now() < patience;
-            let least = if waits { op.wanted_bytes / 2 } else { 0 };
+        let open = |least| {
             let (slot, incarnation, wanted) = (op.segment, op.incarnation, op.wanted_bytes);
-            let opened = state.arena_open(slot, incarnation, wanted, least, self.client);
-            let Err(StoreError::NoSpace { wanted_bytes }) = opened else {
-                break opened;
-            };
-            if !waits {
-                break opened;
-            }
-            state.make_room_for_arena(wanted_bytes, self.now);
-            if state.leaving_bytes() == 0 {
-                break state.arena_open(slot, incarnation, wanted, 0, self.client);
-            }
-            let mut count = state.progress.count.lock();
-            if *count == seen {
-                state.progress.changed.wait_until(&mut count, patience);
-            }
+            state.arena_open(slot, incarnation, wanted, least, self.client)
         };
+        let patience = self.deadline.min(Instant::now() + ARENA_PATIENCE);
+        let mut opened = open(Least::Half);
+        // In a full pool the free ranges are what eviction left: a shorter arena is better than none, once what is on its way
+        // to being free has come.
+        if let Err(StoreError::NoSpace { wanted_bytes }) = opened
+            && state.make_room_for_arena(op.segment, wanted_bytes, self.now)
+        {
+            loop {
+                let seen = *state.progress.count.lock();
+                opened = open(Least::Half);
+                let full = matches!(opened, Err(StoreError::NoSpace { .. }));
+                if !full || Instant::now() >= patience || state.leaving_bytes(op.segment) == 0 {
+                    break;
+                }
+                let mut count = state.progress.count.lock();
+                if *count == seen {
+                    state.progress.changed.wait_until(&mut count, patience);
+                }
+            }
+        }
+        if matches!(opened, Err(StoreError::NoSpace { .. })) {
+            opened = open(Least::Anything);
+        }
         // An arena is taken in one piece: the next one needs room before the sweeper's next round.
         state.keep_below_watermark();
         let reply = match opened {

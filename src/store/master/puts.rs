@@ -141,6 +141,15 @@ pub(crate) struct Written {
     pub(crate) checksum: Option<u32>,
 }
 
+/// How much of what an arena may have is worth taking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Least {
+    /// Half of it; more may be on its way.
+    Half,
+    /// Whatever is there.
+    Anything,
+}
+
 impl MasterState {
     pub(crate) fn pending_shard(
         &self,
@@ -613,8 +622,8 @@ impl MasterState {
         Ok(())
     }
 
-    /// Grants a client a range of one segment to fill without asking again: `wanted` bytes, or what there is, when that is
-    /// `least` or more.
+    /// Grants a client a range of one segment to fill without asking again: `wanted` bytes or as much as an arena may have,
+    /// or what there is, when that is `least` or more.
     ///
     /// # Errors
     /// `NoSpace` when no free range is large enough; others when room would not help.
@@ -623,7 +632,7 @@ impl MasterState {
         slot: u32,
         incarnation: u64,
         wanted: u64,
-        least: u64,
+        least: Least,
         client: Id128,
     ) -> Result<(u64, Replica, u64, std::ops::Range<u64>), StoreError> {
         let segment = self
@@ -638,7 +647,11 @@ impl MasterState {
             wanted_bytes: length,
         };
         let mut allocator = segment.allocator.lock();
-        let least = least.min(length).max(4 * ALIGNMENT);
+        let least = match least {
+            Least::Half => length / 2,
+            Least::Anything => 0,
+        };
+        let least = least.max(4 * ALIGNMENT);
         let length = length.min(allocator.largest_free());
         if length < least {
             return Err(no_space);

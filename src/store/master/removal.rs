@@ -284,49 +284,61 @@ impl MasterState {
     /// Bytes to evict now so that usage falls below the watermark; 0 when it is below. What is already on its way to
     /// being free counts as free.
     pub(crate) fn eviction_need(&self) -> u64 {
-        let (capacity, used) = self.capacity();
-        let leaving: u64 = self
-            .segments
-            .nodes()
-            .iter()
-            .map(|n| n.drops.lock().bytes())
-            .sum();
-        let used = used.saturating_sub(leaving);
-        let watermark = (capacity as f64 * self.config.high_watermark) as u64;
+        let (used, watermark) = (self.used_with(0), self.watermark());
         if used <= watermark {
             return 0;
         }
+        let (capacity, _) = self.capacity();
         used - watermark + (capacity as f64 * self.config.eviction_ratio) as u64
     }
 
-    /// Bytes that will be free as soon as the nodes in service have carried out their drops.
-    pub(crate) fn leaving_bytes(&self) -> u64 {
+    /// Bytes in use once `more` are and what is leaving is gone.
+    fn used_with(&self, more: u64) -> u64 {
+        let (_, used) = self.capacity();
         let nodes = self.segments.nodes();
-        nodes
-            .iter()
-            .filter(|n| n.phase() == super::segments::NodePhase::Ok)
-            .map(|n| n.drops.lock().bytes())
-            .sum()
+        let leaving: u64 = nodes.iter().map(|n| n.drops.lock().bytes()).sum();
+        used.saturating_sub(leaving).saturating_add(more)
+    }
+
+    fn watermark(&self) -> u64 {
+        let (capacity, _) = self.capacity();
+        (capacity as f64 * self.config.high_watermark) as u64
+    }
+
+    /// Bytes that will be free in a segment as soon as its node has carried out its drops; 0 when it is not in service.
+    pub(crate) fn leaving_bytes(&self, slot: u32) -> u64 {
+        let segment = self.segments.get(slot);
+        segment
+            .filter(|s| s.node.phase() == super::segments::NodePhase::Ok)
+            .map_or(0, |s| s.node.drops.lock().bytes_in(slot))
     }
 
     /// Evicts for an allocation of `payload_bytes` that found no room. What is already on its way to being free counts.
     pub(crate) fn make_room(&self, payload_bytes: u64, now: Millis) -> u64 {
         let wanted = footprint(payload_bytes).unwrap_or(payload_bytes);
         let (capacity, _) = self.capacity();
+        let nodes = self.segments.nodes();
+        let leaving: u64 = nodes
+            .iter()
+            .filter(|n| n.phase() == super::segments::NodePhase::Ok)
+            .map(|n| n.drops.lock().bytes())
+            .sum();
         // A little more than asked: the next ones are coming.
         let wanted = wanted.max(capacity / 512);
-        match wanted.saturating_sub(self.leaving_bytes()) {
+        match wanted.saturating_sub(leaving) {
             0 => 0,
             missing => self.evict(missing, now),
         }
     }
 
-    /// Evicts for an arena of `bytes`: a convenience for which nothing that is pinned goes.
-    pub(crate) fn make_room_for_arena(&self, bytes: u64, now: Millis) -> u64 {
-        match bytes.saturating_sub(self.leaving_bytes()) {
-            0 => 0,
-            missing => self.evict_unpinned(missing, now),
+    /// Whether room for an arena of `bytes` is on its way in a segment: what is leaving there already, else what is evicted
+    /// now, once, and only from a pool that is full as a whole. Nothing that is pinned goes for an arena.
+    pub(crate) fn make_room_for_arena(&self, slot: u32, bytes: u64, now: Millis) -> bool {
+        let leaving = self.leaving_bytes(slot);
+        if leaving < bytes && self.used_with(bytes) > self.watermark() {
+            self.evict_unpinned(bytes - leaving, now);
         }
+        self.leaving_bytes(slot) > 0
     }
 
     /// Has the sweeper evict now if the watermark asks for it.

@@ -65,13 +65,20 @@ impl MasterServer {
                     authorize,
                 ));
         let lanes = ControlLanes::new(master.clone(), lanes_max);
-        let (local, name) = local_listener()?;
-        let _ = master.control_socket.set(name);
+        let local = local_listener()
+            .inspect_err(
+                |error| tracing::warn!(%error, "no socket for clients of this host: they use TCP"),
+            )
+            .ok();
+        let local = local.map(|(listener, name)| {
+            let _ = master.control_socket.set(name);
+            listener
+        });
         Ok(Arc::new(Self {
             master,
             router,
             lanes,
-            local: Mutex::new(Some(local)),
+            local: Mutex::new(local),
         }))
     }
 

@@ -11,6 +11,8 @@ use super::state::Nudge;
 use crate::base::clock::Millis;
 
 const TICK: Duration = Duration::from_millis(20);
+/// Between two looks.
+const NUDGE_PAUSE: Duration = Duration::from_millis(1);
 /// A client whose last lane closed may reconnect for this long.
 const CLIENT_GRACE: Duration = Duration::from_secs(2);
 
@@ -28,20 +30,31 @@ fn run(master: &Weak<Master>, nudge: &Nudge) {
     let mut ticks = 0u64;
     let mut next = Instant::now() + TICK;
     loop {
-        let nudged = nudge.wait_until(next);
+        nudge.wait_until(next);
         let Some(master) = master.upgrade() else {
             return;
         };
         let now = Millis::now();
+        let due = Instant::now() >= next;
         let need = master.state.eviction_need();
-        if need > 0 {
-            master.state.evict(need, now);
-        }
-        if !nudged {
+        let evicted = if need > 0 {
+            master.state.evict(need, now)
+        } else {
+            0
+        };
+        if due {
             next = Instant::now() + TICK;
             ticks += 1;
             round(&master, ticks, now);
         }
+        drop(master);
+        // Nudges come with every arena. Where nothing could go, nothing will until the next tick.
+        let pause = if need > 0 && evicted == 0 {
+            next.saturating_duration_since(Instant::now())
+        } else {
+            NUDGE_PAUSE
+        };
+        std::thread::sleep(pause);
     }
 }
 
