@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mooncake::base::net::{join_host_port, resolve_one, split_host_port};
 use mooncake::base::trust::{ClusterKeys, Token};
@@ -18,9 +18,9 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::args::{Value, Word, Words};
-use crate::buffers::{self, HostMemoryAllocator};
-use crate::device::{self, Device, DeviceRange, WINDOW};
+use crate::args::{List, Value, Word, Words};
+use crate::buffers::{self, HostMemoryAllocator, Registered};
+use crate::device::{self, DeviceRange, WINDOW};
 use crate::process;
 use crate::staging::{self, Gathered, Slices};
 
@@ -34,6 +34,8 @@ const METADATA: i64 = -200;
 /// Batches submitted and not asked for; more are refused.
 const BATCHES_MAX: usize = 4096;
 const TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
+/// Seconds; a day.
+const TIMEOUT_MAX: u64 = 86_400;
 
 fn code(error: &PeerError) -> i64 {
     match error {
@@ -72,16 +74,26 @@ struct Running {
     metadata: Metadata,
     name: String,
     generation: u32,
+    /// Bound of one transfer.
+    timeout: Duration,
     /// 0 under way, 1 done, -1 failed.
     batches: Mutex<HashMap<i64, i32>>,
     ended: Condvar,
+}
+
+/// What stores that were given the engine share with it.
+#[derive(Default)]
+pub(crate) struct Shared {
+    running: RwLock<Option<Arc<Running>>>,
+    /// What is open to peers.
+    known: Registered,
 }
 
 /// Memory of this process and of its peers.
 #[pyclass(module = "mooncake._native", subclass, frozen, name = "TransferEngine")]
 #[derive(Default)]
 pub(crate) struct Engine {
-    running: RwLock<Option<Arc<Running>>>,
+    shared: Arc<Shared>,
     managed: HostMemoryAllocator,
     next_batch: AtomicI64,
 }
@@ -165,9 +177,10 @@ impl Running {
             })
         };
         let memory: Vec<&Gathered> = moves.memory.iter().collect();
-        let outcome = match staging::device_of(memory.iter().copied()) {
-            None => run(&moves.list, notify),
-            Some(device) => moves.through_buffers(device, &memory, run, notify),
+        let outcome = if staging::any_on_device(&memory) {
+            moves.through_buffers(&memory, run, notify)
+        } else {
+            run(&moves.list, notify)
         };
         outcome.err().unwrap_or(0)
     }
@@ -184,7 +197,6 @@ impl Moves {
     /// Window by window; the notify goes after the last.
     fn through_buffers(
         &self,
-        device: Device,
         memory: &[&Gathered],
         run: impl Fn(&[Move], Option<&Notify>) -> Result<(), i64>,
         notify: Option<&Notify>,
@@ -211,7 +223,7 @@ impl Moves {
         };
         let staged = if self.list.first().is_some_and(|m| m.opcode == Opcode::Write) {
             let mut lost = Ok(());
-            staging::download(device, memory, |range, slices| match slices {
+            staging::download(memory, |range, slices| match slices {
                 Ok(slices) => {
                     window(range, slices);
                 }
@@ -219,7 +231,7 @@ impl Moves {
             });
             lost
         } else {
-            let lost = staging::upload(device, memory, |range, slices| {
+            let lost = staging::upload(memory, |range, slices| {
                 let good = window(range, slices);
                 let bytes = slices.iter().map(|s| good.then(|| s[0].len() as u64));
                 bytes.collect()
@@ -234,7 +246,14 @@ impl Moves {
     }
 }
 
-impl Engine {
+impl Deref for Engine {
+    type Target = Shared;
+    fn deref(&self) -> &Shared {
+        &self.shared
+    }
+}
+
+impl Shared {
     fn running(&self) -> Result<Arc<Running>, i64> {
         let running = self.running.read();
         let running = running.as_ref().ok_or(INVALID_ARGUMENT)?;
@@ -243,6 +262,59 @@ impl Engine {
         } else {
             Err(INVALID_ARGUMENT)
         }
+    }
+
+    /// What peers may reach, for those who must know whether an address is memory.
+    pub(crate) fn known(&self) -> &Registered {
+        &self.known
+    }
+
+    /// Whether it was initialized, in this process.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running().is_ok()
+    }
+
+    /// Opens memory to peers: 0, or a negative code.
+    pub(crate) fn register(&self, address: usize, length: usize) -> i64 {
+        let running = match self.running() {
+            Ok(running) => running,
+            Err(code) => return code,
+        };
+        let Some(pointer) = NonNull::new(address as *mut u8) else {
+            return INVALID_ARGUMENT;
+        };
+        let outcome = match buffers::owner(address, length, true) {
+            None => return INVALID_ARGUMENT,
+            Some(Some(device)) => {
+                let copies = Arc::new(DeviceRange(device));
+                running.engine.register_device(pointer, length, copies)
+            }
+            // SAFETY: mapped now; that it stays so until it is unregistered is the caller's promise, as with upstream.
+            Some(None) => unsafe { running.engine.register(pointer, length) },
+        };
+        if outcome.is_ok() {
+            self.known.add(address, length);
+        }
+        outcome.err().as_ref().map_or(0, code)
+    }
+
+    /// Closes it: 0, or a negative code.
+    pub(crate) fn unregister(&self, address: usize) -> i64 {
+        match self.running() {
+            Ok(running) => {
+                self.known.remove(address);
+                let outcome = running.engine.unregister(address);
+                outcome.err().as_ref().map_or(0, code)
+            }
+            Err(code) => code,
+        }
+    }
+}
+
+impl Engine {
+    /// For a store that shares it.
+    pub(crate) fn share(&self) -> Arc<Shared> {
+        self.shared.clone()
     }
 
     #[expect(clippy::too_many_arguments, reason = "the parts of a call, once")]
@@ -341,7 +413,9 @@ impl Engine {
         let timeout = std::env::var("MC_TRANSFER_TIMEOUT")
             .ok()
             .and_then(|t| t.parse().ok())
-            .map_or(TIMEOUT_DEFAULT, Duration::from_secs);
+            .map_or(TIMEOUT_DEFAULT, |seconds: u64| {
+                Duration::from_secs(seconds.clamp(1, TIMEOUT_MAX))
+            });
         let keys = ClusterKeys::derive(token.as_ref());
         let any = SocketAddr::new(wanted.ip(), 0);
         // The port in the name is the metadata name's; it is used when it is free, as upstream does.
@@ -361,41 +435,10 @@ impl Engine {
             name: name.to_owned(),
             metadata,
             generation: process::generation(),
+            timeout,
             batches: Mutex::default(),
             ended: Condvar::new(),
         })
-    }
-
-    fn register(&self, address: usize, length: usize) -> i64 {
-        let running = match self.running() {
-            Ok(running) => running,
-            Err(code) => return code,
-        };
-        let Some(pointer) = NonNull::new(address as *mut u8) else {
-            return INVALID_ARGUMENT;
-        };
-        let outcome = match buffers::owner(address, length, true) {
-            None => return INVALID_ARGUMENT,
-            Some(Some(device)) => {
-                let copies = Arc::new(DeviceRange(device));
-                running.engine.register_device(pointer, length, copies)
-            }
-            // SAFETY: mapped now; that it stays so until it is unregistered is the caller's promise, as with upstream.
-            Some(None) => unsafe { running.engine.register(pointer, length) },
-        };
-        outcome.err().as_ref().map_or(0, code)
-    }
-
-    fn unregister(&self, address: usize) -> i64 {
-        match self.running() {
-            Ok(running) => running
-                .engine
-                .unregister(address)
-                .err()
-                .as_ref()
-                .map_or(0, code),
-            Err(code) => code,
-        }
     }
 }
 
@@ -782,21 +825,32 @@ impl Engine {
         }
     }
 
-    /// Waits for batches: 0 when all have arrived, else -1. They are forgotten.
-    fn get_batch_transfer_status(&self, py: Python<'_>, batch_ids: Vec<i64>) -> i32 {
+    /// Waits for batches, for at most twice as long as one transfer may take: 0 when all have arrived, else -1. Those that
+    /// have ended are forgotten.
+    fn get_batch_transfer_status(&self, py: Python<'_>, batch_ids: List<i64>) -> i32 {
         let Ok(running) = self.running() else {
             return -1;
         };
         py.detach(|| {
             let mut answer = 0;
+            let deadline = Instant::now() + running.timeout * 2;
             let mut batches = running.batches.lock();
-            for id in batch_ids {
-                // Each batch has a deadline of its own.
+            for id in batch_ids.0 {
                 while batches.get(&id) == Some(&0) {
-                    running.ended.wait(&mut batches);
+                    if running.ended.wait_until(&mut batches, deadline).timed_out() {
+                        break;
+                    }
                 }
-                if batches.remove(&id) != Some(1) {
-                    answer = -1;
+                match batches.get(&id) {
+                    // Its thread is still at it and will say so: it stays known.
+                    Some(0) => answer = -1,
+                    Some(1) => {
+                        batches.remove(&id);
+                    }
+                    _ => {
+                        batches.remove(&id);
+                        answer = -1;
+                    }
                 }
             }
             answer
@@ -832,10 +886,17 @@ impl Engine {
         }
     }
 
-    /// Waits for what was begun on a CUDA stream; `address` names its device.
-    fn _await_stream(&self, py: Python<'_>, address: Word, stream_ptr: Word) -> i64 {
-        let waited = py.detach(|| device::await_stream(address.0, stream_ptr.0));
-        waited.map_or(INVALID_ARGUMENT, |()| 0)
+    /// Waits for what was begun on a CUDA stream; the first address of a device names it. With memory of the host alone the
+    /// stream's own context is asked for.
+    fn _await_stream(&self, py: Python<'_>, addresses: Words, stream_ptr: Word) -> i64 {
+        let waited = py.detach(|| device::await_stream(&addresses.0, stream_ptr.0));
+        waited.map_or_else(
+            |error| {
+                tracing::warn!(%error, "the stream was not waited for");
+                INVALID_ARGUMENT
+            },
+            |()| 0,
+        )
     }
 
     /// Bytes at an address of this process.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{Query, State};
+use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -36,7 +36,10 @@ pub(crate) fn router(master: Arc<Master>) -> Router {
         .route("/api/v1/remove_all", post(remove_all))
         .route(
             "/metadata",
-            get(names::get).put(names::put).delete(names::delete),
+            get(names::get)
+                .put(names::put)
+                .delete(names::delete)
+                .layer(DefaultBodyLimit::max(names::VALUE_BYTES_MAX)),
         )
         .fallback(|| async { (StatusCode::NOT_FOUND, "404 Not Found") })
         .with_state(master)
