@@ -186,8 +186,9 @@ unsafe impl Sync for Value {}
 
 impl Drop for Value {
     fn drop(&mut self) {
+        // An interpreter that is ending takes it with it.
         // SAFETY: got once in `extract`; attaching is a no-op for the thread that holds the lock.
-        Python::attach(|_| unsafe { ffi::PyBuffer_Release(&raw mut *self.export) });
+        let _ = Python::try_attach(|_| unsafe { ffi::PyBuffer_Release(&raw mut *self.export) });
     }
 }
 
