@@ -237,6 +237,8 @@ def test_a_master_that_goes_is_an_answer_in_time(lender):
     async def work():
         assert await store.async_put("k", b"v") == 0
         os.kill(master.process.pid, signal.SIGSTOP)
+        while open(f"/proc/{master.process.pid}/stat").read().rsplit(")", 1)[1].split()[0] != "T":
+            await asyncio.sleep(0.01)
         began = time.monotonic()
         waiting = [asyncio.create_task(store.async_put(f"k{n}", b"v" * 300_000)) for n in range(12)]
         await asyncio.sleep(0.05)
