@@ -32,14 +32,14 @@ class TransferEngine(_Engine):
         self, target_hostname, buffers, peer_buffer_addresses, lengths, stream_ptr=0, transport_hint=""
     ):
         """Several ranges; see `transfer_write_on_cuda`."""
-        code = self._await_stream(buffers[0] if buffers else 0, stream_ptr)
+        code = self._await_stream(buffers, stream_ptr)
         return code or self.batch_transfer_sync_write(target_hostname, buffers, peer_buffer_addresses, lengths)
 
     def batch_transfer_read_on_cuda(
         self, target_hostname, buffers, peer_buffer_addresses, lengths, stream_ptr=0, transport_hint=""
     ):
         """Several ranges; see `transfer_read_on_cuda`."""
-        code = self._await_stream(buffers[0] if buffers else 0, stream_ptr)
+        code = self._await_stream(buffers, stream_ptr)
         return code or self.batch_transfer_sync_read(target_hostname, buffers, peer_buffer_addresses, lengths)
 
 

@@ -58,6 +58,10 @@ class MooncakeConfig:
     client_http_port: int = 9300
 
     def __post_init__(self):
+        for name in ("local_hostname", "metadata_server", "protocol", "device_name", "master_server_address"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be a text, not {type(value).__name__} ({value!r})")
         self.protocol = self.protocol.lower()
         if self.protocol not in ("tcp", "rdma"):
             _log.warning("protocol %r is unknown: tcp and rdma are", self.protocol)

@@ -29,6 +29,7 @@ GRACE_LIMIT = 3600
 # Sizes and offsets are 64 bits wide in the store; half of that keeps their sum within.
 SIZE_LIMIT = 1 << 63
 KEY_NOT_FOUND = -704
+OBJECT_HAS_LEASE = -706
 # aiohttp's default pattern leaves out keys with braces.
 KEY = "{key:[^/]+}"
 DATA_THREADS = 32
@@ -442,7 +443,10 @@ class MooncakeStoreService:
 
     @_answers
     async def handle_remove(self, request):
-        code = await self._data(self.store.remove, request.match_info["key"])
+        force = request.query.get("force", "").lower() in ("1", "true", "yes")
+        code = await self._data(self.store.remove, request.match_info["key"], force)
+        if code == OBJECT_HAS_LEASE:
+            raise _Refused(409, "the object is leased by a reader: try later, or with ?force=true", ret=code)
         if code != 0:
             raise _Refused(500, "Remove operation failed", ret=code)
         return _success()

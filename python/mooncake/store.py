@@ -66,6 +66,10 @@ class MooncakeDistributedStore(ParallelTensorMethods, TaskMethods, _Store):
             tasks.close()
         return super().close()
 
+    def tearDownAll(self):
+        """Upstream's name for `close`."""
+        return self.close()
+
 
 MooncakeDistributedStore.setup.__doc__ = _Store.setup.__doc__
 

@@ -2,46 +2,64 @@
 //! lists may be any sequence. What has the wrong type is a `TypeError` that says which argument.
 
 use mooncake::store::model::error::StoreError;
-use pyo3::exceptions::{PyBufferError, PyTypeError};
+use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyString};
 
-/// One key, alive as long as the argument.
-pub(crate) struct Key<'py>(Bound<'py, PyAny>);
+/// Items of one argument: an iterator may have no end.
+const ITEMS_MAX: usize = 4 << 20;
 
-impl<'a, 'py> FromPyObject<'a, 'py> for Key<'py> {
+/// One key. Holds the argument, so that it may outlive the call that brought it.
+pub(crate) struct Key {
+    // Dropped without the interpreter lock, its reference is given back when somebody next holds the lock.
+    _owner: Py<PyAny>,
+    pointer: *const u8,
+    length: usize,
+}
+
+// SAFETY: text (its cached UTF-8 form) and bytes are immutable and stay where they are as long as their object lives.
+unsafe impl Send for Key {}
+// SAFETY: as above.
+unsafe impl Sync for Key {}
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Key {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
-        if let Ok(text) = object.cast::<PyString>() {
-            // Fails for lone surrogates; the UTF-8 form is cached in the string.
-            text.to_str()
-                .map_err(|_| PyTypeError::new_err("a key must be text that UTF-8 can express"))?;
-        } else if object.cast::<PyBytes>().is_err() {
+        let place = |bytes: &[u8]| (bytes.as_ptr(), bytes.len());
+        let (pointer, length) = if let Ok(text) = object.cast::<PyString>() {
+            // Fails for lone surrogates.
+            let wrong = |_| PyTypeError::new_err("a key must be text that UTF-8 can express");
+            place(text.to_str().map_err(wrong)?.as_bytes())
+        } else if let Ok(bytes) = object.cast::<PyBytes>() {
+            place(bytes.as_bytes())
+        } else {
             let kind = object.get_type().name()?;
             return Err(PyTypeError::new_err(format!(
                 "a key must be str, not {kind}"
             )));
-        }
-        Ok(Self(object.to_owned()))
+        };
+        Ok(Self {
+            _owner: object.to_owned().unbind(),
+            pointer,
+            length,
+        })
     }
 }
 
-impl Key<'_> {
+impl Key {
     /// Its bytes.
     pub(crate) fn bytes(&self) -> &[u8] {
-        if let Ok(text) = self.0.cast::<PyString>() {
-            return text.to_str().map_or(&[], str::as_bytes);
-        }
-        self.0.cast::<PyBytes>().map_or(&[], |b| b.as_bytes())
+        // SAFETY: the owner keeps them, unchanged, where they are.
+        unsafe { std::slice::from_raw_parts(self.pointer, self.length) }
     }
 }
 
 /// A sequence of keys.
-pub(crate) struct Keys<'py>(Vec<Key<'py>>);
+pub(crate) struct Keys(Vec<Key>);
 
-impl<'a, 'py> FromPyObject<'a, 'py> for Keys<'py> {
+impl<'a, 'py> FromPyObject<'a, 'py> for Keys {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
@@ -52,10 +70,18 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Keys<'py> {
     }
 }
 
-impl Keys<'_> {
+impl Keys {
     /// Their bytes, in order.
     pub(crate) fn bytes(&self) -> Vec<&[u8]> {
         self.0.iter().map(Key::bytes).collect()
+    }
+    /// An empty list.
+    pub(crate) fn none() -> Self {
+        Self(Vec::new())
+    }
+    /// A list of one.
+    pub(crate) fn one(key: Key) -> Self {
+        Self(vec![key])
     }
     /// How many.
     pub(crate) fn len(&self) -> usize {
@@ -73,7 +99,34 @@ where
     }
     let wrong = || PyTypeError::new_err(format!("{what} must be a list"));
     let items = object.try_iter().map_err(|_| wrong())?;
-    items.map(|item| each(item?)).collect()
+    // What it says of its length is not believed: memory is taken as items come, and not without end.
+    let mut list = Vec::new();
+    for item in items {
+        if list.len() == ITEMS_MAX {
+            return Err(PyValueError::new_err(format!(
+                "{what}: more than {ITEMS_MAX} items"
+            )));
+        }
+        list.push(each(item?)?);
+    }
+    Ok(list)
+}
+
+/// A list of anything.
+pub(crate) struct List<T>(pub(crate) Vec<T>);
+
+impl<'a, 'py, T> FromPyObject<'a, 'py> for List<T>
+where
+    T: for<'x> FromPyObject<'x, 'py, Error = PyErr>,
+{
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        if object.cast::<PyString>().is_ok() {
+            return Err(PyTypeError::new_err("a list is wanted, not one str"));
+        }
+        sequence(object, "the argument").map(Self)
+    }
 }
 
 /// An address or a number of bytes. Negative or larger than 64 bits is a `TypeError`.
@@ -133,8 +186,9 @@ unsafe impl Sync for Value {}
 
 impl Drop for Value {
     fn drop(&mut self) {
+        // An interpreter that is ending takes it with it.
         // SAFETY: got once in `extract`; attaching is a no-op for the thread that holds the lock.
-        Python::attach(|_| unsafe { ffi::PyBuffer_Release(&raw mut *self.export) });
+        let _ = Python::try_attach(|_| unsafe { ffi::PyBuffer_Release(&raw mut *self.export) });
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::c_int;
+use std::ops::Range;
 
 use parking_lot::{Mutex, RwLock};
 use pyo3::exceptions::PyValueError;
@@ -52,26 +53,46 @@ impl Registered {
         true
     }
 
-    /// Gives a range back; false when it is not registered.
-    pub(crate) fn remove(&self, address: usize) -> bool {
-        self.ranges.write().remove(&address).is_some()
+    /// Whose memory a range is, when it lies in a registered one: the host's or a device's.
+    fn find(&self, address: usize, end: usize) -> Option<(Range<usize>, Option<Device>)> {
+        let ranges = self.ranges.read();
+        let (start, (size, device)) = ranges.range(..=address).next_back()?;
+        (end <= start + size).then(|| (*start..start + size, *device))
     }
 
-    /// The caller's ranges, in order; `None` when one of them is neither registered nor memory at all.
+    /// Whether a range lies in a registered one.
+    pub(crate) fn covers(&self, address: usize, length: usize) -> bool {
+        let end = address.checked_add(length);
+        end.is_some_and(|end| self.find(address, end).is_some())
+    }
+
+    /// Gives a range back; false when it is not registered.
+    pub(crate) fn remove(&self, address: usize) -> bool {
+        self.take(address).is_some()
+    }
+
+    /// Gives a range back: its length.
+    pub(crate) fn take(&self, address: usize) -> Option<usize> {
+        let (length, _) = self.ranges.write().remove(&address)?;
+        Some(length)
+    }
+
+    /// The caller's ranges, in order, registered here or with `others`; `None` when one of them is neither registered nor memory at all.
     pub(crate) fn gather(
         &self,
         ranges: impl Iterator<Item = (usize, usize)>,
+        others: Option<&Registered>,
         write: bool,
     ) -> Option<Gathered> {
-        let registered = self.ranges.read();
         let mut last = (0..0, None);
         let mut parts: SmallVec<[(LocalSlice, Option<Device>); 2]> = SmallVec::new();
         for (address, length) in ranges {
             let end = address.checked_add(length)?;
             if length > 0 && !(last.0.start <= address && end <= last.0.end) {
-                let known = registered.range(..=address).next_back();
-                last = match known.filter(|(start, (size, _))| end <= *start + *size) {
-                    Some((start, (size, device))) => (*start..start + size, *device),
+                let known = self.find(address, end);
+                let known = known.or_else(|| others?.find(address, end));
+                last = match known {
+                    Some(known) => known,
                     None => (address..end, owner(address, length, write)?),
                 };
             }

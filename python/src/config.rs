@@ -4,6 +4,8 @@ use mooncake::store::client::PutOptions;
 use pyo3::prelude::*;
 use pyo3::types::PyAny;
 
+use crate::args::List;
+
 /// Half an hour, upstream's soft-pin time when a pin is switched on without one.
 const SOFT_PIN_DEFAULT_MS: u64 = 30 * 60 * 1000;
 
@@ -25,22 +27,22 @@ pub(crate) struct ReplicateConfig {
     soft_pin_ttl_ms: Option<u64>,
     #[pyo3(get, set)]
     with_hard_pin: bool,
-    #[pyo3(get, set)]
+    #[pyo3(get)]
     preferred_segments: Vec<String>,
     /// Deprecated singular of `preferred_segments`; what vLLM sets.
     #[pyo3(get, set)]
     preferred_segment: String,
-    #[pyo3(get, set)]
+    #[pyo3(get)]
     preferred_nof_segments: Vec<String>,
     /// All keys of a batch on the node of the first.
     #[pyo3(get, set)]
     pub(crate) prefer_alloc_in_same_node: bool,
     data_type: i32,
     /// A group per key of the batch.
-    #[pyo3(get, set)]
+    #[pyo3(get)]
     pub(crate) group_ids: Option<Vec<String>>,
     /// Kept for callers that set it; sessions need no id here.
-    #[pyo3(get, set)]
+    #[pyo3(get)]
     session_ids: Option<Vec<String>>,
     #[pyo3(get, set)]
     host_id: String,
@@ -63,6 +65,22 @@ impl ReplicateConfig {
         }
     }
 
+    #[setter]
+    fn set_preferred_segments(&mut self, value: List<String>) {
+        self.preferred_segments = value.0;
+    }
+    #[setter]
+    fn set_preferred_nof_segments(&mut self, value: List<String>) {
+        self.preferred_nof_segments = value.0;
+    }
+    #[setter]
+    fn set_group_ids(&mut self, value: Option<List<String>>) {
+        self.group_ids = value.map(|v| v.0);
+    }
+    #[setter]
+    fn set_session_ids(&mut self, value: Option<List<String>>) {
+        self.session_ids = value.map(|v| v.0);
+    }
     #[getter]
     fn soft_pin_action(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let kinds = py.import("mooncake._enums")?.getattr("SoftPinAction")?;

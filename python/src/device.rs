@@ -1,7 +1,7 @@
 //! Memory of CUDA devices: found out by address, copied through pinned buffers on streams of our own.
 //!
 //! `libcuda.so.1` is loaded when the first address comes that is not memory of the host; without it every such address is
-//! refused. Owns the driver's functions and the lanes (two pinned buffers with a stream each); knows nothing of pools and
+//! refused. Owns the driver's functions and the lanes (two pinned buffers each, with a stream per device); knows nothing of pools and
 //! peers. Streams are ordinary ones: like `cudaMemcpy`, a copy waits for what the caller has begun on the default stream.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
@@ -45,8 +45,8 @@ struct Driver {
     pop: unsafe extern "C" fn(*mut Context) -> Code,
     host_alloc: unsafe extern "C" fn(*mut *mut c_void, usize, c_uint) -> Code,
     host_free: unsafe extern "C" fn(*mut c_void) -> Code,
+    current: unsafe extern "C" fn(*mut Context) -> Code,
     stream_create: unsafe extern "C" fn(*mut Stream, c_uint) -> Code,
-    stream_destroy: unsafe extern "C" fn(Stream) -> Code,
     stream_wait: unsafe extern "C" fn(Stream) -> Code,
     download: unsafe extern "C" fn(*mut c_void, u64, usize, Stream) -> Code,
     upload: unsafe extern "C" fn(u64, *const c_void, usize, Stream) -> Code,
@@ -104,8 +104,8 @@ impl Driver {
             pop: function!(c"cuCtxPopCurrent_v2" | c"cuCtxPopCurrent"),
             host_alloc: function!(c"cuMemHostAlloc"),
             host_free: function!(c"cuMemFreeHost"),
+            current: function!(c"cuCtxGetCurrent"),
             stream_create: function!(c"cuStreamCreate"),
-            stream_destroy: function!(c"cuStreamDestroy_v2" | c"cuStreamDestroy"),
             stream_wait: function!(c"cuStreamSynchronize"),
             download: function!(c"cuMemcpyDtoHAsync_v2"),
             upload: function!(c"cuMemcpyHtoDAsync_v2"),
@@ -182,74 +182,101 @@ impl Device {
     }
 }
 
-/// One pinned buffer with the stream that fills or empties it.
+/// A part of a device's memory, and where in a pinned buffer its bytes lie.
+#[derive(Clone, Copy)]
+pub(crate) struct DevicePiece {
+    pub(crate) device: Device,
+    pub(crate) address: usize,
+    pub(crate) offset: usize,
+    pub(crate) length: usize,
+}
+
+/// A stream of one device; `busy` from the first copy on until it was waited for.
+struct DeviceStream {
+    device: Device,
+    stream: Stream,
+    busy: bool,
+}
+
+/// One pinned buffer, with a stream per device that has filled or emptied it. The buffer is pinned for all of them.
 pub(crate) struct Half {
     driver: &'static Driver,
-    context: usize,
     buffer: *mut u8,
     size: usize,
-    stream: Stream,
+    /// In whose context the buffer was allocated.
+    home: Option<Device>,
+    streams: Vec<DeviceStream>,
 }
 
 // SAFETY: the driver's handles may be used from any thread; a half has one user at a time.
 unsafe impl Send for Half {}
 
-impl Half {
-    fn open(driver: &'static Driver, device: Device) -> Result<Self, DeviceError> {
-        let mut half = Self {
-            driver,
-            context: device.context,
-            buffer: std::ptr::null_mut(),
-            size: 0,
-            stream: std::ptr::null_mut(),
-        };
-        half.within(|half| {
-            // SAFETY: writes one handle.
-            check(unsafe { (driver.stream_create)(&raw mut half.stream, 0) })
-        })?;
-        Ok(half)
+impl Driver {
+    /// Whether this thread has a context.
+    fn has_context(&self) -> bool {
+        let mut context = std::ptr::null_mut();
+        // SAFETY: writes one handle.
+        let code = unsafe { (self.current)(&raw mut context) };
+        code == SUCCESS && !context.is_null()
     }
 
-    /// With the device's context current.
+    /// With a device's context current.
     fn within<T>(
-        &mut self,
-        run: impl FnOnce(&mut Self) -> Result<T, DeviceError>,
+        &self,
+        device: Device,
+        run: impl FnOnce() -> Result<T, DeviceError>,
     ) -> Result<T, DeviceError> {
         // SAFETY: a context the driver named; popped again below.
-        check(unsafe { (self.driver.push)(self.context as Context) })?;
-        let outcome = run(self);
+        check(unsafe { (self.push)(device.context as Context) })?;
+        let outcome = run();
         let mut popped = std::ptr::null_mut();
         // SAFETY: writes one handle.
-        unsafe { (self.driver.pop)(&raw mut popped) };
+        unsafe { (self.pop)(&raw mut popped) };
         outcome
     }
+}
 
-    /// Room for `size` bytes. Nothing may be under way.
-    pub(crate) fn ensure(&mut self, size: usize) -> Result<(), DeviceError> {
+impl Half {
+    fn new(driver: &'static Driver) -> Self {
+        Self {
+            driver,
+            buffer: std::ptr::null_mut(),
+            size: 0,
+            home: None,
+            streams: Vec::new(),
+        }
+    }
+
+    /// Room for `size` bytes, allocated by way of a device. Nothing may be under way.
+    pub(crate) fn ensure(&mut self, device: Device, size: usize) -> Result<(), DeviceError> {
         if size <= self.size {
             return Ok(());
         }
         if size > WINDOW_MAX {
             return Err(DeviceError::TooLarge);
         }
-        self.within(|half| {
-            half.release();
-            let wanted = size.max(WINDOW);
+        self.release();
+        let driver = self.driver;
+        let wanted = size.max(WINDOW);
+        let buffer = driver.within(device, || {
             let mut buffer = std::ptr::null_mut();
             // SAFETY: writes one pointer.
-            let code =
-                unsafe { (half.driver.host_alloc)(&raw mut buffer, wanted, HOST_ALLOC_PORTABLE) };
-            check(code)?;
-            half.buffer = buffer.cast();
-            half.size = wanted;
-            Ok(())
-        })
+            check(unsafe { (driver.host_alloc)(&raw mut buffer, wanted, HOST_ALLOC_PORTABLE) })?;
+            Ok(buffer)
+        })?;
+        self.buffer = buffer.cast();
+        self.size = wanted;
+        self.home = Some(device);
+        Ok(())
     }
 
     fn release(&mut self) {
-        if !self.buffer.is_null() {
-            // SAFETY: allocated by `ensure`, and nothing uses it any more.
-            unsafe { (self.driver.host_free)(self.buffer.cast()) };
+        if let Some(home) = self.home.take() {
+            let (driver, buffer) = (self.driver, self.buffer);
+            let _ = driver.within(home, || {
+                // SAFETY: allocated by `ensure`, and nothing uses it any more.
+                check(unsafe { (driver.host_free)(buffer.cast()) })
+            });
         }
         self.buffer = std::ptr::null_mut();
         self.size = 0;
@@ -261,60 +288,77 @@ impl Half {
         self.buffer.wrapping_add(offset)
     }
 
-    /// Begins to copy device memory here; `pieces`: address, offset here, length.
-    pub(crate) fn download(&mut self, pieces: &[(usize, usize, usize)]) -> Result<(), DeviceError> {
-        self.within(|half| {
-            for (address, offset, length) in pieces {
-                if offset.saturating_add(*length) > half.size {
-                    return Err(DeviceError::TooLarge);
-                }
-                let target = half.at(*offset).cast();
-                // SAFETY: room was made; the source is the caller's, who vouched for it.
-                check(unsafe {
-                    (half.driver.download)(target, *address as u64, *length, half.stream)
-                })?;
-            }
-            Ok(())
-        })
-    }
-
-    /// Begins to copy from here to device memory; `pieces` as for [`Half::download`].
-    pub(crate) fn upload(&mut self, pieces: &[(usize, usize, usize)]) -> Result<(), DeviceError> {
-        self.within(|half| {
-            for (address, offset, length) in pieces {
-                if offset.saturating_add(*length) > half.size {
-                    return Err(DeviceError::TooLarge);
-                }
-                let source = half.at(*offset).cast_const().cast();
-                // SAFETY: inside the buffer; the target is the caller's, who vouched for it.
-                check(unsafe {
-                    (half.driver.upload)(*address as u64, source, *length, half.stream)
-                })?;
-            }
-            Ok(())
-        })
-    }
-
-    /// Waits for what was begun.
-    pub(crate) fn wait(&mut self) -> Result<(), DeviceError> {
-        self.within(|half| {
-            // SAFETY: our stream.
-            check(unsafe { (half.driver.stream_wait)(half.stream) })
-        })
-    }
-}
-
-impl Drop for Half {
-    fn drop(&mut self) {
-        let _ = self.within(|half| {
-            // SAFETY: our stream; copies under way end first.
-            unsafe {
-                (half.driver.stream_wait)(half.stream);
-                (half.driver.stream_destroy)(half.stream);
-            }
-            half.release();
-            Ok(())
+    /// The device's own stream, from now on in use.
+    fn stream(&mut self, device: Device) -> Result<Stream, DeviceError> {
+        if let Some(known) = self.streams.iter_mut().find(|s| s.device == device) {
+            known.busy = true;
+            return Ok(known.stream);
+        }
+        let driver = self.driver;
+        let stream = driver.within(device, || {
+            let mut stream = std::ptr::null_mut();
+            // SAFETY: writes one handle.
+            check(unsafe { (driver.stream_create)(&raw mut stream, 0) })?;
+            Ok(stream)
+        })?;
+        self.streams.push(DeviceStream {
+            device,
+            stream,
+            busy: true,
         });
+        Ok(stream)
+    }
+
+    /// Begins a copy for each piece, on its device's stream.
+    fn copy(&mut self, pieces: &[DevicePiece], upload: bool) -> Result<(), DeviceError> {
+        for of_one in pieces.chunk_by(|a, b| a.device == b.device) {
+            let device = of_one[0].device;
+            let stream = self.stream(device)?;
+            let driver = self.driver;
+            driver.within(device, || {
+                for piece in of_one {
+                    if piece.offset.saturating_add(piece.length) > self.size {
+                        return Err(DeviceError::TooLarge);
+                    }
+                    let (host, there) = (self.at(piece.offset).cast(), piece.address as u64);
+                    // SAFETY: inside the buffer; the device's range is the caller's, who vouched for it.
+                    check(unsafe {
+                        if upload {
+                            (driver.upload)(there, host, piece.length, stream)
+                        } else {
+                            (driver.download)(host, there, piece.length, stream)
+                        }
+                    })?;
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Begins to copy device memory here.
+    pub(crate) fn download(&mut self, pieces: &[DevicePiece]) -> Result<(), DeviceError> {
+        self.copy(pieces, false)
+    }
+
+    /// Begins to copy from here to device memory.
+    pub(crate) fn upload(&mut self, pieces: &[DevicePiece]) -> Result<(), DeviceError> {
+        self.copy(pieces, true)
+    }
+
+    /// Waits for what was begun, on every device.
+    pub(crate) fn wait(&mut self) -> Result<(), DeviceError> {
+        let driver = self.driver;
+        let mut outcome = Ok(());
+        for used in self.streams.iter_mut().filter(|s| s.busy) {
+            used.busy = false;
+            let waited = driver.within(used.device, || {
+                // SAFETY: our stream.
+                check(unsafe { (driver.stream_wait)(used.stream) })
+            });
+            outcome = outcome.and(waited);
+        }
+        outcome
     }
 }
 
@@ -351,50 +395,28 @@ static SERVED: LanePool = LanePool::new();
 pub(crate) struct Lane(Option<[Half; 2]>, &'static LanePool);
 
 impl Lane {
-    /// A lane for a device's memory, waiting for one if all are taken.
-    pub(crate) fn take(device: Device) -> Result<Self, DeviceError> {
-        Self::take_from(&CALLS, device)
+    /// A lane for memory of any device, waiting for one if all are taken.
+    pub(crate) fn take() -> Result<Self, DeviceError> {
+        Self::take_from(&CALLS)
     }
 
-    fn take_from(pool: &'static LanePool, device: Device) -> Result<Self, DeviceError> {
+    fn take_from(pool: &'static LanePool) -> Result<Self, DeviceError> {
         let driver = Driver::get().ok_or(DeviceError::Driver(-1))?;
         let deadline = Instant::now() + LANE_PATIENCE;
         let mut idle = pool.idle.lock();
-        let found = loop {
-            let at = idle
-                .lanes
-                .iter()
-                .position(|l| l[0].context == device.context);
-            if let Some(at) = at {
-                break Some(idle.lanes.swap_remove(at));
+        let lane = loop {
+            if let Some(lane) = idle.lanes.pop() {
+                break lane;
             }
             if idle.open < LANES_MAX {
                 idle.open += 1;
-                break None;
-            }
-            // Of another device: it makes room.
-            if let Some(other) = idle.lanes.pop() {
-                drop(other);
-                break None;
+                break [Half::new(driver), Half::new(driver)];
             }
             if pool.returned.wait_until(&mut idle, deadline).timed_out() {
                 return Err(DeviceError::Busy);
             }
         };
-        drop(idle);
-        if let Some(lane) = found {
-            return Ok(Self(Some(lane), pool));
-        }
-        let opened =
-            Half::open(driver, device).and_then(|first| Ok([first, Half::open(driver, device)?]));
-        match opened {
-            Ok(lane) => Ok(Self(Some(lane), pool)),
-            Err(error) => {
-                pool.idle.lock().open -= 1;
-                pool.returned.notify_one();
-                Err(error)
-            }
-        }
+        Ok(Self(Some(lane), pool))
     }
 
     /// Half number `n` modulo 2.
@@ -412,10 +434,7 @@ impl Drop for Lane {
             // Whatever went wrong before: nobody else gets a buffer that is still written to.
             let _ = half.wait();
             if half.size > WINDOW {
-                let _ = half.within(|half| {
-                    half.release();
-                    Ok(())
-                });
+                half.release();
             }
         }
         self.1.idle.lock().lanes.push(lane);
@@ -423,17 +442,26 @@ impl Drop for Lane {
     }
 }
 
-/// Waits for what was begun on a stream of the caller's, in the context of an address.
-pub(crate) fn await_stream(address: usize, stream: usize) -> Result<(), DeviceError> {
-    let driver = Driver::get().ok_or(DeviceError::Driver(-1))?;
-    let device = Device::of(address, 1).ok_or(DeviceError::Driver(-1))?;
-    // SAFETY: a context the driver named; the stream is the caller's, as with every call of the driver; popped again.
-    unsafe {
-        check((driver.push)(device.context as Context))?;
-        let waited = check((driver.stream_wait)(stream as Stream));
-        let mut popped = std::ptr::null_mut();
-        (driver.pop)(&raw mut popped);
-        waited
+/// Waits for what was begun on a stream of the caller's, in the context of the first address of a device, else in the
+/// stream's own. Without a device there is only the default stream, and nothing on it.
+pub(crate) fn await_stream(addresses: &[usize], stream: usize) -> Result<(), DeviceError> {
+    let Some(driver) = Driver::get() else {
+        return if stream == 0 {
+            Ok(())
+        } else {
+            Err(DeviceError::Driver(-1))
+        };
+    };
+    let device = addresses.iter().find_map(|a| Device::of(*a, 1));
+    let wait = || {
+        // SAFETY: the stream is the caller's, as with every call of the driver.
+        check(unsafe { (driver.stream_wait)(stream as Stream) })
+    };
+    match device {
+        Some(device) => driver.within(device, wait),
+        // A stream knows its context; the default one is that of the thread's, if it has any.
+        None if stream == 0 && !driver.has_context() => Ok(()),
+        None => wait(),
     }
 }
 
@@ -450,13 +478,18 @@ impl DeviceRange {
         length: usize,
         upload: bool,
     ) -> Result<(), DeviceError> {
-        let mut lane = Lane::take_from(&SERVED, self.0)?;
+        let mut lane = Lane::take_from(&SERVED)?;
         let mut done = 0;
         while done < length {
             let n = (length - done).min(WINDOW);
             let Some(half) = lane.half(0) else { break };
-            half.ensure(n)?;
-            let piece = [(address + done, 0, n)];
+            half.ensure(self.0, n)?;
+            let piece = [DevicePiece {
+                device: self.0,
+                address: address + done,
+                offset: 0,
+                length: n,
+            }];
             // SAFETY: the caller's memory has `length` bytes, the half `n`.
             unsafe {
                 if upload {

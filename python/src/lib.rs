@@ -2,7 +2,7 @@
 //!
 //! Owns the conversion between Python's arguments and the library's, upstream's return values, and what a Python process
 //! does to a library (forks, exits, wild pointers). Refuses to know how the pool works. The interpreter lock is released
-//! around everything that can block; calls run in the caller's thread.
+//! around everything that can block; calls run in the caller's thread, those of an event loop on native threads.
 
 mod args;
 mod buffers;
@@ -10,10 +10,12 @@ mod config;
 mod descriptors;
 mod device;
 mod engine;
+mod mailbox;
 mod memory_map;
 mod process;
 mod staging;
 mod store;
+mod workers;
 
 use pyo3::prelude::*;
 
@@ -22,6 +24,9 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     process::init();
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add_class::<store::Store>()?;
+    m.add_class::<mailbox::Mailbox>()?;
+    m.add_class::<workers::Workers>()?;
+    m.add_class::<workers::Begun>()?;
     m.add_class::<engine::Engine>()?;
     m.add_class::<engine::TransferNotify>()?;
     m.add_class::<buffers::BufferHandle>()?;

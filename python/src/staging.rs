@@ -6,17 +6,13 @@ use std::ops::{Deref, Range};
 use mooncake::engine::batch::LocalSlice;
 use smallvec::SmallVec;
 
-use crate::device::{Device, DeviceError, Half, Lane, WINDOW, WINDOW_MAX};
+use crate::device::{Device, DeviceError, DevicePiece, Half, Lane, WINDOW, WINDOW_MAX};
 
 pub(crate) type Slices = SmallVec<[LocalSlice; 2]>;
-/// Address on the device, offset in the buffer, length.
-type Pieces = Vec<(usize, usize, usize)>;
-
 /// Ranges of the caller's memory, in order, and which of them are a device's.
 pub(crate) struct Gathered {
     slices: Slices,
-    on_device: SmallVec<[bool; 2]>,
-    device: Option<Device>,
+    devices: SmallVec<[Option<Device>; 2]>,
 }
 
 impl Deref for Gathered {
@@ -29,17 +25,8 @@ impl Deref for Gathered {
 impl Gathered {
     /// Ranges with their devices.
     pub(crate) fn new(parts: impl Iterator<Item = (LocalSlice, Option<Device>)>) -> Self {
-        let (mut slices, mut on_device, mut first) = (Slices::new(), SmallVec::new(), None);
-        for (slice, device) in parts {
-            slices.push(slice);
-            on_device.push(device.is_some());
-            first = first.or(device);
-        }
-        Self {
-            slices,
-            on_device,
-            device: first,
-        }
+        let (slices, devices) = parts.unzip();
+        Self { slices, devices }
     }
 
     /// Memory of the host only.
@@ -47,19 +34,32 @@ impl Gathered {
         Self::new(slices.into_iter().map(|s| (s, None)))
     }
 
-    fn device_bytes(&self) -> usize {
-        let parts = self.slices.iter().zip(&self.on_device);
-        parts.filter(|(_, d)| **d).map(|(s, _)| s.len()).sum()
+    /// The first device among them.
+    fn device(&self) -> Option<Device> {
+        self.devices.iter().flatten().next().copied()
     }
 
-    /// The same ranges with the device's in a buffer from `at` on.
-    fn placed(&self, half: &Half, at: &mut usize, pieces: &mut Pieces) -> Slices {
-        let parts = self.slices.iter().zip(&self.on_device);
-        let place = |(slice, on_device): (&LocalSlice, &bool)| {
-            if !on_device {
+    fn device_bytes(&self) -> usize {
+        let parts = self.slices.iter().zip(&self.devices);
+        parts
+            .filter(|(_, d)| d.is_some())
+            .map(|(s, _)| s.len())
+            .sum()
+    }
+
+    /// The same ranges with the devices' in a buffer from `at` on.
+    fn placed(&self, half: &Half, at: &mut usize, pieces: &mut Vec<DevicePiece>) -> Slices {
+        let parts = self.slices.iter().zip(&self.devices);
+        let place = |(slice, device): (&LocalSlice, &Option<Device>)| {
+            let Some(device) = *device else {
                 return *slice;
-            }
-            pieces.push((slice.as_ptr() as usize, *at, slice.len()));
+            };
+            pieces.push(DevicePiece {
+                device,
+                address: slice.as_ptr() as usize,
+                offset: *at,
+                length: slice.len(),
+            });
             // SAFETY: the caller made room in the buffer, which outlives the use of the slices.
             let placed = unsafe { LocalSlice::new(half.at(*at), slice.len()) };
             *at += slice.len();
@@ -69,9 +69,9 @@ impl Gathered {
     }
 }
 
-/// The device of the first that has one.
-pub(crate) fn device_of<'a>(mut all: impl Iterator<Item = &'a Gathered>) -> Option<Device> {
-    all.find_map(|g| g.device)
+/// Whether any range is a device's.
+pub(crate) fn any_on_device(all: &[&Gathered]) -> bool {
+    all.iter().any(|g| g.device().is_some())
 }
 
 /// Consecutive requests that fit a window together; one that does not fit any is a window of its own.
@@ -94,9 +94,14 @@ fn windows(all: &[&Gathered]) -> Vec<Range<usize>> {
     windows
 }
 
-fn place(half: &mut Half, part: &[&Gathered]) -> Result<(Vec<Slices>, Pieces), DeviceError> {
-    half.ensure(part.iter().map(|g| g.device_bytes()).sum())?;
-    let (mut at, mut pieces) = (0, Pieces::new());
+fn place(
+    half: &mut Half,
+    part: &[&Gathered],
+) -> Result<(Vec<Slices>, Vec<DevicePiece>), DeviceError> {
+    if let Some(device) = part.iter().find_map(|g| g.device()) {
+        half.ensure(device, part.iter().map(|g| g.device_bytes()).sum())?;
+    }
+    let (mut at, mut pieces) = (0, Vec::new());
     let slices = part.iter().map(|g| g.placed(half, &mut at, &mut pieces));
     Ok((slices.collect(), pieces))
 }
@@ -108,12 +113,11 @@ fn half(lane: &mut Lane, n: usize) -> Result<&mut Half, DeviceError> {
 /// Brings device memory to the host, window by window; `run` gets the numbers of a window's requests and their ranges, or
 /// why they could not be had.
 pub(crate) fn download(
-    device: Device,
     all: &[&Gathered],
     mut run: impl FnMut(Range<usize>, Result<&[Slices], DeviceError>),
 ) {
     let windows = windows(all);
-    let mut lane = match Lane::take(device) {
+    let mut lane = match Lane::take() {
         Ok(lane) => lane,
         Err(error) => return run(0..all.len(), Err(error)),
     };
@@ -144,13 +148,12 @@ pub(crate) fn download(
 /// Brings what `run` wrote to device memory, window by window; `run` returns the bytes it wrote per request, `None` for
 /// those that failed. Returns the requests whose bytes did not reach the device.
 pub(crate) fn upload(
-    device: Device,
     all: &[&Gathered],
     mut run: impl FnMut(Range<usize>, &[Slices]) -> Vec<Option<u64>>,
 ) -> Vec<(Range<usize>, DeviceError)> {
     let windows = windows(all);
     let mut failed = Vec::new();
-    let mut lane = match Lane::take(device) {
+    let mut lane = match Lane::take() {
         Ok(lane) => lane,
         Err(error) => return vec![(0..all.len(), error)],
     };
@@ -159,18 +162,22 @@ pub(crate) fn upload(
         let part = &all[windows[n].clone()];
         let (slices, _) = place(half, part)?;
         let written = run(windows[n].clone(), &slices);
-        let (mut at, mut pieces) = (0, Pieces::new());
+        let (mut at, mut pieces) = (0, Vec::new());
         for (gathered, bytes) in part.iter().zip(written) {
             let mut left = bytes.unwrap_or(0) as usize;
-            for (slice, on_device) in gathered.slices.iter().zip(&gathered.on_device) {
+            for (slice, device) in gathered.slices.iter().zip(&gathered.devices) {
                 let length = slice.len().min(left);
                 left -= length;
-                if *on_device {
-                    if length > 0 {
-                        pieces.push((slice.as_ptr() as usize, at, length));
-                    }
-                    at += slice.len();
+                let Some(device) = *device else { continue };
+                if length > 0 {
+                    pieces.push(DevicePiece {
+                        device,
+                        address: slice.as_ptr() as usize,
+                        offset: at,
+                        length,
+                    });
                 }
+                at += slice.len();
             }
         }
         half.upload(&pieces)
@@ -201,15 +208,15 @@ pub(crate) fn at_once<R>(
     writes: bool,
     run: impl FnOnce(&[Slices]) -> R,
 ) -> Result<R, DeviceError> {
-    let Some(device) = device_of(all.iter().copied()) else {
+    if !any_on_device(all) {
         let slices: Vec<Slices> = all.iter().map(|g| g.slices.clone()).collect();
         return Ok(run(&slices));
-    };
+    }
     let total: usize = all.iter().map(|g| g.device_bytes()).sum();
     if total > WINDOW_MAX {
         return Err(DeviceError::TooLarge);
     }
-    let mut lane = Lane::take(device)?;
+    let mut lane = Lane::take()?;
     let half = half(&mut lane, 0)?;
     let (slices, pieces) = place(half, all)?;
     if !writes {

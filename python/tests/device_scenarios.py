@@ -166,6 +166,14 @@ def two_devices():
     assert store.put_from(key(3), second, 1000) == 0 and store.get(key(3)) == b"b" * 1000
     assert store.batch_get_into([key(1), key(2)], [second, first], [1000, 1000]) == [1000, 1000]
     assert gpu.read(first, 1000) == b"b" * 1000 and gpu.read(second, 1000) == b"a" * 1000
+    # One object of both, with the host in between, put and got.
+    host = ctypes.create_string_buffer(b"host", 4)
+    parts, sizes = [second, ctypes.addressof(host), first], [1000, 4, 1000]
+    assert store.batch_put_from_multi_buffers([key(4)], [parts], [sizes]) == [0]
+    assert store.get(key(4)) == b"a" * 1000 + b"host" + b"b" * 1000
+    parts = [first + 2000, ctypes.addressof(host), second + 2000]
+    assert store.batch_get_into_multi_buffers([key(4)], [parts], [sizes]) == [2004]
+    assert gpu.read(first + 2000, 1000) == b"a" * 1000 and gpu.read(second + 2000, 1000) == b"b" * 1000
     assert store.close() == 0
     tidy(gpu)
 
@@ -189,6 +197,7 @@ def failures():
 
 def threads():
     gpu, store = Gpu(), opened()
+    store.remove_all(force=True)
     wrong = []
 
     def work(n):
@@ -207,7 +216,7 @@ def threads():
     for worker in workers:
         worker.join()
     assert not wrong, wrong
-    assert gpu.count(STREAMS) <= 16, "at most eight lanes of two streams"
+    assert gpu.count(STREAMS) <= 16, "at most eight lanes of two streams each"
     assert store.close() == 0
     tidy(gpu)
 
@@ -270,6 +279,12 @@ def engine_on_cuda():
     assert gpu.count(WAITS) > waits and gpu.read(target, 60) == b"stream" * 10
     assert here.batch_transfer_read_on_cuda(peer, [source + 100], [target], [60], stream_ptr=0) == 0
     assert gpu.read(source + 100, 60) == b"stream" * 10
+    # Memory of the host works, too, alone and with a device's.
+    host = ctypes.create_string_buffer(60)
+    assert here.transfer_read_on_cuda(peer, ctypes.addressof(host), target, 60) == 0
+    assert host.raw == b"stream" * 10
+    code = here.batch_transfer_read_on_cuda(peer, [ctypes.addressof(host), source], [target + 6, target], [54, 6])
+    assert code == 0 and host.raw == b"stream" * 10
     tidy(gpu)
 
 

@@ -235,3 +235,34 @@ def test_names(metadata):
     assert memory.raw == b"\x07" * 16
     assert engine.transfer_sync_read("somebody:1", base, other.base, 16) == -1
     other.stop()
+
+
+def test_large_metadata_values(master):
+    """An engine with very many buffers describes each of them."""
+    from urllib.request import Request, urlopen
+
+    url, value = f"http://{master.address}/metadata?key=large", os.urandom(5 << 20)
+    with urlopen(Request(url, data=value, method="PUT"), timeout=10) as answer:
+        assert answer.status == 200
+    with urlopen(url, timeout=10) as answer:
+        assert answer.read() == value
+    with urlopen(Request(url, method="DELETE"), timeout=10) as answer:
+        assert answer.status == 200
+
+
+def test_the_status_of_a_batch_comes_in_time(peer, monkeypatch):
+    import signal
+
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "1")
+    engine = TransferEngine()
+    assert engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
+    memory = ctypes.create_string_buffer(1000)
+    assert engine.transfer_sync_read(peer.name, ctypes.addressof(memory), peer.base, 1000) == 0
+    os.kill(peer.process.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        batch = engine.batch_transfer_async_read(peer.name, [ctypes.addressof(memory)], [peer.base], [1000])
+        assert batch > 0 and engine.get_batch_transfer_status([batch]) == -1
+        assert time.monotonic() - began < 4
+    finally:
+        os.kill(peer.process.pid, signal.SIGCONT)

@@ -49,6 +49,15 @@ def test_config_variables(monkeypatch):
         MooncakeConfig.load_from_env()
 
 
+@pytest.mark.parametrize("name", ["protocol", "local_hostname", "master_server_address"])
+def test_a_config_says_what_is_no_text(tmp_path, name):
+    config = {"local_hostname": "h", "metadata_server": "m", "master_server_address": "a:1", name: 5}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(TypeError, match=f"{name} must be a text, not int"):
+        MooncakeConfig.from_file(path)
+
+
 def test_async_store(master, lender):
     async def run():
         store = MooncakeDistributedStoreAsync()

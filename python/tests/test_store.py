@@ -218,6 +218,76 @@ def test_embedded_pool():
     assert extra["ret"] == 0 and extra["allocated_size"] == 8 << 20
     assert store.unmount_segment(extra["segment_ids"]) == 0
     assert store.unmount_segment(["nobody"]) == -101
+
+
+def test_a_file_is_lent(master, tmp_path):
+    """Its memory takes objects, which other processes read; afterwards the file is the caller's again."""
+    path = f"/dev/shm/mooncake-test-lent-{os.getpid()}"
+    with open(path, "wb") as file:
+        file.truncate(9 << 20)
+    lending, reading = joined(master.address), joined(master.address)
+    try:
+        lent = lending.mount_segment(path, 8 << 20, offset=1 << 20)
+        assert lent["ret"] == 0 and lent["allocated_size"] == 8 << 20 and len(lent["segment_ids"]) == 1
+        config = ReplicateConfig()
+        config.preferred_segment = lent["segment_ids"][0]
+        value = os.urandom(1 << 20)
+        assert reading.put("lent", value, config) == 0 and reading.put("small", b"small", config) == 0
+        (replica,) = reading.get_replica_desc("lent")
+        place = replica.get_memory_descriptor().buffer_descriptor
+        assert place.transport_endpoint == lent["segment_ids"][0]
+        assert reading.get("lent") == value == lending.get("lent") and lending.get("small") == b"small"
+        with open(path, "rb") as file:
+            assert value in file.read()
+        assert lending.unmount_segment(lent["segment_ids"]) == 0
+        for wrong in ((path, 8 << 20, 2 << 20), (path, 100), (path, 4096, 100), (path, 0), (path, 2**63, 4096), ("/dev/null", 4096)):
+            refused = lending.mount_segment(*wrong)
+            assert refused["ret"] == -600 and refused["segment_ids"] == [], wrong
+        assert lending.mount_segment(str(tmp_path / "missing"), 4096)["ret"] == -1101
+    finally:
+        os.unlink(path)
+    reading.remove_all(force=True)
+    assert lending.close() == 0 and reading.close() == 0
+
+
+def test_an_engine_is_shared(master, lender):
+    """What is registered with the engine is known to the store, and the other way round."""
+    from mooncake.engine import TransferEngine
+
+    engine, peer = TransferEngine(), TransferEngine()
+    store = MooncakeDistributedStore()
+    arguments = ("127.0.0.1", "P2PHANDSHAKE", 0, 0, "tcp", "", master.address)
+    assert store.setup(*arguments, engine=engine) == -600, "not initialized"
+    for each in (engine, peer):
+        assert each.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
+    with pytest.raises(TypeError, match="TransferEngine"):
+        store.setup(*arguments, engine=object())
+    listening = listeners()
+    assert store.setup(*arguments, engine=engine.get_engine()) == 0
+    assert listeners() == listening, "no second listener"
+    mine, theirs = ctypes.create_string_buffer(b"m" * 5000, 5000), ctypes.create_string_buffer(5000)
+    base, target = ctypes.addressof(mine), ctypes.addressof(theirs)
+    name = f"127.0.0.1:{engine.get_rpc_port()}"
+    assert peer.transfer_sync_read(name, target, base, 5000) == -1, "not open yet"
+    assert store.register_buffer(base, 5000) == 0 and engine.register_memory(base, 5000) == -7
+    assert peer.transfer_sync_read(name, target, base, 5000) == 0 and theirs.raw == mine.raw
+    assert store.unregister_buffer(base) == 0
+    assert peer.transfer_sync_read(name, target, base, 5000) == -1, "closed again"
+    assert engine.register_memory(base, 5000) == 0 and store.register_buffer(base + 100, 100) == 0
+    assert store.put_from("shared", base, 5000) == 0 and store.get("shared") == mine.raw
+    assert store.unregister_buffer(base + 100) == 0
+    assert peer.transfer_sync_read(name, target, base, 5000) == 0, "it is the engine's own"
+    store.remove("shared", force=True)
+    assert store.register_buffer(target, 5000) == 0 and store.close() == 0
+    assert peer.transfer_sync_read(f"127.0.0.1:{peer.get_rpc_port()}", base, target, 10) == -1
+    assert engine.unregister_memory(base) == 0
+
+
+def listeners():
+    mine = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+    with open("/proc/self/net/tcp") as table:
+        rows = [line.split() for line in table.readlines()[1:]]
+    return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine}
     assert other.close() == 0 and store.close() == 0
 
 

@@ -365,6 +365,7 @@ async fn embedded(
         listen,
         advertise: r.text("advertise").map(str::to_owned),
         segments: vec![memory],
+        files: Vec::new(),
         populate: true,
         lanes_max,
     })?;

@@ -57,8 +57,10 @@ pub trait DeviceCopies: Send + Sync + std::fmt::Debug {
 pub struct Memory {
     base: NonNull<u8>,
     length: usize,
-    /// None for borrowed memory.
+    /// What peers of this host may map; none for memory of the caller's or of a file.
     fd: Option<OwnedFd>,
+    /// Whether it is unmapped on drop.
+    owned: bool,
     pages: PageKind,
     /// Chunks whose pages are in our page tables already: a fault per page costs more than copying it. Only for mappings
     /// of a peer's memory; whoever created memory touches all of it.
@@ -130,7 +132,41 @@ impl Memory {
         Ok(memory)
     }
 
+    /// Maps part of a file, whose blocks are all allocated first: a page without one would be a signal. It is not handed to
+    /// other processes, since nothing keeps a file from being cut; who cuts it while it is mapped kills this process.
+    ///
+    /// # Errors
+    /// `InvalidInput` for what is not a regular file, a range outside of it or not on page boundaries; from the kernel.
+    pub fn from_file(file: &std::fs::File, offset: u64, length: usize) -> io::Result<Self> {
+        let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
+        let about = file.metadata()?;
+        if !about.is_file() {
+            return Err(wrong("not a regular file"));
+        }
+        let end = offset.checked_add(length as u64);
+        if length == 0 || end.is_none_or(|end| end > about.len()) {
+            return Err(wrong("the range does not lie inside the file"));
+        }
+        if !offset.is_multiple_of(4096) || !length.is_multiple_of(4096) {
+            return Err(wrong("the range is not on page boundaries"));
+        }
+        let keep = rustix::fs::FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(file, keep, offset, length as u64)?;
+        let mut memory = Self::map_at(
+            file.as_fd().try_clone_to_owned()?,
+            offset,
+            length,
+            PageKind::Small,
+        )?;
+        memory.fd = None;
+        Ok(memory)
+    }
+
     fn map(fd: OwnedFd, length: usize, pages: PageKind) -> io::Result<Self> {
+        Self::map_at(fd, 0, length, pages)
+    }
+
+    fn map_at(fd: OwnedFd, offset: u64, length: usize, pages: PageKind) -> io::Result<Self> {
         // Huge pages are reserved now or the mapping fails: a touch without a page would be a SIGBUS.
         let reserve = match pages {
             PageKind::Huge => MapFlags::empty(),
@@ -140,7 +176,7 @@ impl Memory {
             let protection = ProtFlags::READ | ProtFlags::WRITE;
             let flags = MapFlags::SHARED | reserve | fixed;
             // SAFETY: at an address of the kernel's choice, or over a reservation that nobody else knows of.
-            unsafe { rustix::mm::mmap(base.cast(), length, protection, flags, &fd, 0) }
+            unsafe { rustix::mm::mmap(base.cast(), length, protection, flags, &fd, offset) }
         };
         let aligned = if pages == PageKind::Small && length >= HUGE_PAGE {
             // Where this fails the reservation may be gone already: it is not touched again.
@@ -160,6 +196,7 @@ impl Memory {
             base,
             length,
             fd: Some(fd),
+            owned: true,
             pages,
             touched: Box::default(),
             device: None,
@@ -181,6 +218,7 @@ impl Memory {
             base,
             length,
             fd: None,
+            owned: false,
             pages: PageKind::Small,
             touched: Box::default(),
             device: None,
@@ -193,6 +231,7 @@ impl Memory {
             base,
             length,
             fd: None,
+            owned: false,
             pages: PageKind::Small,
             touched: Box::default(),
             device: Some(copies),
@@ -315,7 +354,7 @@ fn reserve_aligned(length: usize) -> io::Result<*mut u8> {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if self.fd.is_none() {
+        if !self.owned {
             return;
         }
         // SAFETY: mapped by us with this length; nobody holds a pointer longer than the Arc that owns this.
@@ -326,6 +365,42 @@ impl Drop for Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_is_mapped_where_it_is_whole() {
+        use std::io::{Read, Seek, SeekFrom};
+        use std::os::fd::AsRawFd;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("segment");
+        let mut file = std::fs::OpenOptions::new();
+        let file = file.read(true).write(true).create_new(true);
+        let mut file = file.open(&path).unwrap();
+        file.set_len(16 << 10).unwrap();
+        let memory = Memory::from_file(&file, 4096, 8192).unwrap();
+        memory.publish(8, 42);
+        assert!(memory.fd().is_none(), "nobody else maps it");
+        file.seek(SeekFrom::Start(4096 + 8)).unwrap();
+        let mut word = [0; 8];
+        file.read_exact(&mut word).unwrap();
+        assert_eq!(u64::from_ne_bytes(word), 42);
+        drop(memory);
+        for (offset, length) in [
+            (0, 0),
+            (0, 20 << 10),
+            (100, 4096),
+            (u64::MAX, 4096),
+            (0, 100),
+        ] {
+            let refused = Memory::from_file(&file, offset, length).unwrap_err();
+            assert_eq!(refused.kind(), std::io::ErrorKind::InvalidInput);
+        }
+        let null = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/null");
+        let null = null.unwrap();
+        assert!(null.as_raw_fd() >= 0 && Memory::from_file(&null, 0, 4096).is_err());
+    }
 
     #[test]
     fn maps_shares_and_bounds() {

@@ -297,6 +297,21 @@ impl TransferEngine {
             .find_map(|t| t.map(peer, segment, incarnation))
     }
 
+    /// Carries out a read if the peer's segment is mapped here already: a copy, and nothing that waits. `None` when it is
+    /// not, or is not memory of the host.
+    pub fn read_mapped(&self, request: &TransferRequest) -> Option<TransferResult> {
+        let (segment, incarnation) = (request.grant.segment, request.grant.incarnation);
+        let find = |t: &Arc<dyn Transport>| t.mapped(&request.peer, segment, incarnation);
+        let memory = self.transports.iter().find_map(find)?;
+        if request.opcode != Opcode::Read || memory.device().is_some() {
+            return None;
+        }
+        Some(request.check().and_then(|()| {
+            memory.touch(request.offset, request.length);
+            transport::loopback::copy_out(&memory, request)
+        }))
+    }
+
     /// Whether the process behind memory from [`TransferEngine::map`] still lives.
     pub fn lives(&self, peer: &Peer, segment: u32, incarnation: u64) -> bool {
         // Whether a transport may be tried right now says nothing about a mapping that is there.

@@ -21,7 +21,7 @@ use super::transport::TransportKind;
 use super::transport::describe::Inquirer;
 use super::transport::frame::Region;
 use super::transport::lane::Identity;
-use super::transport::server::DataServer;
+use super::transport::server::{DEVICE_LANE_STACK, DataServer};
 use super::{EngineConfig, TransferEngine};
 use crate::base::clock::unix_ms;
 use crate::base::id::{Id128, random_u64};
@@ -160,7 +160,12 @@ impl PeerEngine {
         let me = Id128::random();
         let inbox = Arc::new(Inbox::default());
         let host = Arc::new(SegmentHost::new(me, keys.clone(), inbox.clone()));
-        let server = DataServer::start(host.clone(), TcpListener::bind(listen)?, LANES_MAX)?;
+        let server = DataServer::start(
+            host.clone(),
+            TcpListener::bind(listen)?,
+            LANES_MAX,
+            DEVICE_LANE_STACK,
+        )?;
         let mut config = EngineConfig::new(me, keys.clone());
         config.transports = vec![TransportKind::Loopback, TransportKind::Tcp];
         let inquirer = Inquirer::new(Identity {

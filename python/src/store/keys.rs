@@ -5,51 +5,75 @@ use mooncake::store::model::error::StoreError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::{INVALID_PARAMS, Store};
-use crate::args::{Key, Keys, code};
+use super::{INVALID_PARAMS, Store, ready};
+use crate::args::{Key, Keys, List, code};
 use crate::descriptors::{self, ReplicaDescriptor};
 
+/// 1, 0 or a negative code per key.
+fn exist_each(client: &PoolClient, keys: &[&[u8]]) -> Vec<i32> {
+    match client.exist(keys) {
+        Ok(found) => found.into_iter().map(i32::from).collect(),
+        // One bad key refuses the batch: ask for each, so that the others get their answer.
+        Err(StoreError::InvalidKey { .. } | StoreError::Refused { .. }) if keys.len() > 1 => keys
+            .iter()
+            .flat_map(|key| exist_each(client, &[key]))
+            .collect(),
+        Err(error) => vec![code(&error); keys.len()],
+    }
+}
+
+fn remove_each(client: &PoolClient, keys: &[&[u8]], force: bool) -> Vec<i32> {
+    match client.remove(keys, force) {
+        Ok(results) => results
+            .into_iter()
+            .map(|r| r.err().as_ref().map_or(0, code))
+            .collect(),
+        Err(error) => vec![code(&error); keys.len()],
+    }
+}
+
+/// The only one.
+fn only(py: Python<'_>, codes: Vec<i32>) -> PyResult<Py<PyAny>> {
+    ready(py, codes.first().copied().unwrap_or(INVALID_PARAMS))
+}
+
 impl Store {
-    fn exist_all(&self, py: Python<'_>, keys: &[&[u8]]) -> Vec<i32> {
+    /// A code per key.
+    fn codes(
+        &self,
+        py: Python<'_>,
+        keys: Keys,
+        ask: impl FnOnce(&PoolClient, &[&[u8]]) -> Vec<i32> + Send + 'static,
+        finish: impl FnOnce(Python<'_>, Vec<i32>) -> PyResult<Py<PyAny>> + Send + 'static,
+    ) -> PyResult<Py<PyAny>> {
+        let count = keys.len();
         let pool = match self.pool() {
             Ok(pool) => pool,
-            Err(code) => return vec![code; keys.len()],
+            Err(code) => return finish(py, vec![code; count]),
         };
-        match py.detach(|| pool.client.exist(keys)) {
-            Ok(found) => found.into_iter().map(i32::from).collect(),
-            // One bad key refuses the batch: ask for each, so that the others get their answer.
-            Err(StoreError::InvalidKey { .. } | StoreError::Refused { .. }) if keys.len() > 1 => {
-                keys.iter()
-                    .flat_map(|key| self.exist_all(py, &[key]))
-                    .collect()
-            }
-            Err(error) => vec![code(&error); keys.len()],
-        }
+        self.run(
+            py,
+            move || ask(&pool.client, &keys.bytes()),
+            move |error| vec![code(&error); count],
+            finish,
+        )
     }
 
-    fn remove_all_of(&self, py: Python<'_>, keys: &[&[u8]], force: bool) -> Vec<i32> {
+    fn remove_matching(&self, py: Python<'_>, regex: &str, force: bool) -> PyResult<Py<PyAny>> {
         let pool = match self.pool() {
             Ok(pool) => pool,
-            Err(code) => return vec![code; keys.len()],
+            Err(code) => return ready(py, code),
         };
-        match py.detach(|| pool.client.remove(keys, force)) {
-            Ok(results) => results
-                .into_iter()
-                .map(|r| r.err().as_ref().map_or(0, code))
-                .collect(),
-            Err(error) => vec![code(&error); keys.len()],
-        }
-    }
-
-    fn remove_matching(&self, py: Python<'_>, regex: &str, force: bool) -> i64 {
-        let pool = match self.pool() {
-            Ok(pool) => pool,
-            Err(code) => return i64::from(code),
-        };
-        match py.detach(|| pool.client.remove_matching(regex, force)) {
-            Ok((removed, _)) => removed as i64,
-            Err(error) => i64::from(code(&error)),
-        }
+        let regex = regex.to_owned();
+        self.run(
+            py,
+            move || match pool.client.remove_matching(&regex, force) {
+                Ok((removed, _)) => removed as i64,
+                Err(error) => i64::from(code(&error)),
+            },
+            |error| i64::from(code(&error)),
+            ready,
+        )
     }
 }
 
@@ -71,111 +95,124 @@ impl Store {
 #[pymethods]
 impl Store {
     /// Puts further replicas on segments: 0, or a negative code.
-    fn _copy_replicas(&self, py: Python<'_>, key: Key<'_>, targets: Vec<String>) -> i32 {
+    fn _copy_replicas(&self, py: Python<'_>, key: Key, targets: List<String>) -> i32 {
         let key = key.bytes();
-        self.with_replicas(py, |client| client.copy_replicas(key, &targets))
+        self.with_replicas(py, |client| client.copy_replicas(key, &targets.0))
     }
 
     /// Moves a replica from one segment to another: 0, or a negative code.
-    fn _move_replica(&self, py: Python<'_>, key: Key<'_>, source: &str, target: &str) -> i32 {
+    fn _move_replica(&self, py: Python<'_>, key: Key, source: &str, target: &str) -> i32 {
         let key = key.bytes();
         self.with_replicas(py, |client| client.move_replica(key, source, target))
     }
 
     /// Gives up the replica on a segment: 0, or a negative code.
-    fn _clear_replica(&self, py: Python<'_>, key: Key<'_>, segment: &str) -> i32 {
+    fn _clear_replica(&self, py: Python<'_>, key: Key, segment: &str) -> i32 {
         let key = key.bytes();
         self.with_replicas(py, |client| client.clear_replica(key, segment))
     }
 
     /// 1 there, 0 not there, negative: unknown.
-    fn is_exist(&self, py: Python<'_>, key: Key<'_>) -> i32 {
-        self.exist_all(py, &[key.bytes()])
-            .pop()
-            .unwrap_or(INVALID_PARAMS)
+    fn is_exist(&self, py: Python<'_>, key: Key) -> PyResult<Py<PyAny>> {
+        self.codes(py, Keys::one(key), exist_each, only)
     }
 
     /// `is_exist` for each key, in one exchange.
-    fn batch_is_exist(&self, py: Python<'_>, keys: Keys<'_>) -> Vec<i32> {
-        self.exist_all(py, &keys.bytes())
+    fn batch_is_exist(&self, py: Python<'_>, keys: Keys) -> PyResult<Py<PyAny>> {
+        self.codes(py, keys, exist_each, ready)
     }
 
     /// Bytes of an object, or a negative code.
-    fn get_size(&self, py: Python<'_>, key: Key<'_>) -> i64 {
+    fn get_size(&self, py: Python<'_>, key: Key) -> PyResult<Py<PyAny>> {
         let pool = match self.pool() {
             Ok(pool) => pool,
-            Err(code) => return i64::from(code),
+            Err(code) => return ready(py, code),
         };
-        let names = [key.bytes()];
-        let size = py.detach(|| pool.client.sizes(&names)).pop();
-        match size {
-            Some(Ok(bytes)) => bytes as i64,
-            Some(Err(error)) => i64::from(code(&error)),
-            None => i64::from(INVALID_PARAMS),
-        }
+        self.run_each(
+            py,
+            1,
+            move || pool.client.sizes(&[key.bytes()]),
+            |py, sizes| match sizes.first() {
+                Some(Ok(bytes)) => ready(py, *bytes),
+                Some(Err(error)) => ready(py, code(error)),
+                None => ready(py, INVALID_PARAMS),
+            },
+        )
     }
 
     /// Removes an object: 0, -704 missing, -706 leased by a reader (unless `force`).
     #[pyo3(signature = (key, force=false))]
-    fn remove(&self, py: Python<'_>, key: Key<'_>, force: bool) -> i32 {
-        self.remove_all_of(py, &[key.bytes()], force)
-            .pop()
-            .unwrap_or(INVALID_PARAMS)
+    fn remove(&self, py: Python<'_>, key: Key, force: bool) -> PyResult<Py<PyAny>> {
+        let remove = move |client: &PoolClient, keys: &[&[u8]]| remove_each(client, keys, force);
+        self.codes(py, Keys::one(key), remove, only)
     }
 
     /// A code per key.
     #[pyo3(signature = (keys, force=false))]
-    fn batch_remove(&self, py: Python<'_>, keys: Keys<'_>, force: bool) -> Vec<i32> {
-        self.remove_all_of(py, &keys.bytes(), force)
+    fn batch_remove(&self, py: Python<'_>, keys: Keys, force: bool) -> PyResult<Py<PyAny>> {
+        let remove = move |client: &PoolClient, keys: &[&[u8]]| remove_each(client, keys, force);
+        self.codes(py, keys, remove, ready)
     }
 
     /// Removes every key that the expression matches: how many, or a negative code.
     #[pyo3(signature = (regex_pattern, force=false))]
-    fn remove_by_regex(&self, py: Python<'_>, regex_pattern: &str, force: bool) -> i64 {
+    fn remove_by_regex(
+        &self,
+        py: Python<'_>,
+        regex_pattern: &str,
+        force: bool,
+    ) -> PyResult<Py<PyAny>> {
         if regex_pattern.is_empty() {
-            return i64::from(INVALID_PARAMS);
+            return ready(py, INVALID_PARAMS);
         }
         self.remove_matching(py, regex_pattern, force)
     }
 
     /// Removes every key of this tenant: how many, or a negative code.
     #[pyo3(signature = (force=false))]
-    fn remove_all(&self, py: Python<'_>, force: bool) -> i64 {
+    fn remove_all(&self, py: Python<'_>, force: bool) -> PyResult<Py<PyAny>> {
         self.remove_matching(py, "", force)
     }
 
     /// The replicas of a key; empty when there is no such object.
-    fn get_replica_desc(&self, py: Python<'_>, key: Key<'_>) -> PyResult<Vec<ReplicaDescriptor>> {
+    fn get_replica_desc(&self, py: Python<'_>, key: Key) -> PyResult<Py<PyAny>> {
         let Ok(pool) = self.pool() else {
-            return Ok(Vec::new());
+            return ready(py, Vec::<ReplicaDescriptor>::new());
         };
-        let names = [key.bytes()];
-        let found = py.detach(|| descriptors::describe(&pool.client, &names));
-        match found.into_iter().next().flatten() {
-            Some(description) => descriptors::replicas(py, description),
-            None => Ok(Vec::new()),
-        }
+        self.run(
+            py,
+            move || descriptors::describe(&pool.client, &[key.bytes()]),
+            |_| Vec::new(),
+            |py, found| match found.into_iter().next().flatten() {
+                Some(description) => ready(py, descriptors::replicas(py, description)?),
+                None => ready(py, Vec::<ReplicaDescriptor>::new()),
+            },
+        )
     }
 
     /// The replicas of each key that is there.
-    fn batch_get_replica_desc<'py>(
-        &self,
-        py: Python<'py>,
-        keys: Keys<'_>,
-    ) -> PyResult<Bound<'py, PyDict>> {
-        let answer = PyDict::new(py);
+    fn batch_get_replica_desc(&self, py: Python<'_>, keys: Keys) -> PyResult<Py<PyAny>> {
         let Ok(pool) = self.pool() else {
-            return Ok(answer);
+            return Ok(PyDict::new(py).into_any().unbind());
         };
-        let names = keys.bytes();
-        let found = py.detach(|| descriptors::describe(&pool.client, &names));
-        for (name, description) in names.iter().zip(found) {
-            if let Some(description) = description {
-                let replicas = descriptors::replicas(py, description)?;
-                answer.set_item(String::from_utf8_lossy(name), replicas)?;
-            }
-        }
-        Ok(answer)
+        self.run(
+            py,
+            move || {
+                let found = descriptors::describe(&pool.client, &keys.bytes());
+                (keys, found)
+            },
+            |_| (Keys::none(), Vec::new()),
+            |py, (keys, found)| {
+                let answer = PyDict::new(py);
+                for (name, description) in keys.bytes().iter().zip(found) {
+                    if let Some(description) = description {
+                        let replicas = descriptors::replicas(py, description)?;
+                        answer.set_item(String::from_utf8_lossy(name), replicas)?;
+                    }
+                }
+                Ok(answer.into_any().unbind())
+            },
+        )
     }
 
     /// Reads of offloaded objects answered by this process.

@@ -12,13 +12,14 @@ use mooncake::engine::peer::about;
 use mooncake::engine::transport::TransportKind;
 use mooncake::store::client::{ClientConfig, PoolClient};
 use mooncake::store::master::{Master, MasterConfig, MasterServer};
-use mooncake::store::node::{Node, NodeConfig, NodePhase};
+use mooncake::store::node::{FileRange, Node, NodeConfig, NodePhase};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyAny, PyDict};
 
 use super::{INVALID_PARAMS, Pool, Store};
 use crate::args::code;
+use crate::engine;
 use crate::process;
 
 /// Upstream's default of the dict form.
@@ -149,13 +150,20 @@ fn start_master(settings: &Settings) -> std::io::Result<(Arc<MasterServer>, Stri
     })
 }
 
+/// What memory is lent.
+pub(super) enum Lent {
+    /// So many bytes of new memory.
+    Fresh(u64),
+    File(FileRange),
+}
+
 /// Lends memory to the pool; the node, or why not.
 pub(super) fn start_node(
     master: &str,
     token: Option<Token>,
     listen: SocketAddr,
     advertise: Option<String>,
-    bytes: u64,
+    lent: Lent,
 ) -> Result<Node, i32> {
     let refused = |error: std::io::Error| {
         tracing::warn!("no memory lent to the pool: {error}");
@@ -165,6 +173,10 @@ pub(super) fn start_node(
             INTERNAL_ERROR
         }
     };
+    let (segments, files) = match lent {
+        Lent::Fresh(bytes) => (vec![ByteSize(bytes.next_multiple_of(4096))], Vec::new()),
+        Lent::File(part) => (Vec::new(), vec![part]),
+    };
     let runtime = process::runtime().map_err(refused)?;
     let _inside = runtime.enter();
     let node = Node::start(NodeConfig {
@@ -173,7 +185,8 @@ pub(super) fn start_node(
         name: None,
         listen,
         advertise,
-        segments: vec![ByteSize(bytes.next_multiple_of(4096))],
+        segments,
+        files,
         populate: true,
         lanes_max: 4096,
     })
@@ -196,6 +209,16 @@ fn master_of(address: &str, keys: &ClusterKeys) -> String {
         Ok(master) if !master.is_empty() => master,
         _ => address.to_owned(),
     }
+}
+
+/// The engine behind a `TransferEngine`.
+fn shared_engine(given: &Bound<'_, PyAny>) -> PyResult<Arc<engine::Shared>> {
+    let Ok(engine) = given.cast::<engine::Engine>() else {
+        return Err(PyTypeError::new_err(
+            "setup(): engine must be a mooncake.engine.TransferEngine",
+        ));
+    };
+    Ok(engine.get().share())
 }
 
 fn open(settings: Settings) -> Result<Pool, i32> {
@@ -242,7 +265,7 @@ fn open(settings: Settings) -> Result<Pool, i32> {
             settings.token.clone(),
             listen,
             advertise,
-            settings.segment_bytes,
+            Lent::Fresh(settings.segment_bytes),
         )?;
         node.name().clone_into(&mut hostname);
         client.add_local(node.host());
@@ -265,9 +288,8 @@ impl Store {
     #[pyo3(signature = (*_args, **_kwargs))]
     fn new(_args: &Bound<'_, pyo3::types::PyTuple>, _kwargs: Option<&Bound<'_, PyDict>>) -> Self {
         Self {
-            pool: parking_lot::RwLock::default(),
-            buffers: crate::buffers::Registered::default(),
-            memory: crate::buffers::HostMemoryAllocator::default(),
+            shared: Arc::default(),
+            apart: None,
         }
     }
 
@@ -295,8 +317,16 @@ impl Store {
         client_http_port: i32,
         config: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<i32> {
-        // Staging memory is not needed here, a shared engine neither: accepted as upstream's.
-        let _ = (rdma_devices, engine, ssd_offload_path, client_http_port);
+        // Staging memory is not needed here: accepted as upstream's.
+        let _ = (rdma_devices, ssd_offload_path, client_http_port);
+        let engine = match engine.filter(|e| !e.is_none()) {
+            None => None,
+            Some(given) => Some(shared_engine(given)?),
+        };
+        if engine.as_ref().is_some_and(|e| !e.is_running()) {
+            tracing::warn!("setup: the engine was not initialized");
+            return Ok(INVALID_PARAMS);
+        }
         let dict = config.or_else(|| local_hostname.and_then(|d| d.cast::<PyDict>().ok()));
         let settings = if let Some(dict) = dict {
             match Settings::from_dict(dict)? {
@@ -333,7 +363,11 @@ impl Store {
                 "setup: the client's HTTP server is not in this build: ask the master's"
             );
         }
-        Ok(py.detach(|| self.install(|| open(settings))))
+        let code = py.detach(|| self.install(|| open(settings)));
+        if code == 0 {
+            *self.engine.write() = engine;
+        }
+        Ok(code)
     }
 
     /// Upstream's test helper: a pool of this process alone, or with the master of `MC_STORE_MASTER`/`MOONCAKE_MASTER`.
@@ -388,11 +422,18 @@ impl Store {
     fn close(&self, py: Python<'_>) -> i32 {
         let pool = self.pool.write().take();
         let Some(pool) = pool else { return 0 };
+        let engine = self.engine.write().take();
+        let lent: Vec<(usize, usize)> = self.lent.lock().drain().collect();
         if pool.generation != process::generation() {
             std::mem::forget(pool);
             return 0;
         }
         py.detach(|| {
+            for (address, _) in lent {
+                if let Some(engine) = &engine {
+                    engine.unregister(address);
+                }
+            }
             let nodes: Vec<(String, Node)> = pool.nodes.lock().drain(..).collect();
             let deadline = Instant::now() + DRAIN;
             for (_, node) in &nodes {

@@ -8,19 +8,25 @@ mod put;
 mod segments;
 mod sessions;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::mem::ManuallyDrop;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use mooncake::store::client::{PoolClient, PutSession};
 use mooncake::store::master::MasterServer;
+use mooncake::store::model::error::StoreError;
 use mooncake::store::node::Node;
 use parking_lot::{Mutex, RwLock};
+use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 
 use crate::buffers::{HostMemoryAllocator, Registered};
+use crate::engine;
+use crate::mailbox::{Answer, Mailbox, Slot};
 use crate::process;
 use crate::staging::Gathered;
+use crate::workers::{Begun, Threads, Turn, Workers};
 
 /// Upstream's answer for a call before `setup` or after `close`, and for anything it does not accept.
 pub(crate) const INVALID_PARAMS: i32 = -600;
@@ -28,9 +34,34 @@ pub(crate) const INVALID_PARAMS: i32 = -600;
 /// A pool's client in this process.
 #[pyclass(module = "mooncake._native", subclass, frozen)]
 pub(crate) struct Store {
+    shared: Arc<Shared>,
+    /// Set for the one that an event loop calls: what waits for anybody else is done by threads.
+    apart: Option<Apart>,
+}
+
+/// What a store and those made from it have in common.
+#[derive(Default)]
+pub(crate) struct Shared {
     pool: RwLock<Option<Arc<Pool>>>,
     buffers: Registered,
     memory: HostMemoryAllocator,
+    /// The engine that `setup` was given: what is registered with one is known to the other.
+    engine: RwLock<Option<Arc<engine::Shared>>>,
+    /// Buffers (address, length) that were registered with the engine from here.
+    lent: Mutex<HashSet<(usize, usize)>>,
+}
+
+/// Where calls are carried out, and where their answers go.
+struct Apart {
+    threads: Arc<Threads>,
+    to: Arc<Slot>,
+}
+
+impl Deref for Store {
+    type Target = Shared;
+    fn deref(&self) -> &Shared {
+        &self.shared
+    }
 }
 
 /// What `setup` opened.
@@ -49,6 +80,66 @@ pub(crate) struct Pool {
 }
 
 impl Store {
+    /// The part of a call that may wait: here with the interpreter lock released, or by a thread that leaves the answer in
+    /// the mailbox; then this returns its number. `refuse` says what comes of it when it did not get its turn.
+    fn run<R: Send + 'static>(
+        &self,
+        py: Python<'_>,
+        job: impl FnOnce() -> R + Send + 'static,
+        refuse: impl FnOnce(StoreError) -> R + Send + 'static,
+        finish: impl FnOnce(Python<'_>, R) -> PyResult<Py<PyAny>> + Send + 'static,
+    ) -> PyResult<Py<PyAny>> {
+        let Some(apart) = &self.apart else {
+            let result = py.detach(job);
+            return finish(py, result);
+        };
+        let job = Box::new(move |turn| -> Answer {
+            let result = match turn {
+                Turn::Now => job(),
+                Turn::Refused(error) => refuse(error),
+            };
+            Box::new(move |py| finish(py, result))
+        });
+        let token = apart.threads.begin(&apart.to, job);
+        ready(py, Begun { token })
+    }
+
+    /// For results per key.
+    fn run_each<T: Send + 'static>(
+        &self,
+        py: Python<'_>,
+        count: usize,
+        job: impl FnOnce() -> Each<T> + Send + 'static,
+        finish: impl FnOnce(Python<'_>, Each<T>) -> PyResult<Py<PyAny>> + Send + 'static,
+    ) -> PyResult<Py<PyAny>> {
+        let refuse = move |error: StoreError| (0..count).map(|_| Err(error.clone())).collect();
+        self.run(py, job, refuse, finish)
+    }
+}
+
+/// A result per key.
+type Each<T> = Vec<Result<T, StoreError>>;
+
+/// An answer that is there already.
+fn ready<T: for<'py> IntoPyObject<'py>>(py: Python<'_>, value: T) -> PyResult<Py<PyAny>> {
+    value.into_py_any(py)
+}
+
+#[pymethods]
+impl Store {
+    /// The same store for an event loop: calls that must wait return a number, and their answers come to the mailbox.
+    fn _apart(&self, workers: &Workers, mailbox: &Mailbox) -> Self {
+        Self {
+            shared: self.shared.clone(),
+            apart: Some(Apart {
+                threads: workers.0.clone(),
+                to: mailbox.0.clone(),
+            }),
+        }
+    }
+}
+
+impl Shared {
     /// The pool, unless there is none or it is the parent process's.
     fn pool(&self) -> Result<Arc<Pool>, i32> {
         let pool = self.pool.read();
@@ -73,7 +164,10 @@ impl Store {
             return Err(INVALID_PARAMS);
         }
         let ranges = addresses.iter().copied().zip(lengths.iter().copied());
-        self.buffers.gather(ranges, write).ok_or(INVALID_PARAMS)
+        let engine = self.engine.read();
+        let others = engine.as_ref().map(|e| e.known());
+        let gathered = self.buffers.gather(ranges, others, write);
+        gathered.ok_or(INVALID_PARAMS)
     }
 }
 

@@ -6,10 +6,9 @@ use mooncake::store::model::error::StoreError;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::{INVALID_PARAMS, Store};
+use super::{INVALID_PARAMS, Store, ready};
 use crate::args::{Key, Keys, Value, Values, Word, WordLists, Words, code};
 use crate::config::ReplicateConfig;
-use crate::device::Device;
 use crate::staging::{self, Gathered, Slices};
 
 fn options(config: Option<&ReplicateConfig>, upsert: bool) -> PutOptions {
@@ -30,13 +29,12 @@ fn value_slice(value: &Value) -> LocalSlice {
 /// Puts whose bytes lie (in part) on a device.
 fn put_from_device(
     client: &PoolClient,
-    device: Device,
     requests: &[PutRequest<'_>],
     sources: &[&Gathered],
     options: &PutOptions,
 ) -> Vec<Result<PutOutcome, StoreError>> {
     let mut outcomes = Vec::with_capacity(requests.len());
-    staging::download(device, sources, |window, slices| match slices {
+    staging::download(sources, |window, slices| match slices {
         Ok(slices) => {
             let staged: Vec<PutRequest<'_>> = window
                 .zip(slices)
@@ -60,41 +58,40 @@ fn put_from_device(
     outcomes
 }
 
-impl Store {
-    /// One code per key. `sources` may hold refusals, which are passed on.
-    fn put_all(
-        &self,
-        py: Python<'_>,
-        keys: &[&[u8]],
-        sources: &[Result<Gathered, i32>],
-        config: Option<&ReplicateConfig>,
-        upsert: bool,
-    ) -> Vec<i32> {
-        let pool = match self.pool() {
-            Ok(pool) => pool,
-            Err(code) => return vec![code; keys.len()],
-        };
-        let options = options(config, upsert);
-        let groups = config.and_then(|c| c.group_ids.as_ref());
-        let mut codes: Vec<i32> = Vec::with_capacity(keys.len());
-        let mut requests = Vec::with_capacity(keys.len());
-        for (index, (key, source)) in keys.iter().zip(sources).enumerate() {
+/// What a put was called with; lives until it has ended, and the values with it.
+struct Put {
+    keys: Keys,
+    /// May hold refusals, which are passed on.
+    sources: Vec<Result<Gathered, i32>>,
+    _values: Vec<Value>,
+    options: PutOptions,
+    groups: Vec<String>,
+}
+
+impl Put {
+    /// One code per key.
+    fn carry_out(&self, client: &PoolClient) -> Vec<i32> {
+        let mut codes: Vec<i32> = Vec::with_capacity(self.keys.len());
+        let mut requests = Vec::with_capacity(self.keys.len());
+        for (index, (key, source)) in self.keys.bytes().iter().zip(&self.sources).enumerate() {
             match source {
                 Ok(source) => {
                     let mut request = PutRequest::new(key, source);
-                    request.group = groups.and_then(|g| g.get(index)).map_or("", String::as_str);
+                    request.group = self.groups.get(index).map_or("", String::as_str);
                     requests.push(request);
                     codes.push(0);
                 }
                 Err(refused) => codes.push(*refused),
             }
         }
-        let accepted: Vec<&Gathered> = sources.iter().flatten().collect();
-        let outcomes = py.detach(|| match staging::device_of(accepted.iter().copied()) {
-            None => pool.client.put(&requests, &options),
-            Some(device) => put_from_device(&pool.client, device, &requests, &accepted, &options),
-        });
-        let accepted = codes.iter_mut().zip(sources).filter(|(_, s)| s.is_ok());
+        let accepted: Vec<&Gathered> = self.sources.iter().flatten().collect();
+        let outcomes = if staging::any_on_device(&accepted) {
+            put_from_device(client, &requests, &accepted, &self.options)
+        } else {
+            client.put(&requests, &self.options)
+        };
+        let accepted = codes.iter_mut().zip(&self.sources);
+        let accepted = accepted.filter(|(_, source)| source.is_ok());
         for ((code_of, _), outcome) in accepted.zip(outcomes) {
             *code_of = match outcome {
                 Ok(_) | Err(StoreError::Exists) => 0,
@@ -106,48 +103,89 @@ impl Store {
         }
         codes
     }
+}
 
-    fn put_one(
+/// The only code, or the first that is not 0.
+fn worst(py: Python<'_>, codes: Vec<i32>) -> PyResult<Py<PyAny>> {
+    ready(py, codes.into_iter().find(|c| *c != 0).unwrap_or(0))
+}
+
+fn each(py: Python<'_>, codes: Vec<i32>) -> PyResult<Py<PyAny>> {
+    ready(py, codes)
+}
+
+/// How codes become the call's answer.
+type Finish = fn(Python<'_>, Vec<i32>) -> PyResult<Py<PyAny>>;
+
+impl Store {
+    fn put_all(
         &self,
         py: Python<'_>,
-        key: &Key<'_>,
-        source: Result<Gathered, i32>,
-        config: Option<&ReplicateConfig>,
-        upsert: bool,
-    ) -> i32 {
-        self.put_all(py, &[key.bytes()], &[source], config, upsert)
-            .pop()
-            .unwrap_or(INVALID_PARAMS)
+        keys: Keys,
+        sources: Vec<Result<Gathered, i32>>,
+        values: Vec<Value>,
+        how: (Option<&ReplicateConfig>, bool),
+        finish: Finish,
+    ) -> PyResult<Py<PyAny>> {
+        let count = keys.len();
+        let pool = match self.pool() {
+            Ok(pool) => pool,
+            Err(code) => return finish(py, vec![code; count]),
+        };
+        let (config, upsert) = how;
+        let put = Put {
+            keys,
+            sources,
+            _values: values,
+            options: options(config, upsert),
+            groups: config.and_then(|c| c.group_ids.clone()).unwrap_or_default(),
+        };
+        // The values go back to Python with the answer: releasing them needs the interpreter lock.
+        self.run(
+            py,
+            move || (put.carry_out(&pool.client), Some(put)),
+            move |error| (vec![code(&error); count], None),
+            move |py, (codes, _)| finish(py, codes),
+        )
+    }
+
+    fn put_value(
+        &self,
+        py: Python<'_>,
+        key: Key,
+        value: Value,
+        how: (Option<&ReplicateConfig>, bool),
+    ) -> PyResult<Py<PyAny>> {
+        let source = Gathered::host([value_slice(&value)].into_iter().collect());
+        let keys = Keys::one(key);
+        self.put_all(py, keys, vec![Ok(source)], vec![value], how, worst)
     }
 
     fn put_values(
         &self,
         py: Python<'_>,
-        keys: &Keys<'_>,
-        values: &Values,
-        config: Option<&ReplicateConfig>,
-        upsert: bool,
-    ) -> i32 {
+        keys: Keys,
+        values: Values,
+        how: (Option<&ReplicateConfig>, bool),
+    ) -> PyResult<Py<PyAny>> {
         if keys.len() != values.0.len() {
-            return INVALID_PARAMS;
+            return ready(py, INVALID_PARAMS);
         }
         let sources: Vec<Result<Gathered, i32>> = values
             .0
             .iter()
             .map(|v| Ok(Gathered::host([value_slice(v)].into_iter().collect())))
             .collect();
-        let codes = self.put_all(py, &keys.bytes(), &sources, config, upsert);
-        codes.into_iter().find(|c| *c != 0).unwrap_or(0)
+        self.put_all(py, keys, sources, values.0, how, worst)
     }
 
     fn put_value_parts(
         &self,
         py: Python<'_>,
-        key: &Key<'_>,
+        key: Key,
         parts: &Bound<'_, PyTuple>,
-        config: Option<&ReplicateConfig>,
-        upsert: bool,
-    ) -> PyResult<i32> {
+        how: (Option<&ReplicateConfig>, bool),
+    ) -> PyResult<Py<PyAny>> {
         let parts: Vec<Value> = parts.iter().map(|p| p.extract()).collect::<PyResult<_>>()?;
         let source: Slices = parts
             .iter()
@@ -156,31 +194,38 @@ impl Store {
             .collect();
         if source.is_empty() {
             tracing::warn!("put_parts: nothing to store");
-            return Ok(if self.pool().is_ok() {
-                0
-            } else {
-                INVALID_PARAMS
-            });
+            let open = self.pool().is_ok();
+            return ready(py, if open { 0 } else { INVALID_PARAMS });
         }
-        Ok(self.put_one(py, key, Ok(Gathered::host(source)), config, upsert))
+        let source = Gathered::host(source);
+        self.put_all(py, Keys::one(key), vec![Ok(source)], parts, how, worst)
+    }
+
+    fn put_buffer(
+        &self,
+        py: Python<'_>,
+        key: Key,
+        source: Result<Gathered, i32>,
+        how: (Option<&ReplicateConfig>, bool),
+    ) -> PyResult<Py<PyAny>> {
+        self.put_all(py, Keys::one(key), vec![source], Vec::new(), how, worst)
     }
 
     fn put_buffers(
         &self,
         py: Python<'_>,
-        keys: &Keys<'_>,
+        keys: Keys,
         addresses: &[usize],
         sizes: &[usize],
-        config: Option<&ReplicateConfig>,
-        upsert: bool,
-    ) -> Vec<i32> {
+        how: (Option<&ReplicateConfig>, bool),
+    ) -> PyResult<Py<PyAny>> {
         if keys.len() != addresses.len() || keys.len() != sizes.len() {
-            return vec![INVALID_PARAMS; keys.len()];
+            return ready(py, vec![INVALID_PARAMS; keys.len()]);
         }
         let pairs = addresses.iter().zip(sizes);
         let sources: Vec<Result<Gathered, i32>> =
             pairs.map(|(a, n)| self.slice(*a, *n, false)).collect();
-        self.put_all(py, &keys.bytes(), &sources, config, upsert)
+        self.put_all(py, keys, sources, Vec::new(), how, each)
     }
 }
 
@@ -191,12 +236,11 @@ impl Store {
     fn put(
         &self,
         py: Python<'_>,
-        key: Key<'_>,
+        key: Key,
         value: Value,
         config: Option<PyRef<'_, ReplicateConfig>>,
-    ) -> i32 {
-        let source = Gathered::host([value_slice(&value)].into_iter().collect());
-        self.put_one(py, &key, Ok(source), config.as_deref(), false)
+    ) -> PyResult<Py<PyAny>> {
+        self.put_value(py, key, value, (config.as_deref(), false))
     }
 
     /// Stores the concatenation of bytes-like parts.
@@ -204,11 +248,11 @@ impl Store {
     fn put_parts(
         &self,
         py: Python<'_>,
-        key: Key<'_>,
+        key: Key,
         parts: &Bound<'_, PyTuple>,
         config: Option<PyRef<'_, ReplicateConfig>>,
-    ) -> PyResult<i32> {
-        self.put_value_parts(py, &key, parts, config.as_deref(), false)
+    ) -> PyResult<Py<PyAny>> {
+        self.put_value_parts(py, key, parts, (config.as_deref(), false))
     }
 
     /// Stores values under keys: 0 or the first negative code.
@@ -216,11 +260,11 @@ impl Store {
     fn put_batch(
         &self,
         py: Python<'_>,
-        keys: Keys<'_>,
+        keys: Keys,
         values: Values,
         config: Option<PyRef<'_, ReplicateConfig>>,
-    ) -> i32 {
-        self.put_values(py, &keys, &values, config.as_deref(), false)
+    ) -> PyResult<Py<PyAny>> {
+        self.put_values(py, keys, values, (config.as_deref(), false))
     }
 
     /// Stores `size` bytes at an address.
@@ -228,13 +272,13 @@ impl Store {
     fn put_from(
         &self,
         py: Python<'_>,
-        key: Key<'_>,
+        key: Key,
         buffer_ptr: Word,
         size: Word,
         config: Option<PyRef<'_, ReplicateConfig>>,
-    ) -> i32 {
+    ) -> PyResult<Py<PyAny>> {
         let source = self.slice(buffer_ptr.0, size.0, false);
-        self.put_one(py, &key, source, config.as_deref(), false)
+        self.put_buffer(py, key, source, (config.as_deref(), false))
     }
 
     /// Stores metadata and payload from two addresses as one object, metadata first.
@@ -243,16 +287,16 @@ impl Store {
     fn put_from_with_metadata(
         &self,
         py: Python<'_>,
-        key: Key<'_>,
+        key: Key,
         buffer_ptr: Word,
         metadata_buffer_ptr: Word,
         size: Word,
         metadata_size: Word,
         config: Option<PyRef<'_, ReplicateConfig>>,
-    ) -> i32 {
+    ) -> PyResult<Py<PyAny>> {
         let addresses = [metadata_buffer_ptr.0, buffer_ptr.0];
         let source = self.gather(&addresses, &[metadata_size.0, size.0], false);
-        self.put_one(py, &key, source, config.as_deref(), false)
+        self.put_buffer(py, key, source, (config.as_deref(), false))
     }
 
     /// Stores buffers under keys: a code per key.
@@ -260,19 +304,13 @@ impl Store {
     fn batch_put_from(
         &self,
         py: Python<'_>,
-        keys: Keys<'_>,
+        keys: Keys,
         buffer_ptrs: Words,
         sizes: Words,
         config: Option<PyRef<'_, ReplicateConfig>>,
-    ) -> Vec<i32> {
-        self.put_buffers(
-            py,
-            &keys,
-            &buffer_ptrs.0,
-            &sizes.0,
-            config.as_deref(),
-            false,
-        )
+    ) -> PyResult<Py<PyAny>> {
+        let how = (config.as_deref(), false);
+        self.put_buffers(py, keys, &buffer_ptrs.0, &sizes.0, how)
     }
 
     /// Stores objects gathered from several buffers each: a code per key.
@@ -280,18 +318,19 @@ impl Store {
     fn batch_put_from_multi_buffers(
         &self,
         py: Python<'_>,
-        keys: Keys<'_>,
+        keys: Keys,
         all_buffer_ptrs: WordLists,
         all_sizes: WordLists,
         config: Option<PyRef<'_, ReplicateConfig>>,
-    ) -> Vec<i32> {
+    ) -> PyResult<Py<PyAny>> {
         if keys.len() != all_buffer_ptrs.0.len() || keys.len() != all_sizes.0.len() {
-            return vec![INVALID_PARAMS; keys.len()];
+            return ready(py, vec![INVALID_PARAMS; keys.len()]);
         }
         let pairs = all_buffer_ptrs.0.iter().zip(&all_sizes.0);
         let sources: Vec<Result<Gathered, i32>> =
             pairs.map(|(a, n)| self.gather(&a.0, &n.0, false)).collect();
-        self.put_all(py, &keys.bytes(), &sources, config.as_deref(), false)
+        let how = (config.as_deref(), false);
+        self.put_all(py, keys, sources, Vec::new(), how, each)
     }
 
     /// Like `put`, and replaces an existing object.
@@ -299,12 +338,11 @@ impl Store {
     fn upsert(
         &self,
         py: Python<'_>,
-        key: Key<'_>,
+        key: Key,
         value: Value,
         config: Option<PyRef<'_, ReplicateConfig>>,
-    ) -> i32 {
-        let source = Gathered::host([value_slice(&value)].into_iter().collect());
-        self.put_one(py, &key, Ok(source), config.as_deref(), true)
+    ) -> PyResult<Py<PyAny>> {
+        self.put_value(py, key, value, (config.as_deref(), true))
     }
 
     /// Like `put_parts`, and replaces an existing object.
@@ -312,11 +350,11 @@ impl Store {
     fn upsert_parts(
         &self,
         py: Python<'_>,
-        key: Key<'_>,
+        key: Key,
         parts: &Bound<'_, PyTuple>,
         config: Option<PyRef<'_, ReplicateConfig>>,
-    ) -> PyResult<i32> {
-        self.put_value_parts(py, &key, parts, config.as_deref(), true)
+    ) -> PyResult<Py<PyAny>> {
+        self.put_value_parts(py, key, parts, (config.as_deref(), true))
     }
 
     /// Like `put_batch`, and replaces existing objects.
@@ -324,11 +362,11 @@ impl Store {
     fn upsert_batch(
         &self,
         py: Python<'_>,
-        keys: Keys<'_>,
+        keys: Keys,
         values: Values,
         config: Option<PyRef<'_, ReplicateConfig>>,
-    ) -> i32 {
-        self.put_values(py, &keys, &values, config.as_deref(), true)
+    ) -> PyResult<Py<PyAny>> {
+        self.put_values(py, keys, values, (config.as_deref(), true))
     }
 
     /// Like `put_from`, and replaces an existing object.
@@ -336,13 +374,13 @@ impl Store {
     fn upsert_from(
         &self,
         py: Python<'_>,
-        key: Key<'_>,
+        key: Key,
         buffer_ptr: Word,
         size: Word,
         config: Option<PyRef<'_, ReplicateConfig>>,
-    ) -> i32 {
+    ) -> PyResult<Py<PyAny>> {
         let source = self.slice(buffer_ptr.0, size.0, false);
-        self.put_one(py, &key, source, config.as_deref(), true)
+        self.put_buffer(py, key, source, (config.as_deref(), true))
     }
 
     /// Like `batch_put_from`, and replaces existing objects.
@@ -350,31 +388,48 @@ impl Store {
     fn batch_upsert_from(
         &self,
         py: Python<'_>,
-        keys: Keys<'_>,
+        keys: Keys,
         buffer_ptrs: Words,
         sizes: Words,
         config: Option<PyRef<'_, ReplicateConfig>>,
-    ) -> Vec<i32> {
-        self.put_buffers(py, &keys, &buffer_ptrs.0, &sizes.0, config.as_deref(), true)
+    ) -> PyResult<Py<PyAny>> {
+        let how = (config.as_deref(), true);
+        self.put_buffers(py, keys, &buffer_ptrs.0, &sizes.0, how)
     }
 
     /// Vouches for memory that later calls name by address: 0, or -600 when it overlaps a registered buffer or is not
-    /// memory of this process.
-    fn register_buffer(&self, buffer_ptr: Word, size: Word) -> i32 {
-        if self.pool().is_ok() && self.buffers.add(buffer_ptr.0, size.0) {
-            0
-        } else {
-            INVALID_PARAMS
+    /// memory of this process. With a shared engine its peers reach it, too.
+    fn register_buffer(&self, py: Python<'_>, buffer_ptr: Word, size: Word) -> i32 {
+        let (address, length) = (buffer_ptr.0, size.0);
+        if self.pool().is_err() || !self.buffers.add(address, length) {
+            return INVALID_PARAMS;
         }
+        let Some(engine) = self.engine.read().clone() else {
+            return 0;
+        };
+        if engine.known().covers(address, length) {
+            return 0;
+        }
+        if py.detach(|| engine.register(address, length)) == 0 {
+            self.lent.lock().insert((address, length));
+            return 0;
+        }
+        self.buffers.remove(address);
+        INVALID_PARAMS
     }
 
     /// Takes `register_buffer` back: 0, or -600 for an address that is not registered. The memory is not touched.
-    fn unregister_buffer(&self, buffer_ptr: Word) -> i32 {
-        if self.buffers.remove(buffer_ptr.0) {
-            0
-        } else {
-            INVALID_PARAMS
+    fn unregister_buffer(&self, py: Python<'_>, buffer_ptr: Word) -> i32 {
+        let Some(length) = self.buffers.take(buffer_ptr.0) else {
+            return INVALID_PARAMS;
+        };
+        // What was registered with the engine by others, or is a part of that, is theirs.
+        if let Some(engine) = self.engine.read().clone()
+            && self.lent.lock().remove(&(buffer_ptr.0, length))
+        {
+            py.detach(|| engine.unregister(buffer_ptr.0));
         }
+        0
     }
 
     /// Address of memory that lives as long as this store; 0 when there is none.

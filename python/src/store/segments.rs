@@ -1,29 +1,31 @@
 //! Lending and taking back memory while the process runs.
 
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
 use std::time::Duration;
 
+use mooncake::store::node::FileRange;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::lifecycle::{start_node, stop_node};
+use super::lifecycle::{Lent, start_node, stop_node};
 use super::{INVALID_PARAMS, Store};
+use crate::args::List;
 
-const NOT_SUPPORTED: i32 = -1012;
+const FILE_OPEN_FAIL: i32 = -1101;
 const SEGMENT_NOT_FOUND: i32 = -101;
 
 impl Store {
-    fn mount(&self, py: Python<'_>, bytes: u64) -> Result<String, i32> {
+    fn mount(&self, py: Python<'_>, lent: Lent) -> Result<String, i32> {
         let pool = self.pool()?;
-        if bytes == 0 {
-            return Err(INVALID_PARAMS);
-        }
         py.detach(|| {
             let (host, _) = mooncake::base::net::split_host_port(&pool.hostname, 0)
                 .map_err(|_| INVALID_PARAMS)?;
             let address = mooncake::base::net::join_host_port(&host, 0);
             let listen = mooncake::base::net::resolve_one(&address).map_err(|_| INVALID_PARAMS)?;
             let token = super::lifecycle::token();
-            let node = start_node(pool.client.master(), token, listen, None, bytes)?;
+            let node = start_node(pool.client.master(), token, listen, None, lent)?;
             pool.client.add_local(node.host());
             let id = node.name().to_owned();
             pool.nodes.lock().push((id.clone(), node));
@@ -55,6 +57,13 @@ impl Store {
     }
 }
 
+/// Opens without waiting for the other end of what is no file.
+fn open_regular(path: &str) -> std::io::Result<File> {
+    let mut options = OpenOptions::new();
+    let options = options.read(true).write(true);
+    options.custom_flags(libc::O_NONBLOCK).open(path)
+}
+
 fn mounted<'py>(
     py: Python<'py>,
     outcome: Result<String, i32>,
@@ -83,12 +92,16 @@ impl Store {
         location: &str,
     ) -> PyResult<Bound<'py, PyDict>> {
         let _ = (protocol, location);
-        let outcome = self.mount(py, size);
-        mounted(py, outcome, size.next_multiple_of(4096))
+        let Some(rounded) = size.checked_next_multiple_of(4096).filter(|s| *s > 0) else {
+            return mounted(py, Err(INVALID_PARAMS), 0);
+        };
+        let outcome = self.mount(py, Lent::Fresh(size));
+        mounted(py, outcome, rounded)
     }
 
-    /// Lends memory of a file. Not built: a file that another process may shrink is a signal waiting to happen; lend
-    /// fresh memory with `allocate_and_mount_segment`.
+    /// Lends part of a file, of shared memory for one: `{"ret", "segment_ids", "allocated_size"}`. Offset and size are
+    /// multiples of 4096. The file's content is lost; whoever cuts it while it is lent kills this process, as with
+    /// upstream. Peers of this host reach it by TCP.
     #[pyo3(signature = (path, size, offset=0, protocol="tcp", location=""))]
     fn mount_segment<'py>(
         &self,
@@ -99,8 +112,23 @@ impl Store {
         protocol: &str,
         location: &str,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let _ = (path, size, offset, protocol, location);
-        mounted(py, Err(NOT_SUPPORTED), 0)
+        let _ = (protocol, location);
+        let opened = py.detach(|| open_regular(path));
+        let outcome = match opened {
+            Ok(file) => self.mount(
+                py,
+                Lent::File(FileRange {
+                    file: Arc::new(file),
+                    offset,
+                    length: size,
+                }),
+            ),
+            Err(error) => {
+                tracing::warn!("mount_segment: {path}: {error}");
+                Err(FILE_OPEN_FAIL)
+            }
+        };
+        mounted(py, outcome, size)
     }
 
     /// Takes lent memory back: 0, or -101 for an id that is not mounted.
@@ -108,10 +136,10 @@ impl Store {
     fn unmount_segment(
         &self,
         py: Python<'_>,
-        segment_ids: Vec<String>,
+        segment_ids: List<String>,
         grace_period_seconds: u64,
     ) -> i32 {
-        self.unmount(py, &segment_ids, grace_period_seconds)
+        self.unmount(py, &segment_ids.0, grace_period_seconds)
     }
 
     /// The same: memory lent by `allocate_and_mount_segment` is always freed with its segment.
@@ -119,10 +147,10 @@ impl Store {
     fn unmount_and_free_segment(
         &self,
         py: Python<'_>,
-        segment_ids: Vec<String>,
+        segment_ids: List<String>,
         grace_period_seconds: u64,
     ) -> i32 {
-        self.unmount(py, &segment_ids, grace_period_seconds)
+        self.unmount(py, &segment_ids.0, grace_period_seconds)
     }
 
     /// There is no disk segment in this build: -101.

@@ -11,7 +11,7 @@ enum { REGIONS = 256, INVALID = 1 };
 
 struct region { u64 start; size_t size; char *shadow; int device; };
 struct copy { int up; u64 device; void *host; size_t size; struct copy *next; };
-struct stream { struct copy *first, **last; };
+struct stream { struct copy *first, **last; void *context; };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct region regions[REGIONS];
@@ -75,6 +75,10 @@ int cuCtxPopCurrent_v2(void **context) {
     count(6, -1);
     return 0;
 }
+int cuCtxGetCurrent(void **context) {
+    *context = depth ? contexts[depth - 1] : NULL;
+    return 0;
+}
 int cuPointerGetAttribute(void *out, int attribute, u64 address) {
     struct region *r = find(address);
     if (!r) return INVALID;
@@ -98,6 +102,7 @@ int cuStreamCreate(void **out, unsigned flags) {
     if (!depth || flags) { count(5, 1); return INVALID; }
     struct stream *s = calloc(1, sizeof *s);
     s->last = &s->first;
+    s->context = contexts[depth - 1];
     *out = s;
     count(4, 1);
     return 0;
@@ -118,9 +123,13 @@ int cuStreamSynchronize(void *stream) {
     s->last = &s->first;
     return code;
 }
-int cuStreamDestroy_v2(void *stream) { cuStreamSynchronize(stream); free(stream); count(4, -1); return 0; }
 static int queue(struct stream *s, struct copy copy) {
-    if (!depth) { count(5, 1); return INVALID; }
+    struct region *r = find(copy.device);
+    // A stream, its context and the memory belong to one device.
+    if (!depth || contexts[depth - 1] != s->context || (r && s->context != (void *)(u64)(0x1000 + r->device))) {
+        count(5, 1);
+        return INVALID;
+    }
     if (fail_after == 0) return 700;
     if (fail_after > 0) fail_after--;
     count(copy.up, 1);

@@ -463,6 +463,7 @@ fn set_up(
             listen: "127.0.0.1:0".parse()?,
             advertise: None,
             segments: vec![memory],
+            files: Vec::new(),
             populate: true,
             lanes_max: 64,
         })?;

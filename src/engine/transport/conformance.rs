@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use smallvec::SmallVec;
 
 use super::faulty::{Fault, Faulty};
-use super::server::DataServer;
+use super::server::{DataServer, LANE_STACK};
 use super::tcp::TcpTransport;
 use super::{Transport, TransportKind};
 use crate::base::clock::unix_ms;
@@ -61,7 +61,7 @@ impl World {
         let incarnation = random_u64();
         host.add("seg".into(), incarnation, memory.clone());
         let listener = std::net::TcpListener::bind(listen).unwrap();
-        let server = DataServer::start(host.clone(), listener, 16).unwrap();
+        let server = DataServer::start(host.clone(), listener, 16, LANE_STACK).unwrap();
         let peer = Arc::new(Peer {
             node,
             name: "node".into(),
@@ -522,7 +522,7 @@ fn a_restarted_node_is_reached_again() {
         }
         std::thread::sleep(Duration::from_millis(10));
     };
-    let _server = DataServer::start(host, listener, 16).unwrap();
+    let _server = DataServer::start(host, listener, 16, LANE_STACK).unwrap();
     one(&engine, request).unwrap();
 }
 

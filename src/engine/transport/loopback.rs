@@ -73,6 +73,10 @@ impl Transport for LoopbackTransport {
         Some(host.segment(segment, incarnation).ok()?.memory.clone())
     }
 
+    fn mapped(&self, peer: &Peer, segment: u32, incarnation: u64) -> Option<Arc<Memory>> {
+        self.map(peer, segment, incarnation)
+    }
+
     fn lives(&self, peer: &Peer, segment: u32, incarnation: u64) -> bool {
         let host = self.host(peer);
         host.is_some_and(|h| h.segment(segment, incarnation).is_ok())
@@ -120,7 +124,7 @@ fn one(host: &SegmentHost, client: Id128, r: &TransferRequest) -> TransferResult
 }
 
 /// Copies a range into the local slices, with the word checked before and after.
-pub(super) fn copy_out(memory: &Memory, r: &TransferRequest) -> TransferResult {
+pub(in crate::engine) fn copy_out(memory: &Memory, r: &TransferRequest) -> TransferResult {
     let unchanged = || r.word.is_none_or(|w| memory.word_is(w.offset, w.value));
     if !unchanged() {
         return Err(TransferError::Changed);

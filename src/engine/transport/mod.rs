@@ -74,6 +74,11 @@ pub trait Transport: Send + Sync {
         None
     }
 
+    /// The same, if it is mapped already: asks nobody and does not wait.
+    fn mapped(&self, _peer: &Peer, _segment: u32, _incarnation: u64) -> Option<Arc<Memory>> {
+        None
+    }
+
     /// Whether the process behind a mapping of [`Transport::map`] still lives. Cheap.
     fn lives(&self, _peer: &Peer, _segment: u32, _incarnation: u64) -> bool {
         false

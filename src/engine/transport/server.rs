@@ -44,6 +44,11 @@ pub struct ServerCounters {
     pub lanes_refused: AtomicU64,
 }
 
+/// Stack of a lane that copies memory of the host.
+pub const LANE_STACK: usize = 256 << 10;
+/// Stack of a lane that may call a device's driver, which takes what it likes. Only what is touched becomes memory.
+pub const DEVICE_LANE_STACK: usize = 2 << 20;
+
 /// A running data server; stops and closes its lanes on drop.
 pub struct DataServer {
     shared: Arc<Shared>,
@@ -54,6 +59,7 @@ pub struct DataServer {
 struct Shared {
     host: Arc<SegmentHost>,
     lanes_max: usize,
+    lane_stack: usize,
     stopping: AtomicBool,
     lanes: Mutex<HashMap<u64, OwnedFd>>,
     next: AtomicU64,
@@ -61,7 +67,8 @@ struct Shared {
 }
 
 impl DataServer {
-    /// Serves `host` on a bound TCP listener, and on an abstract Unix socket for same-host peers.
+    /// Serves `host` on a bound TCP listener, and on an abstract Unix socket for same-host peers, each lane by a thread with
+    /// `lane_stack` bytes of stack.
     ///
     /// # Errors
     /// When a listener cannot be set up.
@@ -69,6 +76,7 @@ impl DataServer {
         host: Arc<SegmentHost>,
         listener: TcpListener,
         lanes_max: usize,
+        lane_stack: usize,
     ) -> io::Result<Self> {
         use std::os::linux::net::SocketAddrExt;
         let address = listener.local_addr()?;
@@ -78,6 +86,7 @@ impl DataServer {
         let shared = Arc::new(Shared {
             host,
             lanes_max,
+            lane_stack,
             stopping: AtomicBool::new(false),
             lanes: Mutex::default(),
             next: AtomicU64::new(0),
@@ -164,7 +173,7 @@ impl Shared {
                     let shared = self.clone();
                     let spawned = std::thread::Builder::new()
                         .name("data-lane".into())
-                        .stack_size(256 << 10)
+                        .stack_size(self.lane_stack)
                         .spawn(move || shared.lane(socket, same_host));
                     if let Err(error) = spawned {
                         tracing::warn!(%error, "no thread for a data lane");

@@ -248,6 +248,14 @@ impl Transport for ShmTransport {
         Some(mapped.memory.clone())
     }
 
+    fn mapped(&self, peer: &Peer, segment: u32, incarnation: u64) -> Option<Arc<Memory>> {
+        if peer.host_id != self.host_id {
+            return None;
+        }
+        let mapped = self.mapped.read();
+        Some(mapped.get(&(segment, incarnation))?.memory.clone())
+    }
+
     fn lives(&self, _peer: &Peer, segment: u32, incarnation: u64) -> bool {
         let mapped = self.mapped.read();
         let mapped = mapped.get(&(segment, incarnation));

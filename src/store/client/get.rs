@@ -320,7 +320,11 @@ impl PoolClient {
         }
     }
 
-    fn verify(&self, location: &Location, target: &[LocalSlice]) -> Result<(), StoreError> {
+    pub(super) fn verify(
+        &self,
+        location: &Location,
+        target: &[LocalSlice],
+    ) -> Result<(), StoreError> {
         let Some(expected) = location.checksum.filter(|_| self.config.verify) else {
             return Ok(());
         };
@@ -537,7 +541,7 @@ impl PoolClient {
     }
 }
 
-fn read_request(
+pub(super) fn read_request(
     location: &Location,
     replica: &ReplicaRef,
     header: &mut [u8; HEADER_BYTES as usize],

@@ -6,6 +6,7 @@ mod arenas;
 mod control;
 mod get;
 mod location_cache;
+mod nearby;
 mod put;
 mod put_session;
 mod ranges;

@@ -17,6 +17,8 @@ type Params = Query<HashMap<String, String>>;
 const KEYS_MAX: usize = 65_536;
 const KEY_BYTES_MAX: usize = 4096;
 const BYTES_MAX: usize = 256 << 20;
+/// One value: an engine with very many registered buffers describes each of them.
+pub(crate) const VALUE_BYTES_MAX: usize = 32 << 20;
 
 /// See the module header.
 #[derive(Default)]

@@ -23,8 +23,19 @@ use crate::base::trust::{ClusterKeys, Token};
 use crate::base::units::ByteSize;
 use crate::engine::host::SegmentHost;
 use crate::engine::memory::Memory;
-use crate::engine::transport::server::{DataServer, ServerCounters};
+use crate::engine::transport::server::{DataServer, LANE_STACK, ServerCounters};
 use crate::store::wire;
+
+/// Part of a file, on page boundaries.
+#[derive(Clone, Debug)]
+pub struct FileRange {
+    /// Open for reading and writing.
+    pub file: Arc<std::fs::File>,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+}
 
 /// How a node is set up.
 #[derive(Clone, Debug)]
@@ -41,6 +52,8 @@ pub struct NodeConfig {
     pub advertise: Option<String>,
     /// One segment per entry.
     pub segments: Vec<ByteSize>,
+    /// Files that are lent besides, a segment each.
+    pub files: Vec<FileRange>,
     /// Whether to touch all memory after the start, in the background.
     pub populate: bool,
     /// Data lanes open at once.
@@ -113,7 +126,12 @@ impl Shared {
             name: self.name.clone(),
             address: self.address.clone(),
             host_id: host_id(),
-            shm_socket: self.server.socket_name().to_owned(),
+            // A file is not handed to others: they come by TCP.
+            shm_socket: if self.config.files.is_empty() {
+                self.server.socket_name().to_owned()
+            } else {
+                String::new()
+            },
             protocol_version: wire::SESSION_VERSION,
             segments: self.host.segments().iter().map(offer).collect(),
             last_term: self.term.load(Ordering::Acquire),
@@ -176,13 +194,22 @@ impl Node {
         };
         let name = config.name.clone().unwrap_or_else(|| address.clone());
         let mut memories = Vec::new();
-        for (index, size) in config.segments.iter().enumerate() {
+        let of_files = config.files.iter().map(|part| {
+            let bytes =
+                usize::try_from(part.length).map_err(|_| invalid("file size".to_owned()))?;
+            Memory::from_file(&part.file, part.offset, bytes)
+                .map_err(|e| io::Error::new(e.kind(), format!("cannot map a file: {e}")))
+        });
+        let fresh = config.segments.iter().map(|size| {
             let bytes = usize::try_from(size.0).map_err(|_| invalid("segment size".to_owned()))?;
-            let memory = Memory::create("mooncake-segment", bytes).map_err(|e| {
+            Memory::create("mooncake-segment", bytes).map_err(|e| {
                 io::Error::new(e.kind(), format!("cannot map a segment of {size}: {e}"))
-            })?;
-            let memory = Arc::new(memory);
-            let segment_name = if config.segments.len() == 1 {
+            })
+        });
+        let count = config.segments.len() + config.files.len();
+        for (index, memory) in fresh.chain(of_files).enumerate() {
+            let memory = Arc::new(memory?);
+            let segment_name = if count == 1 {
                 name.clone()
             } else {
                 format!("{name}#{index}")
@@ -193,7 +220,7 @@ impl Node {
         if config.populate {
             populate(memories);
         }
-        let server = DataServer::start(host.clone(), listener, config.lanes_max)?;
+        let server = DataServer::start(host.clone(), listener, config.lanes_max, LANE_STACK)?;
         let shared = Arc::new(Shared {
             id,
             address,

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{Query, State};
+use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -34,7 +34,10 @@ pub(crate) fn router(master: Arc<Master>) -> Router {
         .route("/events", get(stream::sse_events))
         .route(
             "/metadata",
-            get(names::get).put(names::put).delete(names::delete),
+            get(names::get)
+                .put(names::put)
+                .delete(names::delete)
+                .layer(DefaultBodyLimit::max(names::VALUE_BYTES_MAX)),
         )
         .route("/", get(dashboard::page))
         .route("/dashboard/live", get(dashboard::live))
