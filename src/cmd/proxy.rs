@@ -8,6 +8,7 @@ use clap::{ArgAction, ArgMatches, Command};
 
 use super::{ExitStatus, Outcome, UsageError, print, serve, settings};
 use crate::base::config::{Kind, Resolved, Setting};
+use crate::base::net::split_host_port;
 use crate::base::trust::Token;
 use crate::proxy::config::{
     ConnectorKind, EventsRule, InstanceAddress, PolicyChoice, PrefillDown, ProxyConfig,
@@ -89,6 +90,20 @@ static SETTINGS: &[Setting] = &[
         Kind::Text,
         "",
         "Where instances publish KV events: [INSTANCE=]PORT[/REPLAY_PORT], a list; without INSTANCE= for all others",
+    ),
+    Setting::new(
+        "master",
+        &["master-server-address"],
+        Kind::Text,
+        "",
+        "HOST:PORT of the pool's master: its object events tell what is in the pool",
+    ),
+    Setting::new(
+        "token-file",
+        &[],
+        Kind::Text,
+        "",
+        "File with the cluster token for the master (or MOONCAKE_TOKEN)",
     ),
     Setting::new(
         "tokenize",
@@ -405,6 +420,12 @@ fn config(r: &Resolved) -> anyhow::Result<ProxyConfig> {
         pair_handoffs_max: r.integer("max-handoffs-per-pair") as usize,
         discover: Discovery::parse_list(r.text("discover").unwrap_or_default())
             .map_err(|e| UsageError(format!("--discover: {e}")))?,
+        master: r
+            .text("master")
+            .map(|m| split_host_port(m, 50_051))
+            .transpose()
+            .map_err(|e| UsageError(format!("--master: {e}")))?,
+        master_token: serve::token(r.text("token-file"))?,
         tokenize: r.text("tokenize") != Some("off"),
         barrier: r.time("store-barrier", MILLISECOND),
         ..ProxyConfig::new(model)

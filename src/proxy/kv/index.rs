@@ -89,6 +89,10 @@ struct Tables {
     /// Holder → engine hash → block.
     held: HashMap<u64, HashMap<u64, Held>>,
     held_all: usize,
+    /// Blocks in the pool by engine hash, whether or not their tokens are known yet: how many of their parts.
+    pooled: HashMap<u64, u32>,
+    /// Parts a block has: one per rank of the engines that store it.
+    parts: u32,
     /// Own hash → holders.
     holders: HashMap<u64, Holders>,
     /// Blocks left out because a bound was reached, or their beginning is not known.
@@ -111,6 +115,8 @@ impl Default for KvIndex {
                 learned: Generations::new(LEARNED_MAX),
                 held: HashMap::new(),
                 held_all: 0,
+                pooled: HashMap::new(),
+                parts: 1,
                 holders: HashMap::new(),
                 left_out: 0,
             }),
@@ -186,6 +192,10 @@ impl Tables {
         self.forget_holder(holder, left.own, left.tiers);
     }
 
+    fn has_all_parts(&self, engine: u64) -> bool {
+        self.pooled.get(&engine).is_some_and(|p| *p >= self.parts)
+    }
+
     fn forget_holder(&mut self, holder: u64, own: u64, tiers: u8) {
         let Some(holders) = self.holders.get_mut(&own) else {
             return;
@@ -241,6 +251,30 @@ impl Tables {
             own = extend(own, tokens, extra);
             self.learned.insert(*engine, own);
             self.hold(holder, *engine, own, tier);
+            if self.has_all_parts(*engine) {
+                self.hold(POOL, *engine, own, Tier::Store);
+            }
+        }
+    }
+
+    fn pool(&mut self, engine: u64, parts: u32, is_there: bool) {
+        self.parts = self.parts.max(parts);
+        if is_there {
+            if self.pooled.len() >= HELD_MAX && !self.pooled.contains_key(&engine) {
+                self.left_out += 1;
+                return;
+            }
+            *self.pooled.entry(engine).or_default() += 1;
+        } else if let Some(left) = self.pooled.get_mut(&engine) {
+            *left -= 1;
+            if *left == 0 {
+                self.pooled.remove(&engine);
+            }
+        }
+        if !self.has_all_parts(engine) {
+            self.release(POOL, engine, Tier::Store);
+        } else if let Some(own) = self.own_of(POOL, engine) {
+            self.hold(POOL, engine, own, Tier::Store);
         }
     }
 }
@@ -276,9 +310,19 @@ impl KvIndex {
         }
     }
 
+    /// A part of a block came into the pool, or left it. `parts`: how many a block has at least.
+    pub(crate) fn pool(&self, engine: u64, parts: u32, is_there: bool) {
+        self.tables.lock().pool(engine, parts, is_there);
+        self.pooled.notify_waiters();
+    }
+
     /// Everything a holder had is gone, or not sure any more.
     pub(crate) fn forget(&self, number: u64) {
         let mut tables = self.tables.lock();
+        if number == POOL {
+            tables.pooled.clear();
+            tables.parts = 1;
+        }
         let Some(all) = tables.held.remove(&number) else {
             return;
         };
@@ -367,9 +411,8 @@ impl KvIndex {
     pub(crate) fn are_pooled(&self, engines: &[u64]) -> bool {
         let tables = self.tables.lock();
         let pool = tables.held.get(&POOL);
-        engines
-            .iter()
-            .all(|e| pool.is_some_and(|p| p.contains_key(e)))
+        let holds = |e: &u64| pool.is_some_and(|p| p.contains_key(e));
+        engines.iter().all(|e| holds(e) || tables.has_all_parts(*e))
     }
 
     /// Blocks of a holder.
@@ -456,6 +499,33 @@ mod tests {
         index.forget(POOL);
         assert!(!index.is_pooled(&chain, 4));
         assert_eq!((index.count(1), index.count(POOL)), (0, 0));
+    }
+
+    #[test]
+    fn a_block_is_in_the_pool_when_all_its_parts_are() {
+        let index = KvIndex::default();
+        // The master may tell of a block before its engine names its tokens.
+        index.pool(11, 2, true);
+        index.apply(1, &stored(&[11, 12], None, &[1, 2, 3, 4], Tier::Gpu));
+        let chain = index.chain(&[1, 2, 3, 4], b"");
+        assert!(!index.is_pooled(&chain, 2) && !index.are_pooled(&[11]));
+        index.pool(11, 1, true);
+        assert!(
+            index.is_pooled(&chain, 2) && index.are_pooled(&[11]) && !index.are_pooled(&[11, 12])
+        );
+        index.pool(11, 1, false);
+        assert!(!index.is_pooled(&chain, 2));
+        index.pool(11, 1, true);
+        index.pool(13, 1, true);
+        index.pool(13, 2, true);
+        assert!(index.are_pooled(&[13]));
+        index.apply(2, &stored(&[13], None, &[9, 9], Tier::Gpu));
+        assert_eq!(
+            index.saved(&index.chain(&[9, 9], b""), 2, &[7]).to_vec(),
+            [1.2]
+        );
+        index.forget(POOL);
+        assert!(!index.are_pooled(&[11]) && !index.is_pooled(&chain, 2));
     }
 
     #[test]
