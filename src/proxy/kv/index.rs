@@ -4,14 +4,13 @@
 //! engine's hash is learnt as the name of a chain of tokens, and from there on events that name only hashes are understood.
 //! Owns that table and its bounds; what is not known for sure is left out. Knows no sockets and no policy.
 
-use std::hash::Hash;
-
 use foldhash::{HashMap, HashMapExt};
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::sync::Notify;
 
 use super::event::{Event, Stored, Tier};
+use super::generations::Generations;
 
 /// Most blocks of one holder.
 const HELD_MAX: usize = 1 << 20;
@@ -39,38 +38,6 @@ fn weight(tiers: u8) -> f64 {
         }
     }
     0.0
-}
-
-/// A map that forgets what was not entered again in the time of half its capacity.
-#[derive(Debug)]
-pub(super) struct Generations<K, V> {
-    halves: [HashMap<K, V>; 2],
-    max: usize,
-}
-
-impl<K: Hash + Eq, V> Generations<K, V> {
-    pub(super) fn new(max: usize) -> Self {
-        Self {
-            halves: [HashMap::new(), HashMap::new()],
-            max,
-        }
-    }
-
-    pub(super) fn get(&self, key: &K) -> Option<&V> {
-        self.halves[0].get(key).or_else(|| self.halves[1].get(key))
-    }
-
-    pub(super) fn insert(&mut self, key: K, value: V) {
-        if self.halves[0].len() >= self.max && !self.halves[0].contains_key(&key) {
-            self.rotate();
-        }
-        self.halves[0].insert(key, value);
-    }
-
-    pub(super) fn rotate(&mut self) {
-        self.halves.swap(0, 1);
-        self.halves[0] = HashMap::new();
-    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -542,6 +509,6 @@ mod tests {
         for n in 0..3 * LEARNED_MAX as u64 {
             tables.learned.insert(n, n);
         }
-        assert!(tables.learned.halves.iter().all(|h| h.len() <= LEARNED_MAX));
+        assert!(tables.learned.len() <= 2 * LEARNED_MAX);
     }
 }

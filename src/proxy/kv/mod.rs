@@ -4,6 +4,7 @@
 //! a prompt's text to its tokens. Owns the sources' bounds. Refuses to choose an instance (`policy`).
 
 pub(crate) mod event;
+mod generations;
 pub(crate) mod index;
 pub(crate) mod master;
 mod msgpack;
