@@ -131,6 +131,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-sche
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l decode-scheduling -d 'The same for decode only [default: --scheduling]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l connector -d 'How KV gets from prefill to decode; auto finds out per instance: auto, store, mooncake, nixl, none [default: auto]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l kv-events -d 'Where instances publish KV events: [INSTANCE=]PORT[/REPLAY_PORT], a list; without INSTANCE= for all others' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l master -d 'HOST:PORT of the pool\'s master: its object events tell what is in the pool' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l token-file -d 'File with the cluster token for the master (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l tokenize -d 'Policy kv: ask workers\' /tokenize for the tokens of new texts; no request waits for it: background, off [default: background]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l store-barrier -d 'Connector store: longest wait for the prompt\'s last block to be readable before decode starts; 0 = none [default: 20ms]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l agg -d 'No prefill leg at all: every instance of --decode does both [default: false]' -r

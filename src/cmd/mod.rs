@@ -15,6 +15,7 @@ mod master;
 mod node;
 mod print;
 mod proxy;
+mod proxy_settings;
 mod put;
 mod rm;
 mod serve;

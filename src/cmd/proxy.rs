@@ -6,8 +6,10 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{ArgAction, ArgMatches, Command};
 
+use super::proxy_settings::SETTINGS;
 use super::{ExitStatus, Outcome, UsageError, print, serve, settings};
-use crate::base::config::{Kind, Resolved, Setting};
+use crate::base::config::Resolved;
+use crate::base::net::split_host_port;
 use crate::base::trust::Token;
 use crate::proxy::config::{
     ConnectorKind, EventsRule, InstanceAddress, PolicyChoice, PrefillDown, ProxyConfig,
@@ -18,275 +20,6 @@ use crate::proxy::{Proxy, listen, policy};
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
-
-static SETTINGS: &[Setting] = &[
-    Setting::new(
-        "model",
-        &[],
-        Kind::Text,
-        "",
-        "Model that the instances serve",
-    ),
-    Setting::new(
-        "prefill",
-        &[],
-        Kind::Text,
-        "",
-        "Prefill instances: HOST:PORT, HOST:PORT:BOOTSTRAP, [IPV6]:PORT, http://HOST:PORT",
-    ),
-    Setting::new(
-        "decode",
-        &[],
-        Kind::Text,
-        "",
-        "Decode instances, written alike",
-    ),
-    Setting::new(
-        "bind",
-        &["host"],
-        Kind::Text,
-        "127.0.0.1",
-        "Address to listen on; beyond loopback only when told so",
-    ),
-    Setting::new(
-        "port",
-        &[],
-        Kind::Integer(0, 65_535),
-        "8000",
-        "Port; 0 = any free one",
-    ),
-    Setting::new(
-        "scheduling",
-        &["policy"],
-        Kind::Choice(policy::NAMES),
-        "round_robin",
-        "Who gets a request",
-    ),
-    Setting::new(
-        "prefill-scheduling",
-        &["prefill-policy"],
-        Kind::Text,
-        "",
-        "The same for prefill only [default: --scheduling]",
-    ),
-    Setting::new(
-        "decode-scheduling",
-        &["decode-policy"],
-        Kind::Text,
-        "",
-        "The same for decode only [default: --scheduling]",
-    ),
-    Setting::new(
-        "connector",
-        &["kv-connector"],
-        Kind::Choice(&["auto", "store", "mooncake", "nixl", "none"]),
-        "auto",
-        "How KV gets from prefill to decode; auto finds out per instance",
-    ),
-    Setting::new(
-        "kv-events",
-        &[],
-        Kind::Text,
-        "",
-        "Where instances publish KV events: [INSTANCE=]PORT[/REPLAY_PORT], a list; without INSTANCE= for all others",
-    ),
-    Setting::new(
-        "tokenize",
-        &[],
-        Kind::Choice(&["background", "off"]),
-        "background",
-        "Policy kv: ask workers' /tokenize for the tokens of new texts; no request waits for it",
-    ),
-    Setting::new(
-        "store-barrier",
-        &[],
-        Kind::Time(MILLISECOND),
-        "20ms",
-        "Connector store: longest wait for the prompt's last block to be readable before decode starts; 0 = none",
-    ),
-    Setting::new(
-        "agg",
-        &[],
-        Kind::Flag,
-        "false",
-        "No prefill leg at all: every instance of --decode does both",
-    ),
-    Setting::new(
-        "prefill-down",
-        &[],
-        Kind::Choice(&["refuse", "decode"]),
-        "refuse",
-        "When no prefill instance is available: answer 503, or let decode compute the prompt",
-    ),
-    Setting::new(
-        "prefill-min-tokens",
-        &[],
-        Kind::Integer(0, 1 << 30),
-        "0",
-        "Prompts with fewer tokens than this (estimated; cached ones not counted) skip prefill",
-    ),
-    Setting::new(
-        "upstream-auth",
-        &[],
-        Kind::Choice(&["passthrough", "env", "none"]),
-        "passthrough",
-        "Authorization for instances: the client's (else OPENAI_API_KEY), always OPENAI_API_KEY, none",
-    ),
-    Setting::new(
-        "admin-key-file",
-        &[],
-        Kind::Text,
-        "",
-        "File with the key of /instances requests (or ADMIN_API_KEY)",
-    ),
-    Setting::new(
-        "prefill-timeout",
-        &[],
-        Kind::Time(SECOND),
-        "10m",
-        "Bound of a prefill leg",
-    ),
-    Setting::new(
-        "first-token-timeout",
-        &[],
-        Kind::Time(SECOND),
-        "10m",
-        "Bound of decode until the first byte of its answer",
-    ),
-    Setting::new(
-        "idle-timeout",
-        &[],
-        Kind::Time(SECOND),
-        "5m",
-        "Longest silence within an answer",
-    ),
-    Setting::new(
-        "client-timeout",
-        &[],
-        Kind::Time(SECOND),
-        "30s",
-        "How long a client may neither send nor read what is due",
-    ),
-    Setting::new(
-        "queue-timeout",
-        &[],
-        Kind::Time(SECOND),
-        "10s",
-        "How long a request waits for a place before it is refused",
-    ),
-    Setting::new(
-        "max-inflight",
-        &[],
-        Kind::Integer(1, 1 << 20),
-        "4096",
-        "Requests under way",
-    ),
-    Setting::new(
-        "max-queue",
-        &[],
-        Kind::Integer(0, 1 << 20),
-        "1024",
-        "Requests waiting for a place",
-    ),
-    Setting::new(
-        "max-per-instance",
-        &[],
-        Kind::Integer(0, 1 << 20),
-        "0",
-        "Requests under way per instance and role; 0 = no limit",
-    ),
-    Setting::new(
-        "max-handoffs",
-        &[],
-        Kind::Integer(0, 1 << 20),
-        "0",
-        "Hand-offs under way per prefill instance, from prefill's start to decode's first byte; 0 = no limit",
-    ),
-    Setting::new(
-        "max-handoffs-per-pair",
-        &[],
-        Kind::Integer(0, 1 << 20),
-        "0",
-        "The same per pair of a prefill and a decode instance",
-    ),
-    Setting::new(
-        "discover",
-        &[],
-        Kind::Text,
-        "",
-        "Where more instances are found, looked at every 5 s: [ROLE=]dns:NAME:PORT, file:PATH (JSON), a list",
-    ),
-    Setting::new(
-        "max-connections",
-        &[],
-        Kind::Integer(1, 1 << 20),
-        "16384",
-        "Client connections",
-    ),
-    Setting::new(
-        "max-body",
-        &[],
-        Kind::Size(1024, 1 << 32),
-        "64MiB",
-        "Largest request body",
-    ),
-    Setting::new(
-        "retries",
-        &[],
-        Kind::Integer(0, 10),
-        "2",
-        "Retries per leg, within the retry budget",
-    ),
-    Setting::new(
-        "health-interval",
-        &[],
-        Kind::Time(SECOND),
-        "2s",
-        "Between health checks",
-    ),
-    Setting::new(
-        "state-file",
-        &[],
-        Kind::Text,
-        "",
-        "File that remembers added instances across restarts",
-    ),
-    Setting::new(
-        "access-log",
-        &[],
-        Kind::Text,
-        "",
-        "File for a JSON line per request; - = standard error",
-    ),
-    Setting::new(
-        "debug-headers",
-        &[],
-        Kind::Flag,
-        "false",
-        "Name the chosen instances in reply headers (x-mooncake-prefill, -decode, -route-reason)",
-    ),
-    Setting::new(
-        "threads",
-        &[],
-        Kind::Integer(1, 64),
-        "1",
-        "Threads that serve clients, each with a listener of its own",
-    ),
-    Setting::new(
-        "drain-timeout",
-        &[],
-        Kind::Time(SECOND),
-        "30s",
-        "How long requests under way may take to end after SIGTERM",
-    ),
-    Setting::new(
-        "log-format",
-        &[],
-        Kind::Choice(&["text", "json"]),
-        "text",
-        "How log lines look",
-    ),
-];
 
 pub(super) fn command() -> Command {
     let command = Command::new("proxy")
@@ -405,6 +138,12 @@ fn config(r: &Resolved) -> anyhow::Result<ProxyConfig> {
         pair_handoffs_max: r.integer("max-handoffs-per-pair") as usize,
         discover: Discovery::parse_list(r.text("discover").unwrap_or_default())
             .map_err(|e| UsageError(format!("--discover: {e}")))?,
+        master: r
+            .text("master")
+            .map(|m| split_host_port(m, 50_051))
+            .transpose()
+            .map_err(|e| UsageError(format!("--master: {e}")))?,
+        master_token: serve::token(r.text("token-file"))?,
         tokenize: r.text("tokenize") != Some("off"),
         barrier: r.time("store-barrier", MILLISECOND),
         ..ProxyConfig::new(model)

@@ -358,6 +358,10 @@ pub struct ProxyConfig {
     pub handoffs_max: usize,
     /// The same per pair of a prefill and a decode instance.
     pub pair_handoffs_max: usize,
+    /// Our master, for its object events.
+    pub master: Option<(String, u16)>,
+    /// The cluster token, for the master.
+    pub master_token: Option<Token>,
     /// Where instances are looked for.
     pub discover: Vec<Discovery>,
     /// Longest wait for the last block to be readable in the pool before decode starts; 0 = none.
@@ -400,6 +404,8 @@ impl ProxyConfig {
             tokenize: true,
             handoffs_max: 0,
             pair_handoffs_max: 0,
+            master: None,
+            master_token: None,
             discover: Vec::new(),
             barrier: Duration::from_millis(20),
         }

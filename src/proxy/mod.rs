@@ -226,6 +226,9 @@ impl Proxy {
         let proxy = Self { app };
         proxy.add_all(&proxy.app.config.prefill, Role::Prefill)?;
         proxy.add_all(&proxy.app.config.decode, Role::Decode)?;
+        if let Some(master) = proxy.app.config.master.clone() {
+            tokio::spawn(kv::master::watch(proxy.app.clone(), master));
+        }
         if !proxy.app.config.discover.is_empty() {
             tokio::spawn(discover::watch(proxy.app.clone()));
         }

@@ -4,14 +4,13 @@
 //! engine's hash is learnt as the name of a chain of tokens, and from there on events that name only hashes are understood.
 //! Owns that table and its bounds; what is not known for sure is left out. Knows no sockets and no policy.
 
-use std::hash::Hash;
-
 use foldhash::{HashMap, HashMapExt};
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::sync::Notify;
 
 use super::event::{Event, Stored, Tier};
+use super::generations::Generations;
 
 /// Most blocks of one holder.
 const HELD_MAX: usize = 1 << 20;
@@ -41,38 +40,6 @@ fn weight(tiers: u8) -> f64 {
     0.0
 }
 
-/// A map that forgets what was not entered again in the time of half its capacity.
-#[derive(Debug)]
-pub(super) struct Generations<K, V> {
-    halves: [HashMap<K, V>; 2],
-    max: usize,
-}
-
-impl<K: Hash + Eq, V> Generations<K, V> {
-    pub(super) fn new(max: usize) -> Self {
-        Self {
-            halves: [HashMap::new(), HashMap::new()],
-            max,
-        }
-    }
-
-    pub(super) fn get(&self, key: &K) -> Option<&V> {
-        self.halves[0].get(key).or_else(|| self.halves[1].get(key))
-    }
-
-    pub(super) fn insert(&mut self, key: K, value: V) {
-        if self.halves[0].len() >= self.max && !self.halves[0].contains_key(&key) {
-            self.rotate();
-        }
-        self.halves[0].insert(key, value);
-    }
-
-    pub(super) fn rotate(&mut self) {
-        self.halves.swap(0, 1);
-        self.halves[0] = HashMap::new();
-    }
-}
-
 #[derive(Clone, Copy, Debug)]
 struct Held {
     own: u64,
@@ -89,6 +56,10 @@ struct Tables {
     /// Holder → engine hash → block.
     held: HashMap<u64, HashMap<u64, Held>>,
     held_all: usize,
+    /// Blocks in the pool by engine hash, whether or not their tokens are known yet: how many of their parts.
+    pooled: HashMap<u64, u32>,
+    /// Parts a block has: one per rank of the engines that store it.
+    parts: u32,
     /// Own hash → holders.
     holders: HashMap<u64, Holders>,
     /// Blocks left out because a bound was reached, or their beginning is not known.
@@ -111,6 +82,8 @@ impl Default for KvIndex {
                 learned: Generations::new(LEARNED_MAX),
                 held: HashMap::new(),
                 held_all: 0,
+                pooled: HashMap::new(),
+                parts: 1,
                 holders: HashMap::new(),
                 left_out: 0,
             }),
@@ -186,6 +159,10 @@ impl Tables {
         self.forget_holder(holder, left.own, left.tiers);
     }
 
+    fn has_all_parts(&self, engine: u64) -> bool {
+        self.pooled.get(&engine).is_some_and(|p| *p >= self.parts)
+    }
+
     fn forget_holder(&mut self, holder: u64, own: u64, tiers: u8) {
         let Some(holders) = self.holders.get_mut(&own) else {
             return;
@@ -241,6 +218,30 @@ impl Tables {
             own = extend(own, tokens, extra);
             self.learned.insert(*engine, own);
             self.hold(holder, *engine, own, tier);
+            if self.has_all_parts(*engine) {
+                self.hold(POOL, *engine, own, Tier::Store);
+            }
+        }
+    }
+
+    fn pool(&mut self, engine: u64, parts: u32, is_there: bool) {
+        self.parts = self.parts.max(parts);
+        if is_there {
+            if self.pooled.len() >= HELD_MAX && !self.pooled.contains_key(&engine) {
+                self.left_out += 1;
+                return;
+            }
+            *self.pooled.entry(engine).or_default() += 1;
+        } else if let Some(left) = self.pooled.get_mut(&engine) {
+            *left -= 1;
+            if *left == 0 {
+                self.pooled.remove(&engine);
+            }
+        }
+        if !self.has_all_parts(engine) {
+            self.release(POOL, engine, Tier::Store);
+        } else if let Some(own) = self.own_of(POOL, engine) {
+            self.hold(POOL, engine, own, Tier::Store);
         }
     }
 }
@@ -276,9 +277,19 @@ impl KvIndex {
         }
     }
 
+    /// A part of a block came into the pool, or left it. `parts`: how many a block has at least.
+    pub(crate) fn pool(&self, engine: u64, parts: u32, is_there: bool) {
+        self.tables.lock().pool(engine, parts, is_there);
+        self.pooled.notify_waiters();
+    }
+
     /// Everything a holder had is gone, or not sure any more.
     pub(crate) fn forget(&self, number: u64) {
         let mut tables = self.tables.lock();
+        if number == POOL {
+            tables.pooled.clear();
+            tables.parts = 1;
+        }
         let Some(all) = tables.held.remove(&number) else {
             return;
         };
@@ -367,9 +378,8 @@ impl KvIndex {
     pub(crate) fn are_pooled(&self, engines: &[u64]) -> bool {
         let tables = self.tables.lock();
         let pool = tables.held.get(&POOL);
-        engines
-            .iter()
-            .all(|e| pool.is_some_and(|p| p.contains_key(e)))
+        let holds = |e: &u64| pool.is_some_and(|p| p.contains_key(e));
+        engines.iter().all(|e| holds(e) || tables.has_all_parts(*e))
     }
 
     /// Blocks of a holder.
@@ -459,6 +469,33 @@ mod tests {
     }
 
     #[test]
+    fn a_block_is_in_the_pool_when_all_its_parts_are() {
+        let index = KvIndex::default();
+        // The master may tell of a block before its engine names its tokens.
+        index.pool(11, 2, true);
+        index.apply(1, &stored(&[11, 12], None, &[1, 2, 3, 4], Tier::Gpu));
+        let chain = index.chain(&[1, 2, 3, 4], b"");
+        assert!(!index.is_pooled(&chain, 2) && !index.are_pooled(&[11]));
+        index.pool(11, 1, true);
+        assert!(
+            index.is_pooled(&chain, 2) && index.are_pooled(&[11]) && !index.are_pooled(&[11, 12])
+        );
+        index.pool(11, 1, false);
+        assert!(!index.is_pooled(&chain, 2));
+        index.pool(11, 1, true);
+        index.pool(13, 1, true);
+        index.pool(13, 2, true);
+        assert!(index.are_pooled(&[13]));
+        index.apply(2, &stored(&[13], None, &[9, 9], Tier::Gpu));
+        assert_eq!(
+            index.saved(&index.chain(&[9, 9], b""), 2, &[7]).to_vec(),
+            [1.2]
+        );
+        index.forget(POOL);
+        assert!(!index.are_pooled(&[11]) && !index.is_pooled(&chain, 2));
+    }
+
+    #[test]
     fn nothing_is_left_behind_and_nothing_grows_without_a_bound() {
         let index = KvIndex::default();
         for n in 0..50_000u64 {
@@ -472,6 +509,6 @@ mod tests {
         for n in 0..3 * LEARNED_MAX as u64 {
             tables.learned.insert(n, n);
         }
-        assert!(tables.learned.halves.iter().all(|h| h.len() <= LEARNED_MAX));
+        assert!(tables.learned.len() <= 2 * LEARNED_MAX);
     }
 }

@@ -1,10 +1,12 @@
 //! What is known of instances' KV caches: who holds which beginning of a prompt.
 //!
-//! Rooms: `zmtp`, `msgpack` and `event` how engines tell it; `source` following one of them; `index` the table; `text` from
+//! Rooms: `zmtp`, `msgpack` and `event` how engines tell it; `source` following one of them; `master` following our master; `index` the table; `text` from
 //! a prompt's text to its tokens. Owns the sources' bounds. Refuses to choose an instance (`policy`).
 
 pub(crate) mod event;
+mod generations;
 pub(crate) mod index;
+pub(crate) mod master;
 mod msgpack;
 pub(crate) mod source;
 pub(crate) mod text;
@@ -34,8 +36,10 @@ pub(crate) struct Kv {
     pub(crate) index: KvIndex,
     pub(crate) texts: Texts,
     pub(crate) questions: Semaphore,
-    /// Something tells what comes into the pool.
-    has_pool: AtomicBool,
+    /// Instances tell what comes into the pool.
+    instances_tell: AtomicBool,
+    /// The master does.
+    master_tells: AtomicBool,
 }
 
 impl Default for Kv {
@@ -44,7 +48,8 @@ impl Default for Kv {
             index: KvIndex::default(),
             texts: Texts::default(),
             questions: Semaphore::new(QUESTIONS_MAX),
-            has_pool: AtomicBool::new(false),
+            instances_tell: AtomicBool::new(false),
+            master_tells: AtomicBool::new(false),
         }
     }
 }
@@ -52,11 +57,17 @@ impl Default for Kv {
 impl Kv {
     /// Whether anybody tells what comes into the pool.
     pub(crate) fn has_pool(&self) -> bool {
-        self.has_pool.load(Ordering::Relaxed)
+        self.instances_tell.load(Ordering::Relaxed) || self.master_tells.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn set_pool(&self, has_pool: bool) {
-        self.has_pool.store(has_pool, Ordering::Relaxed);
+    /// An instance has told of the pool.
+    pub(crate) fn set_pool(&self) {
+        self.instances_tell.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the master is heard now; gives what it was before.
+    pub(crate) fn set_master(&self, tells: bool) -> bool {
+        self.master_tells.swap(tells, Ordering::Relaxed)
     }
 }
 

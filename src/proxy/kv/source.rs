@@ -223,7 +223,7 @@ impl Source {
         for event in &batch.events {
             if let Event::Stored(stored) = event {
                 if stored.tier == Some(Tier::Store) {
-                    self.app.kv.set_pool(true);
+                    self.app.kv.set_pool();
                 } else if !stored.tokens.is_empty() {
                     feed.note(&stored.hashes);
                 }

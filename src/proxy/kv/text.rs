@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::index::{Chain, Generations, KvIndex};
+use super::generations::Generations;
+use super::index::{Chain, KvIndex};
 use super::text_blocks as blocks;
 
 /// Texts shorter than this are not worth a question.

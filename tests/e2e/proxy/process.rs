@@ -130,3 +130,104 @@ async fn signals_and_inspect() {
     let status = tokio::time::timeout(Duration::from_secs(5), child.wait()).await;
     assert!(status.unwrap().unwrap().success());
 }
+
+/// A pool of one master and one node, and what is run beside them.
+struct Pool {
+    master: String,
+    _processes: Vec<Child>,
+}
+
+impl Pool {
+    async fn start() -> Self {
+        let arguments = [
+            "master",
+            "--bind",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--metrics-port",
+            "0",
+        ];
+        let mut master = command(&arguments).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(master.stdout.take().unwrap()).lines();
+        let line = lines.next_line().await.unwrap().unwrap();
+        let address = line
+            .split_whitespace()
+            .find(|w| w.starts_with("127.0.0.1:"));
+        let address = address.unwrap_or_else(|| panic!("{line}")).to_owned();
+        let node = ["node", "--master", &address, "--memory", "64MiB"];
+        let mut node = command(&node).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(node.stdout.take().unwrap()).lines();
+        lines.next_line().await.unwrap().unwrap();
+        Self {
+            master: address,
+            _processes: vec![master, node],
+        }
+    }
+
+    async fn put(&self, hash: u64, rank: u32) {
+        let key = format!("mock-model@tp_rank:{rank}@pcp0@dcp0@pp_rank:0@group:0@{hash:064x}");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), b"kv").unwrap();
+        let path = file.path().to_str().unwrap();
+        let put = command(&["put", "--master", &self.master, &key, path])
+            .status()
+            .await
+            .unwrap();
+        assert!(put.success());
+    }
+}
+
+#[tokio::test]
+async fn decode_waits_for_what_the_master_says() {
+    let pool = Pool::start().await;
+    // One block is there before the proxy is: the snapshot tells it.
+    pool.put(11, 0).await;
+    let publisher = super::publisher::Publisher::start().await;
+    let (host, port) = pool.master.rsplit_once(':').unwrap();
+    let rig = super::Rig::with(Dialect::Store, 1, 1, |c| {
+        c.master = Some((host.to_owned(), port.parse().unwrap()));
+        c.barrier = Duration::from_secs(5);
+        c.policy.prefill = "kv";
+        c.kv_events =
+            mooncake::proxy::config::EventsRule::parse_list(&publisher.port.to_string()).unwrap();
+    })
+    .await;
+    rig.until("followed", async || {
+        rig.get("/status").await.json()["store_barrier"] == "on"
+            && publisher.subscribers.load(Ordering::SeqCst) == 2
+    })
+    .await;
+    let tokens = [1, 2, 3, 4, 5, 6, 7, 8];
+    publisher.publish(&[super::publisher::stored(&[11, 12], None, &tokens, "GPU")]);
+    rig.until("known", async || {
+        rig.get("/instances")
+            .await
+            .text()
+            .contains(r#""pool_blocks":1"#)
+    })
+    .await;
+    let body = r#"{"prompt":[1,2,3,4,5,6,7,8],"max_tokens":1}"#;
+    let (reply, ()) = tokio::join!(rig.post("/v1/completions", body), async {
+        rig.until("prefilled", async || rig.prefill[0].count() == 1)
+            .await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(rig.decode[0].count(), 0, "the last block is not there");
+        pool.put(12, 0).await;
+    });
+    assert_eq!((reply.status, rig.decode[0].count()), (200, 1));
+    assert_eq!(rig.metric("mooncake_proxy_barrier_waits_total").await, 1);
+    assert_eq!(rig.metric("mooncake_proxy_barrier_timeouts_total").await, 0);
+    let removed = command(&["rm", "--master", &pool.master, "--force", "--regex", ".*"])
+        .status()
+        .await
+        .unwrap();
+    assert!(removed.success());
+    rig.until("gone", async || {
+        rig.get("/instances")
+            .await
+            .text()
+            .contains(r#""pool_blocks":0"#)
+    })
+    .await;
+}
