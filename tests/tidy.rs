@@ -105,6 +105,15 @@ fn dependencies_point_one_way() {
                 "crate::engine",
             ],
         ),
+        (
+            "store/rest.rs",
+            &[
+                "store::master",
+                "super::master",
+                "store::node",
+                "super::node",
+            ],
+        ),
         ("store/", &["crate::proxy", "crate::cmd"]),
         (
             "proxy/",

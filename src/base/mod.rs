@@ -3,6 +3,7 @@
 pub mod clock;
 pub mod config;
 pub mod handshake;
+pub mod histogram;
 pub mod id;
 pub mod mooncake_json;
 pub mod net;

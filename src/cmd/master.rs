@@ -9,11 +9,13 @@ use super::{ExitStatus, Outcome, print, serve, settings};
 use crate::base::config::{Kind, Resolved, Setting};
 use crate::base::trust::ClusterKeys;
 use crate::base::units::ByteSize;
+use crate::store::client::ClientConfig;
 use crate::store::master::config::MasterConfig;
 use crate::store::master::eviction::PolicyKind;
 use crate::store::master::placement::PlacementStrategy;
 use crate::store::master::{KvEventsConfig, Master, MasterServer};
 use crate::store::node::{Node, NodeConfig};
+use crate::store::rest;
 
 const MS: Kind = Kind::Time(Duration::from_millis(1));
 const SECONDS: Kind = Kind::Time(Duration::from_secs(1));
@@ -310,7 +312,9 @@ async fn serve_master(r: &Resolved) -> Outcome {
     let address = listener.local_addr()?;
     let master = Master::new(config(r), keys);
     let lanes_max = r.integer("max-lanes") as usize;
-    let server = MasterServer::new(master, lanes_max)?;
+    let mut objects = ClientConfig::new(&serve::reach(address).to_string());
+    objects.token.clone_from(&token);
+    let server = MasterServer::with_routes(master, lanes_max, rest::routes(objects))?;
     tokio::spawn(server.clone().serve(listener));
     metrics_listener(r, &server).await?;
     let published = publish_events(r, &server).await?;
@@ -349,14 +353,7 @@ async fn embedded(
     token: Option<crate::base::trust::Token>,
     lanes_max: usize,
 ) -> anyhow::Result<Node> {
-    let mut reach = master;
-    if reach.ip().is_unspecified() {
-        reach.set_ip(if reach.is_ipv4() {
-            std::net::Ipv4Addr::LOCALHOST.into()
-        } else {
-            std::net::Ipv6Addr::LOCALHOST.into()
-        });
-    }
+    let reach = serve::reach(master);
     let listen = std::net::SocketAddr::new(master.ip(), r.integer("node-port") as u16);
     let node = Node::start(NodeConfig {
         master: reach.to_string(),

@@ -39,6 +39,18 @@ pub(crate) fn listen(host: &str, port: u16) -> anyhow::Result<SocketAddr> {
     Ok(address)
 }
 
+/// Under which address a listener is reached from this host.
+pub(crate) fn reach(mut listener: SocketAddr) -> SocketAddr {
+    if listener.ip().is_unspecified() {
+        listener.set_ip(if listener.is_ipv4() {
+            std::net::Ipv4Addr::LOCALHOST.into()
+        } else {
+            std::net::Ipv6Addr::LOCALHOST.into()
+        });
+    }
+    listener
+}
+
 /// Says who may connect: part of the start line.
 pub(crate) fn trust_line(address: SocketAddr, secured: bool) -> String {
     match (secured, address.ip().is_loopback()) {

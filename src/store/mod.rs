@@ -6,4 +6,5 @@ pub mod client;
 pub mod master;
 pub mod model;
 pub mod node;
+pub mod rest;
 pub mod wire;

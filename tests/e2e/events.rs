@@ -227,3 +227,33 @@ fn server_sent_events() {
     let lines = sse(&off.address, "/events HTTP/1.1", "--kv-events");
     assert!(lines[0].starts_with("HTTP/1.1 404"));
 }
+
+#[test]
+fn a_subscriber_that_does_not_read_finds_a_gap_and_holds_up_nobody() {
+    let pool = Pool::start(1, "64MiB", &["--kv-events-queue-capacity", "1000"]);
+    let mut stuck = std::net::TcpStream::connect(&pool.address).unwrap();
+    stuck
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    stuck
+        .write_all(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+        .unwrap();
+    let mut reader = BufReader::new(stuck);
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    assert!(line.starts_with("HTTP/1.1 200"), "{line}");
+    // More than sockets buffer, 1 KiB of key each.
+    let client = pool.client();
+    let filler = "k".repeat(1000);
+    let begun = std::time::Instant::now();
+    for n in 0..16_000 {
+        put(&client, &format!("{filler}{n}"), b"v").unwrap();
+    }
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(60), "{took:?}");
+    let gap = reader
+        .lines()
+        .map(Result::unwrap)
+        .find(|l| l == "event: gap");
+    assert!(gap.is_some(), "a gap is told once it reads");
+}

@@ -455,3 +455,57 @@ fn rand_key() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
+
+/// Names of metrics in an expression.
+fn names(expression: &str) -> BTreeSet<String> {
+    let words = expression.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+    let prefixes = [
+        "mooncake_",
+        "master_",
+        "segment_",
+        "mem_",
+        "valid_",
+        "total_",
+        "file_",
+    ];
+    words
+        .filter(|w| prefixes.iter().any(|p| w.starts_with(p)))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn rules_and_dashboard_name_what_there_is() {
+    let pool = Pool::start(1, "32MiB", &[]);
+    let families = metrics(&pool.address);
+    let rules = include_str!("../../deploy/monitoring/alerts.yml");
+    let board: Value = serde_json::from_str(include_str!(
+        "../../deploy/monitoring/grafana/dashboards/mooncake.json"
+    ))
+    .unwrap();
+    let mut wanted: BTreeSet<String> = BTreeSet::new();
+    let mut lines = rules.lines();
+    while let Some(line) = lines.next() {
+        let Some(expression) = line.trim().strip_prefix("expr: ") else {
+            continue;
+        };
+        wanted.extend(names(expression));
+        if expression.trim() == ">" {
+            wanted.extend(lines.next().into_iter().flat_map(names));
+            wanted.extend(lines.next().into_iter().flat_map(names));
+        }
+    }
+    for panel in board["panels"].as_array().unwrap() {
+        for target in panel["targets"].as_array().into_iter().flatten() {
+            wanted.extend(names(target["expr"].as_str().unwrap()));
+        }
+    }
+    assert!(wanted.len() > 20, "{wanted:?}");
+    for name in &wanted {
+        let family = ["_bucket", "_count", "_sum"]
+            .iter()
+            .find_map(|s| name.strip_suffix(s).filter(|f| families.contains_key(*f)));
+        let known = families.contains_key(name) || family.is_some();
+        assert!(known, "{name} is not a metric of the master");
+    }
+}

@@ -13,6 +13,7 @@ mod http;
 mod objects;
 mod pool;
 mod recovery;
+mod rest;
 
 use mooncake::store::client::{PoolClient, PutOptions, PutOutcome};
 use mooncake::store::model::error::StoreError;

@@ -17,6 +17,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use super::frame::{self, HEADER_BYTES, Item, Operation, RequestHeader, Status};
 use super::socket::{Socket, Timed, Until};
 use crate::base::handshake::{self, HandshakeError, LaneKind};
+use crate::base::histogram::{Histogram, NANOSECONDS};
 use crate::base::id::{Id128, random_u64};
 use crate::engine::batch::{LocalSlice, Opcode};
 use crate::engine::error::TransferError;
@@ -32,7 +33,7 @@ const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 const SKIP_MAX: u64 = 64 << 20;
 
 /// Counters of a data server.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct ServerCounters {
     /// Bytes copied out.
     pub read_bytes: AtomicU64,
@@ -42,6 +43,24 @@ pub struct ServerCounters {
     pub refused: AtomicU64,
     /// Lanes turned away.
     pub lanes_refused: AtomicU64,
+    /// Nanoseconds from the first byte of a read to the last of its answer: over tcp, and over the Unix socket.
+    pub reads: [Histogram; 2],
+    /// The same of writes.
+    pub writes: [Histogram; 2],
+}
+
+impl Default for ServerCounters {
+    fn default() -> Self {
+        let two = || [Histogram::new(NANOSECONDS), Histogram::new(NANOSECONDS)];
+        Self {
+            read_bytes: AtomicU64::new(0),
+            written_bytes: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            lanes_refused: AtomicU64::new(0),
+            reads: two(),
+            writes: two(),
+        }
+    }
 }
 
 /// Stack of a lane that copies memory of the host.
@@ -322,10 +341,16 @@ impl ServedLane<'_> {
                 return self.refuse(header.id, what);
             }
             match header.operation {
-                Operation::Read => self.read(&header)?,
+                Operation::Read => {
+                    self.read(&header)?;
+                    let times = &self.shared.counters.reads[usize::from(self.same_host)];
+                    times.observe(start.elapsed().as_nanos() as u64);
+                }
                 Operation::Write => {
                     let notifies = meta[header.items * frame::ITEM_BYTES..].to_vec();
                     self.write(&header, &notifies)?;
+                    let times = &self.shared.counters.writes[usize::from(self.same_host)];
+                    times.observe(start.elapsed().as_nanos() as u64);
                 }
                 Operation::Ping => {
                     self.socket.skip(header.payload_bytes, until)?;

@@ -164,6 +164,8 @@ pub(crate) struct NodeState {
     /// Slots of its segments, by the index within the node.
     pub(crate) slots: Vec<u32>,
     pub(crate) drops: Mutex<DropQueue>,
+    /// What its data lanes have done, as it last told.
+    pub(crate) served: Mutex<crate::store::wire::Heartbeat>,
     /// Sequences of reconcile jobs to be sent.
     pub(crate) reconciles: Mutex<Vec<u64>>,
     waker: Mutex<Option<(u64, Waker)>>,
@@ -352,6 +354,7 @@ impl SegmentTable {
             indexed: AtomicBool::new(false),
             slots: (first..first + offers.len() as u32).collect(),
             drops: Mutex::default(),
+            served: Mutex::default(),
             reconciles: Mutex::default(),
             waker: Mutex::default(),
         });

@@ -48,6 +48,18 @@ impl MasterServer {
     /// # Errors
     /// When no thread can be started.
     pub fn new(master: Arc<Master>, lanes_max: usize) -> io::Result<Arc<Self>> {
+        Self::with_routes(master, lanes_max, Router::new())
+    }
+
+    /// The same with routes `beside` the master's own, behind the same token.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn with_routes(
+        master: Arc<Master>,
+        lanes_max: usize,
+        beside: Router,
+    ) -> io::Result<Arc<Self>> {
         sweeper::start(&master)?;
         let service = PoolServer::new(PoolService {
             master: master.clone(),
@@ -57,13 +69,13 @@ impl MasterServer {
         let grpc = tonic::service::Routes::new(service)
             .into_axum_router()
             .reset_fallback();
-        let router =
-            http::router(master.clone())
-                .merge(grpc)
-                .layer(axum::middleware::from_fn_with_state(
-                    master.clone(),
-                    authorize,
-                ));
+        let router = http::router(master.clone())
+            .merge(grpc)
+            .merge(beside)
+            .layer(axum::middleware::from_fn_with_state(
+                master.clone(),
+                authorize,
+            ));
         let lanes = ControlLanes::new(master.clone(), lanes_max);
         let local = local_listener()
             .inspect_err(

@@ -200,9 +200,6 @@ async fn in_service(
                 }
                 let now = Millis::now();
                 node.last_seen.store(now.0, Ordering::Relaxed);
-                if matches!(kind, In::Heartbeat(_)) {
-                    master.state.counters.pings.fetch_add(1, Ordering::Relaxed);
-                }
                 match kind {
                     In::DropAck(ack) => master.state.drops_acked(node, ack.sequence),
                     In::ProbeReport(report) => master.mesh.report(node.id, report),
@@ -211,10 +208,13 @@ async fn in_service(
                             master.state.reconciled(r.sequence, r.busy, &r.missing, now);
                         });
                     }
-                    In::Heartbeat(_)
-                        if !send(outbox, Out::HeartbeatAck(wire::HeartbeatAck {})).await => {
+                    In::Heartbeat(beat) => {
+                        master.state.counters.pings.fetch_add(1, Ordering::Relaxed);
+                        *node.served.lock() = beat;
+                        if !send(outbox, Out::HeartbeatAck(wire::HeartbeatAck {})).await {
                             return;
                         }
+                    }
                     In::Drain(_) => {
                         tracing::info!(node = %node.name, "node drains");
                         node.set_phase(NodePhase::Draining);

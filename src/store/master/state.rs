@@ -18,13 +18,13 @@ use super::config::MasterConfig;
 use super::events::EventRing;
 use super::eviction::Access;
 use super::eviction::order::EvictionOrder;
-use super::metrics::histogram::Histogram;
 use super::object::{Group, Object};
 use super::puts::{Arena, PendingPut};
 use super::rebuild::{Departed, ReconcileJob};
 use super::segments::{SegmentTable, SegmentsView};
 use super::shard::Shard;
 use crate::base::clock::{Millis, unix_ms};
+use crate::base::histogram::Histogram;
 use crate::base::id::Id128;
 use crate::base::prefetch::prefetch;
 

@@ -1,7 +1,7 @@
 //! The node's side of its session with a master: register, stream the directory, beat, drop what is asked.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -10,6 +10,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Streaming};
 
 use super::{NodePhase, Shared};
+use crate::base::histogram::Histogram;
 use crate::base::net::{join_host_port, split_host_port};
 use crate::engine::host::RangeFence;
 use crate::store::wire::{
@@ -179,7 +180,7 @@ async fn serve(
         let message = tokio::select! {
             message = next(inbox) => message?,
             _ = beat.tick() => {
-                send(out, Out::Heartbeat(wire::Heartbeat {})).await?;
+                send(out, Out::Heartbeat(beat_of(shared))).await?;
                 continue;
             }
             () = shared.drain.notified(), if !drain_sent => {
@@ -214,6 +215,35 @@ async fn serve(
             }
             _ => {}
         }
+    }
+}
+
+/// A sign of life, with what the data lanes have done.
+fn beat_of(shared: &Shared) -> wire::Heartbeat {
+    let counters = shared.server.counters();
+    let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
+    let times = |operation: &str, of: &[Histogram; 2]| {
+        let one = |(histogram, transport): (&Histogram, &str)| {
+            let now = histogram.now();
+            (now.count() > 0).then(|| wire::ServedTimes {
+                transport: transport.to_owned(),
+                operation: operation.to_owned(),
+                counts: now.counts,
+                sum_ns: now.sum,
+            })
+        };
+        let both = of.iter().zip(["tcp", "unix"]);
+        both.filter_map(one).collect::<Vec<_>>()
+    };
+    let mut all = times("read", &counters.reads);
+    all.extend(times("write", &counters.writes));
+    wire::Heartbeat {
+        read_bytes: load(&counters.read_bytes),
+        written_bytes: load(&counters.written_bytes),
+        refused: load(&counters.refused),
+        lanes_refused: load(&counters.lanes_refused),
+        lanes: shared.server.lanes() as u64,
+        times: all,
     }
 }
 

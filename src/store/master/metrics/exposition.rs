@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::histogram::Counted;
+use crate::base::histogram::Counted;
 
 /// The content type of what this writes.
 pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -43,7 +43,7 @@ impl Writer {
     ) {
         let mut total = 0;
         for (i, count) in counted.counts.iter().enumerate() {
-            total += count;
+            total = u64::saturating_add(total, *count);
             let bound = counted
                 .bounds
                 .get(i)
@@ -85,8 +85,8 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use super::super::histogram::Histogram;
     use super::*;
+    use crate::base::histogram::Histogram;
 
     #[test]
     fn families() {

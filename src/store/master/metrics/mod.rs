@@ -2,7 +2,6 @@
 //! nothing here at 0), then what upstream lacks.
 
 pub(crate) mod exposition;
-pub(crate) mod histogram;
 pub(crate) mod hot;
 mod rpc;
 mod tenants;
@@ -13,10 +12,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use exposition::Writer;
-use histogram::{Counted, Histogram};
 use upstream::Kind;
 
 use super::Master;
+use crate::base::histogram::{Counted, Histogram, NANOSECONDS};
 use crate::store::wire;
 pub(crate) use rpc::Rpc;
 pub(crate) use tenants::Asked;
@@ -45,7 +44,7 @@ impl Metrics {
         Self {
             rpcs: rpc::Rpc::ALL.iter().map(|_| rpc::RpcStats::new()).collect(),
             batches: AtomicU64::new(0),
-            batch_nanoseconds: Histogram::new(rpc::NANOSECONDS),
+            batch_nanoseconds: Histogram::new(NANOSECONDS),
             tenants: tenants::Tenants::default(),
             hot: hot::Hot::default(),
             slow: AtomicU64::new(0),
@@ -299,11 +298,12 @@ impl Metrics {
         let now = crate::base::clock::Millis::now();
         for node in state.segments.nodes() {
             let labels = [
-                ("node", node.name.as_str()),
+                ("node", node.address.as_str()),
                 ("state", node.state_name(now)),
             ];
             w.series("mooncake_node_state", &labels, 1);
         }
+        nodes(master, w);
         let mut before = "";
         for shown in self.histograms(master) {
             if shown.name != before {
@@ -316,6 +316,85 @@ impl Metrics {
                 &shown.counted,
                 shown.scale,
             );
+        }
+    }
+}
+
+/// What nodes told of their data lanes with their last heartbeat. Names of nodes need not be unique: the address is.
+fn nodes(master: &Master, w: &mut Writer) {
+    type Of = fn(&wire::Heartbeat) -> u64;
+    let beats: Vec<(String, wire::Heartbeat)> = master
+        .state
+        .segments
+        .nodes()
+        .iter()
+        .map(|n| (n.address.clone(), n.served.lock().clone()))
+        .collect();
+    let families: [(&str, &str, &str, Of); 5] = [
+        (
+            "mooncake_node_read_bytes_total",
+            "counter",
+            "Bytes read through the data lanes of a node",
+            |b| b.read_bytes,
+        ),
+        (
+            "mooncake_node_written_bytes_total",
+            "counter",
+            "Bytes written through the data lanes of a node",
+            |b| b.written_bytes,
+        ),
+        (
+            "mooncake_node_refused_requests_total",
+            "counter",
+            "Requests a node refused: no valid grant, outside it, or fenced off",
+            |b| b.refused,
+        ),
+        (
+            "mooncake_node_refused_lanes_total",
+            "counter",
+            "Data lanes a node turned away: wrong token, too many, strangers",
+            |b| b.lanes_refused,
+        ),
+        (
+            "mooncake_node_lanes",
+            "gauge",
+            "Data lanes open at a node",
+            |b| b.lanes,
+        ),
+    ];
+    for (name, kind, help, of) in families {
+        w.head(name, kind, help);
+        for (node, beat) in &beats {
+            w.series(name, &[("node", node)], of(beat));
+        }
+    }
+    let name = "mooncake_node_request_seconds";
+    let help = "Time of a request at a node, from its first byte to the last of the answer";
+    w.head(name, "histogram", help);
+    for (node, beat) in &beats {
+        for (transport, operation) in [
+            ("tcp", "read"),
+            ("tcp", "write"),
+            ("unix", "read"),
+            ("unix", "write"),
+        ] {
+            let told = beat.times.iter().find(|t| {
+                t.transport == transport
+                    && t.operation == operation
+                    && t.counts.len() == NANOSECONDS.len() + 1
+            });
+            let Some(times) = told else { continue };
+            let labels = [
+                ("node", node.as_str()),
+                ("transport", transport),
+                ("operation", operation),
+            ];
+            let counted = Counted {
+                bounds: NANOSECONDS,
+                counts: times.counts.clone(),
+                sum: times.sum_ns,
+            };
+            w.histogram(name, &labels, &counted, 1e9);
         }
     }
 }

@@ -4,26 +4,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::histogram::Histogram;
+use crate::base::histogram::{Histogram, NANOSECONDS};
 use crate::store::wire::{self, operation, reply};
-
-/// 1 µs to 67 s, in nanoseconds.
-pub(super) static NANOSECONDS: &[u64] = &[
-    1_000,
-    4_000,
-    16_000,
-    64_000,
-    256_000,
-    1_000_000,
-    4_000_000,
-    16_000_000,
-    64_000_000,
-    256_000_000,
-    1_000_000_000,
-    4_000_000_000,
-    16_000_000_000,
-    64_000_000_000,
-];
 
 /// The kinds of operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,8 +15,8 @@ const POLL: Duration = Duration::from_millis(10);
 const QUIET: Duration = Duration::from_secs(5);
 /// Events looked at in one step.
 const EXAMINED: usize = 256;
-/// Objects of one page of the table.
-const PAGE: usize = 1024;
+/// Objects of one page of the table, at least; a page of the longest keys stays below the 4 MiB of a gRPC message.
+const PAGE: usize = 256;
 
 /// What a subscriber asks for.
 #[derive(Clone, Debug, Default)]

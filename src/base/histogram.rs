@@ -2,9 +2,27 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// 1 µs to 64 s, in nanoseconds: for times of operations.
+pub static NANOSECONDS: &[u64] = &[
+    1_000,
+    4_000,
+    16_000,
+    64_000,
+    256_000,
+    1_000_000,
+    4_000_000,
+    16_000_000,
+    64_000_000,
+    256_000_000,
+    1_000_000_000,
+    4_000_000_000,
+    16_000_000_000,
+    64_000_000_000,
+];
+
 /// Values counted in ranges with fixed upper bounds. Observing is two relaxed additions.
 #[derive(Debug)]
-pub(crate) struct Histogram {
+pub struct Histogram {
     bounds: &'static [u64],
     /// One per bound, and one for what is above.
     counts: Box<[AtomicU64]>,
@@ -13,16 +31,18 @@ pub(crate) struct Histogram {
 
 /// A histogram at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Counted {
-    pub(crate) bounds: &'static [u64],
-    /// Not cumulative.
-    pub(crate) counts: Vec<u64>,
-    pub(crate) sum: u64,
+pub struct Counted {
+    /// Upper bounds, ascending.
+    pub bounds: &'static [u64],
+    /// One per bound, and one for what is above. Not cumulative.
+    pub counts: Vec<u64>,
+    /// Of all values.
+    pub sum: u64,
 }
 
 impl Histogram {
     /// `bounds` ascend and belong to the range below them.
-    pub(crate) fn new(bounds: &'static [u64]) -> Self {
+    pub fn new(bounds: &'static [u64]) -> Self {
         debug_assert!(bounds.is_sorted());
         Self {
             bounds,
@@ -31,13 +51,15 @@ impl Histogram {
         }
     }
 
-    pub(crate) fn observe(&self, value: u64) {
+    /// Counts a value.
+    pub fn observe(&self, value: u64) {
         let at = self.bounds.partition_point(|b| *b < value);
         self.counts[at].fetch_add(1, Ordering::Relaxed);
         self.sum.fetch_add(value, Ordering::Relaxed);
     }
 
-    pub(crate) fn now(&self) -> Counted {
+    /// The counts of this moment.
+    pub fn now(&self) -> Counted {
         let load = |c: &AtomicU64| c.load(Ordering::Relaxed);
         Counted {
             bounds: self.bounds,
@@ -48,12 +70,13 @@ impl Histogram {
 }
 
 impl Counted {
-    pub(crate) fn count(&self) -> u64 {
+    /// How many values there were.
+    pub fn count(&self) -> u64 {
         self.counts.iter().sum()
     }
 
     /// The bound below which this share (0..=1) of the values lies; `None` when there are none, or it lies above all bounds.
-    pub(crate) fn quantile(&self, share: f64) -> Option<u64> {
+    pub fn quantile(&self, share: f64) -> Option<u64> {
         let wanted = (self.count() as f64 * share).ceil() as u64;
         if wanted == 0 {
             return None;
