@@ -374,7 +374,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__bench__subcmd__store)
-            opts="-h --sizes --batches --paths --ops --rounds --time --memory --vs --checksum --export --output --help"
+            opts="-h --sizes --batches --paths --ops --rounds --time --memory --buffers --vs --checksum --export --output --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -406,6 +406,10 @@ _mooncake() {
                     ;;
                 --memory)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --buffers)
+                    COMPREPLY=($(compgen -W "hot cold" -- "${cur}"))
                     return 0
                     ;;
                 --vs)
@@ -2048,7 +2052,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__proxy)
-            opts="-m -p -d -h --config --print-config --output --bind --port --scheduling --prefill-scheduling --decode-scheduling --connector --agg --prefill-down --prefill-min-tokens --upstream-auth --admin-key-file --prefill-timeout --first-token-timeout --idle-timeout --client-timeout --queue-timeout --max-inflight --max-queue --max-per-instance --max-connections --max-body --retries --health-interval --state-file --access-log --debug-headers --threads --drain-timeout --log-format --model --prefill --decode --help"
+            opts="-m -p -d -h --config --print-config --output --bind --port --scheduling --prefill-scheduling --decode-scheduling --connector --kv-events --tokenize --store-barrier --agg --prefill-down --prefill-min-tokens --upstream-auth --admin-key-file --prefill-timeout --first-token-timeout --idle-timeout --client-timeout --queue-timeout --max-inflight --max-queue --max-per-instance --max-handoffs --max-handoffs-per-pair --discover --max-connections --max-body --retries --health-interval --state-file --access-log --debug-headers --threads --drain-timeout --log-format --model --prefill --decode --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2083,6 +2087,18 @@ _mooncake() {
                     return 0
                     ;;
                 --connector)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --kv-events)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tokenize)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --store-barrier)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -2135,6 +2151,18 @@ _mooncake() {
                     return 0
                     ;;
                 --max-per-instance)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-handoffs)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-handoffs-per-pair)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --discover)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

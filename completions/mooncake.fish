@@ -126,10 +126,13 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l output -d 'H
 json\t'One JSON document'"
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l bind -d 'Address to listen on; beyond loopback only when told so [default: 127.0.0.1]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l port -d 'Port; 0 = any free one [default: 8000]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l scheduling -d 'Who gets a request: round_robin, random, least_loaded, p2c, session, prefix, cost [default: round_robin]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l scheduling -d 'Who gets a request: round_robin, random, least_loaded, p2c, session, prefix, cost, kv [default: round_robin]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-scheduling -d 'The same for prefill only [default: --scheduling]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l decode-scheduling -d 'The same for decode only [default: --scheduling]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l connector -d 'How KV gets from prefill to decode; auto finds out per instance: auto, store, mooncake, nixl, none [default: auto]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l kv-events -d 'Where instances publish KV events: [INSTANCE=]PORT[/REPLAY_PORT], a list; without INSTANCE= for all others' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l tokenize -d 'Policy kv: ask workers\' /tokenize for the tokens of new texts; no request waits for it: background, off [default: background]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l store-barrier -d 'Connector store: longest wait for the prompt\'s last block to be readable before decode starts; 0 = none [default: 20ms]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l agg -d 'No prefill leg at all: every instance of --decode does both [default: false]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-down -d 'When no prefill instance is available: answer 503, or let decode compute the prompt: refuse, decode [default: refuse]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-min-tokens -d 'Prompts with fewer tokens than this (estimated; cached ones not counted) skip prefill [default: 0]' -r
@@ -143,6 +146,9 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l queue-timeou
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-inflight -d 'Requests under way [default: 4096]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-queue -d 'Requests waiting for a place [default: 1024]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-per-instance -d 'Requests under way per instance and role; 0 = no limit [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-handoffs -d 'Hand-offs under way per prefill instance, from prefill\'s start to decode\'s first byte; 0 = no limit [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-handoffs-per-pair -d 'The same per pair of a prefill and a decode instance [default: 0]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l discover -d 'Where more instances are found, looked at every 5 s: [ROLE=]dns:NAME:PORT, file:PATH (JSON), a list' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-connections -d 'Client connections [default: 16384]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-body -d 'Largest request body [default: 64MiB]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l retries -d 'Retries per leg, within the retry budget [default: 2]' -r
@@ -411,6 +417,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l rounds -d 'Rounds; the sides take turns within each' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l time -d 'Time of one side in one round' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l memory -d 'Memory of the pool, and of Redis' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l buffers -d 'The caller\'s buffers, also memcpy\'s: the same few each time, or taken in turn from 256 MiB' -r -f -a "hot\t''
+cold\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l vs -d 'Also run the same work against Redis; without an address a redis-server is started' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l export -d 'Also write the table to FILE (.md or .json)' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from store" -l output -d 'How to print the result' -r -f -a "text\t'For people'

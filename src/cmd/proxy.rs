@@ -10,10 +10,13 @@ use super::{ExitStatus, Outcome, UsageError, print, serve, settings};
 use crate::base::config::{Kind, Resolved, Setting};
 use crate::base::trust::Token;
 use crate::proxy::config::{
-    ConnectorKind, InstanceAddress, PolicyChoice, PrefillDown, ProxyConfig, UpstreamAuth,
+    ConnectorKind, EventsRule, InstanceAddress, PolicyChoice, PrefillDown, ProxyConfig,
+    UpstreamAuth,
 };
+use crate::proxy::discover::Discovery;
 use crate::proxy::{Proxy, listen, policy};
 
+const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 
 static SETTINGS: &[Setting] = &[
@@ -79,6 +82,27 @@ static SETTINGS: &[Setting] = &[
         Kind::Choice(&["auto", "store", "mooncake", "nixl", "none"]),
         "auto",
         "How KV gets from prefill to decode; auto finds out per instance",
+    ),
+    Setting::new(
+        "kv-events",
+        &[],
+        Kind::Text,
+        "",
+        "Where instances publish KV events: [INSTANCE=]PORT[/REPLAY_PORT], a list; without INSTANCE= for all others",
+    ),
+    Setting::new(
+        "tokenize",
+        &[],
+        Kind::Choice(&["background", "off"]),
+        "background",
+        "Policy kv: ask workers' /tokenize for the tokens of new texts; no request waits for it",
+    ),
+    Setting::new(
+        "store-barrier",
+        &[],
+        Kind::Time(MILLISECOND),
+        "20ms",
+        "Connector store: longest wait for the prompt's last block to be readable before decode starts; 0 = none",
     ),
     Setting::new(
         "agg",
@@ -170,6 +194,27 @@ static SETTINGS: &[Setting] = &[
         Kind::Integer(0, 1 << 20),
         "0",
         "Requests under way per instance and role; 0 = no limit",
+    ),
+    Setting::new(
+        "max-handoffs",
+        &[],
+        Kind::Integer(0, 1 << 20),
+        "0",
+        "Hand-offs under way per prefill instance, from prefill's start to decode's first byte; 0 = no limit",
+    ),
+    Setting::new(
+        "max-handoffs-per-pair",
+        &[],
+        Kind::Integer(0, 1 << 20),
+        "0",
+        "The same per pair of a prefill and a decode instance",
+    ),
+    Setting::new(
+        "discover",
+        &[],
+        Kind::Text,
+        "",
+        "Where more instances are found, looked at every 5 s: [ROLE=]dns:NAME:PORT, file:PATH (JSON), a list",
     ),
     Setting::new(
         "max-connections",
@@ -354,6 +399,14 @@ fn config(r: &Resolved) -> anyhow::Result<ProxyConfig> {
         state_file: path("state-file"),
         access_log: path("access-log"),
         debug_headers: r.flag("debug-headers"),
+        kv_events: EventsRule::parse_list(r.text("kv-events").unwrap_or_default())
+            .map_err(|e| UsageError(format!("--kv-events: {e}")))?,
+        handoffs_max: r.integer("max-handoffs") as usize,
+        pair_handoffs_max: r.integer("max-handoffs-per-pair") as usize,
+        discover: Discovery::parse_list(r.text("discover").unwrap_or_default())
+            .map_err(|e| UsageError(format!("--discover: {e}")))?,
+        tokenize: r.text("tokenize") != Some("off"),
+        barrier: r.time("store-barrier", MILLISECOND),
         ..ProxyConfig::new(model)
     };
     check(r, &config)?;
@@ -367,7 +420,8 @@ fn check(r: &Resolved, config: &ProxyConfig) -> Result<(), UsageError> {
         ));
     }
     // Without an admin key nobody could ever add one.
-    let may_come = config.admin_key.is_some() || r.text("state-file").is_some();
+    let may_come =
+        config.admin_key.is_some() || r.text("state-file").is_some() || !config.discover.is_empty();
     let no_prefill = config.prefill.is_empty() && !config.aggregated;
     if (no_prefill || config.decode.is_empty()) && !may_come {
         return Err(UsageError(

@@ -136,16 +136,23 @@ impl Memory {
             PageKind::Huge => MapFlags::empty(),
             PageKind::Small => MapFlags::NORESERVE,
         };
-        // SAFETY: a fresh shared mapping at an address of the kernel's choice overlaps nothing.
-        let base = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                length,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | reserve,
-                &fd,
-                0,
-            )?
+        let map_at = |base: *mut u8, fixed: MapFlags| {
+            let protection = ProtFlags::READ | ProtFlags::WRITE;
+            let flags = MapFlags::SHARED | reserve | fixed;
+            // SAFETY: at an address of the kernel's choice, or over a reservation that nobody else knows of.
+            unsafe { rustix::mm::mmap(base.cast(), length, protection, flags, &fd, 0) }
+        };
+        let aligned = if pages == PageKind::Small && length >= HUGE_PAGE {
+            // Where this fails the reservation may be gone already: it is not touched again.
+            let base = reserve_aligned(length)?;
+            map_at(base, MapFlags::FIXED).ok()
+        } else {
+            None
+        };
+        // Reserved huge pages, of whatever size, are aligned by the kernel.
+        let base = match aligned {
+            Some(base) => base,
+            None => map_at(std::ptr::null_mut(), MapFlags::empty())?,
         };
         let base = NonNull::new(base.cast::<u8>())
             .ok_or_else(|| io::Error::other("mmap returned the null page"))?;
@@ -282,6 +289,27 @@ impl Memory {
         if let Some(word) = self.word(offset) {
             word.store(value, Ordering::Release);
         }
+    }
+}
+
+/// Reserves `length` bytes of addresses from a multiple of a huge page on: only so can huge pages of a file be mapped.
+fn reserve_aligned(length: usize) -> io::Result<*mut u8> {
+    let pages = length.checked_next_multiple_of(rustix::param::page_size());
+    let pages = pages.ok_or(io::ErrorKind::InvalidInput)?;
+    let reserved = pages
+        .checked_add(HUGE_PAGE)
+        .ok_or(io::ErrorKind::InvalidInput)?;
+    // SAFETY: a fresh mapping; what sticks out on either side is unmapped again, and nobody else knows of it.
+    unsafe {
+        let prot = ProtFlags::empty();
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        let start = rustix::mm::mmap_anonymous(std::ptr::null_mut(), reserved, prot, flags)?;
+        let before = start.cast::<u8>().align_offset(HUGE_PAGE).min(HUGE_PAGE);
+        let base = start.cast::<u8>().add(before);
+        let after = reserved - before - pages;
+        let _ = (before > 0).then(|| rustix::mm::munmap(start, before));
+        let _ = (after > 0).then(|| rustix::mm::munmap(base.add(pages).cast(), after));
+        Ok(base)
     }
 }
 

@@ -7,6 +7,7 @@
 //! whether the transfer counts. The caller sees one result per request; a path that fails is replaced by the next one.
 
 pub mod batch;
+pub mod copy;
 pub mod error;
 pub mod grant;
 pub mod host;

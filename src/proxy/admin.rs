@@ -10,11 +10,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::App;
-use super::config::{ConnectorKind, InstanceAddress, Role};
+use super::config::{ConnectorKind, EventsAddress, EventsRule, InstanceAddress, Role};
 use super::health;
 use super::http::head::RequestHead;
+use super::kv::index::POOL;
 use super::metrics;
-use super::registry::{Instance, NewInstance};
+use super::registry::{Instance, NewInstance, Origin};
 use super::reply::LocalReply;
 use crate::base::clock::Millis;
 
@@ -108,6 +109,18 @@ fn address(request: &Value) -> Result<InstanceAddress, LocalReply> {
     Ok(address)
 }
 
+/// `kv_events` of a request: an endpoint, or an object as vLLM's `--kv-events-config` has it.
+pub(crate) fn read_events(value: Option<&Value>, host: &str) -> Option<EventsAddress> {
+    let value = value?;
+    if let Some(endpoint) = value.as_str() {
+        return EventsAddress::parse(endpoint, None, host);
+    }
+    let replay = value.get("replay_endpoint").and_then(Value::as_str);
+    let mut events = EventsAddress::parse(text(value, "endpoint"), replay, host)?;
+    events.topic = text(value, "topic").chars().take(256).collect();
+    Some(events)
+}
+
 fn known(app: &App, request: &Value) -> Result<Arc<Instance>, LocalReply> {
     let address = address(request)?;
     app.registry
@@ -180,10 +193,26 @@ async fn add(app: &Arc<App>, request: &Value) -> Result<LocalReply, LocalReply> 
         return Err(bad("Instance already exists."));
     }
     let target = (address.host.clone(), address.port);
-    if let Err(error) = health::models(app, &target).await {
-        tracing::info!(instance = %address, %error, "not added");
+    let served = match health::models(app, &target).await {
+        Ok(served) => served,
+        Err(error) => {
+            tracing::info!(instance = %address, %error, "not added");
+            return Err(bad("Instance validation failed."));
+        }
+    };
+    let others = app.registry.all();
+    let longest = others
+        .iter()
+        .map(|i| i.model_len.load(Ordering::Relaxed))
+        .max();
+    if served.model_len > 0 && longest.is_some_and(|l| l > served.model_len) {
+        tracing::info!(instance = %address, max_model_len = served.model_len, others = longest, "not added: it takes shorter prompts");
         return Err(bad("Instance validation failed."));
     }
+    let events = match request.get("kv_events").filter(|e| !e.is_null()) {
+        None => EventsRule::of(&app.config.kv_events, &address),
+        given => Some(read_events(given, &address.host).ok_or_else(|| bad("Invalid kv_events."))?),
+    };
     let name = address.to_string();
     let new = NewInstance {
         address,
@@ -191,7 +220,8 @@ async fn add(app: &Arc<App>, request: &Value) -> Result<LocalReply, LocalReply> 
         weight,
         group: text(request, "group").chars().take(128).collect(),
         connector,
-        added: true,
+        origin: Origin::Added,
+        events,
     };
     app.add(new).map_err(|e| bad(&e.to_string()))?;
     Ok(LocalReply::json(
@@ -227,7 +257,15 @@ fn names(app: &App, role: Role) -> Vec<String> {
 
 fn status(app: &App) -> Value {
     let (prefill, decode) = (names(app, Role::Prefill), names(app, Role::Decode));
+    let barrier = if app.config.barrier.is_zero() {
+        "off"
+    } else if app.kv.has_pool() {
+        "on"
+    } else {
+        "no source"
+    };
     json!({
+        "store_barrier": barrier,
         "prefill_node_count": prefill.len(),
         "decode_node_count": decode.len(),
         "prefill_nodes": prefill,
@@ -271,11 +309,22 @@ fn list(app: &App) -> Value {
                 "engines": link.engines.len(),
                 "weight": i.weight,
                 "group": i.group,
-                "added": i.added,
+                "origin": i.origin.name(),
+                "max_model_len": i.model_len.load(Ordering::Relaxed),
+                "handoffs": app.handoffs.of(i.number),
+                "others_requests": i.others.load(Ordering::Relaxed),
+                "kv_usage": i.kv_usage.load(Ordering::Relaxed) as f64 / 1000.0,
+                "kv_events": i.events.as_ref().map(|e| json!({
+                    "endpoint": e.to_string(),
+                    "live": i.feed.is_live(),
+                    "events": i.feed.events.load(Ordering::Relaxed),
+                    "gaps": i.feed.gaps.load(Ordering::Relaxed),
+                    "blocks": app.kv.index.count(i.number),
+                })),
                 "models": *i.models.read(),
                 "last_error": *i.last_error.lock(),
             })
         })
         .collect();
-    json!({"model": app.config.model, "waiting": app.gate.waiting(), "instances": instances})
+    json!({"model": app.config.model, "pool_blocks": app.kv.index.count(POOL), "kv_left_out": app.kv.index.left_out(), "waiting": app.gate.waiting(), "instances": instances})
 }

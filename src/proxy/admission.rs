@@ -1,13 +1,14 @@
 //! Who may come in, and how often something is tried again.
 //!
-//! Owns the bound on requests under way, the queue before it with its deadline, and the retry budget. Refusals come before
+//! Owns the bound on requests under way, the queue before it with its order and deadline, and the retry budget. Refusals come before
 //! any prefill has begun.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 /// Why a request was turned away.
@@ -19,52 +20,145 @@ pub(crate) enum Refusal {
     Waited,
 }
 
-/// The door.
+/// Who waits: order of the queue.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Claim {
+    /// Smaller comes first, as with vLLM's `priority`.
+    pub(crate) priority: i64,
+    /// Requests of one key take turns with those of others.
+    pub(crate) key: u64,
+}
+
 #[derive(Debug)]
+struct Waiter {
+    priority: i64,
+    /// Turn within the priority: what a key has waiting stands one behind the other, and keys stand side by side.
+    turn: u64,
+    number: u64,
+    key: u64,
+    call: oneshot::Sender<Place>,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    free: usize,
+    waiters: Vec<Waiter>,
+    numbers: u64,
+    /// Turn of who was called last.
+    turn: u64,
+}
+
+/// The door.
+#[derive(Clone, Debug)]
 pub(crate) struct Gate {
-    places: Arc<Semaphore>,
-    waiting: AtomicUsize,
+    queue: Arc<Mutex<Queue>>,
     waiting_max: usize,
     patience: Duration,
 }
 
-struct Waiting<'a>(&'a AtomicUsize);
+/// A place; dropping it calls the next.
+#[derive(Debug)]
+pub(crate) struct Place {
+    queue: Arc<Mutex<Queue>>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut queue = self.queue.lock();
+        queue.free += 1;
+        let called = queue.call(&self.queue);
+        drop(queue);
+        if let Some((call, place)) = called {
+            // One that has gone meanwhile drops the place, which calls the next.
+            drop(call.send(place));
+        }
+    }
+}
+
+impl Queue {
+    fn call(&mut self, all: &Arc<Mutex<Self>>) -> Option<(oneshot::Sender<Place>, Place)> {
+        if self.free == 0 {
+            return None;
+        }
+        let order = |w: &Waiter| (w.priority, w.turn, w.number);
+        let next = self
+            .waiters
+            .iter()
+            .enumerate()
+            .min_by_key(|(_, w)| order(w));
+        let next = next.map(|(at, _)| at)?;
+        let waiter = self.waiters.swap_remove(next);
+        self.turn = self.turn.max(waiter.turn);
+        self.free -= 1;
+        let queue = all.clone();
+        Some((waiter.call, Place { queue }))
+    }
+}
+
+/// Takes a waiter out of the queue when it stops waiting.
+struct Waiting<'a>(&'a Gate, u64);
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        let mut queue = self.0.queue.lock();
+        queue.waiters.retain(|w| w.number != self.1);
     }
 }
 
 impl Gate {
     pub(crate) fn new(places: usize, waiting_max: usize, patience: Duration) -> Self {
+        let queue = Queue {
+            free: places,
+            ..Queue::default()
+        };
         Self {
-            places: Arc::new(Semaphore::new(places)),
-            waiting: AtomicUsize::new(0),
+            queue: Arc::new(Mutex::new(queue)),
             waiting_max,
             patience,
         }
     }
 
-    /// Takes a place, first come first served. Cancel-safe.
-    pub(crate) async fn enter(&self) -> Result<OwnedSemaphorePermit, Refusal> {
-        if let Ok(permit) = self.places.clone().try_acquire_owned() {
-            return Ok(permit);
-        }
-        let before = self.waiting.fetch_add(1, Ordering::Relaxed);
-        let _waiting = Waiting(&self.waiting);
-        if before >= self.waiting_max {
-            return Err(Refusal::QueueFull);
-        }
-        match timeout(self.patience, self.places.clone().acquire_owned()).await {
-            Ok(Ok(permit)) => Ok(permit),
+    /// Takes a place: by priority, then keys in turn, then first come first served. Cancel-safe.
+    pub(crate) async fn enter(&self, claim: Claim) -> Result<Place, Refusal> {
+        let (called, _waiting) = {
+            let mut queue = self.queue.lock();
+            if queue.free > 0 && queue.waiters.is_empty() {
+                queue.free -= 1;
+                let queue = self.queue.clone();
+                return Ok(Place { queue });
+            }
+            if queue.waiters.len() >= self.waiting_max {
+                return Err(Refusal::QueueFull);
+            }
+            let (call, called) = oneshot::channel();
+            let number = queue.numbers;
+            queue.numbers += 1;
+            let own = queue.waiters.iter().filter(|w| w.key == claim.key);
+            let turn = own.map(|w| w.turn + 1).max().unwrap_or(0).max(queue.turn);
+            queue.waiters.push(Waiter {
+                priority: claim.priority,
+                turn,
+                number,
+                key: claim.key,
+                call,
+            });
+            (called, Waiting(self, number))
+        };
+        match timeout(self.patience, called).await {
+            Ok(Ok(place)) => Ok(place),
             _ => Err(Refusal::Waited),
         }
     }
 
+    /// Whether a request that comes now would be turned away.
+    pub(crate) fn is_full(&self) -> bool {
+        let queue = self.queue.lock();
+        queue.free == 0 && queue.waiters.len() >= self.waiting_max
+    }
+
     /// Requests waiting.
     pub(crate) fn waiting(&self) -> usize {
-        self.waiting.load(Ordering::Relaxed)
+        self.queue.lock().waiters.len()
     }
 }
 
@@ -104,13 +198,42 @@ mod tests {
     #[tokio::test]
     async fn bounded_with_a_deadline() {
         let gate = Gate::new(1, 1, Duration::from_millis(30));
-        let first = gate.enter().await.unwrap();
-        let (second, third) = tokio::join!(gate.enter(), gate.enter());
+        let claim = Claim::default();
+        let first = gate.enter(claim).await.unwrap();
+        let (second, third) = tokio::join!(gate.enter(claim), gate.enter(claim));
         assert_eq!(second.unwrap_err(), Refusal::Waited);
         assert_eq!(third.unwrap_err(), Refusal::QueueFull);
         assert_eq!(gate.waiting(), 0);
         drop(first);
-        assert!(gate.enter().await.is_ok());
+        assert!(gate.enter(claim).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn by_priority_and_keys_in_turn() {
+        let gate = Gate::new(1, 100, Duration::from_secs(5));
+        let first = gate.enter(Claim::default()).await.unwrap();
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let mut all = tokio::task::JoinSet::new();
+        let claims = [(1, 0), (1, 0), (1, 0), (2, 0), (2, 0), (3, -1), (3, 1)];
+        for (at, (key, priority)) in claims.into_iter().enumerate() {
+            let (waits, order) = (gate.clone(), order.clone());
+            all.spawn(async move {
+                let place = waits.enter(Claim { priority, key }).await.unwrap();
+                order.lock().push(at);
+                drop(place);
+            });
+            while gate.waiting() <= at {
+                tokio::task::yield_now().await;
+            }
+        }
+        // Whoever leaves the queue is not called.
+        let left = timeout(Duration::from_millis(5), gate.enter(Claim::default())).await;
+        assert!(left.is_err());
+        drop(first);
+        all.join_all().await;
+        assert_eq!(*order.lock(), [5, 0, 3, 1, 4, 2, 6]);
+        assert!(!gate.is_full() && gate.waiting() == 0);
+        assert!(gate.enter(Claim::default()).await.is_ok());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::discover::Discovery;
 use crate::base::net::join_host_port;
 use crate::base::trust::Token;
 
@@ -160,6 +161,103 @@ impl InstanceAddress {
     }
 }
 
+/// Where an instance publishes its KV events, as vLLM's `--kv-events-config` names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EventsAddress {
+    /// Of the publisher.
+    pub target: (String, u16),
+    /// Of the replay socket, if there is one.
+    pub replay: Option<(String, u16)>,
+    /// What the topics to hear begin with.
+    pub topic: String,
+}
+
+impl std::fmt::Display for EventsAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "tcp://{}", join_host_port(&self.target.0, self.target.1))
+    }
+}
+
+impl EventsAddress {
+    /// Reads endpoints as an engine on `host` has them: `tcp://*:5557`, `tcp://HOST:PORT`, `HOST:PORT` or a port.
+    pub fn parse(endpoint: &str, replay: Option<&str>, host: &str) -> Option<Self> {
+        let one = |text: &str| {
+            let plain = text.trim().strip_prefix("tcp://").unwrap_or(text.trim());
+            let (there, port) = plain.rsplit_once(':').unwrap_or(("", plain));
+            let there = there.trim_start_matches('[').trim_end_matches(']');
+            let is_any = matches!(there, "" | "*" | "0.0.0.0" | "::");
+            let port = port.parse::<u16>().ok().filter(|p| *p > 0)?;
+            let is_host = there
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b".-_:".contains(&b));
+            let named = if is_any {
+                Some(host)
+            } else {
+                Some(there).filter(|_| is_host)
+            };
+            Some((named?.to_owned(), port))
+        };
+        Some(Self {
+            target: one(endpoint)?,
+            replay: match replay {
+                None | Some("") => None,
+                Some(text) => Some(one(text)?),
+            },
+            topic: String::new(),
+        })
+    }
+}
+
+/// Where KV events of instances of the flags are: of one instance, or of all that are not named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EventsRule {
+    /// `None`: all others.
+    pub instance: Option<InstanceAddress>,
+    /// Endpoint as written.
+    pub endpoint: String,
+    /// Replay endpoint as written.
+    pub replay: Option<String>,
+}
+
+impl EventsRule {
+    /// Reads a list of `[INSTANCE=]ENDPOINT[/REPLAY]`, an endpoint being a port, `HOST:PORT` or `tcp://HOST:PORT`.
+    ///
+    /// # Errors
+    /// The first word that is none.
+    pub fn parse_list(text: &str) -> Result<Vec<Self>, String> {
+        let one = |word: &str| {
+            let (instance, rest) = match word.split_once('=') {
+                Some((name, rest)) => (Some(InstanceAddress::parse(name).ok()?), rest),
+                None => (None, word),
+            };
+            let rest = rest.replace("tcp://", "");
+            let (endpoint, replay) = match rest.split_once('/') {
+                Some((endpoint, replay)) => (endpoint, Some(replay.to_owned())),
+                None => (rest.as_str(), None),
+            };
+            EventsAddress::parse(endpoint, replay.as_deref(), "host")?;
+            Some(Self {
+                instance,
+                endpoint: endpoint.to_owned(),
+                replay,
+            })
+        };
+        let words = text.split([',', ' ']).filter(|w| !w.is_empty());
+        words
+            .map(|w| one(w).ok_or_else(|| format!("`{w}` is not [INSTANCE=]PORT[/REPLAY_PORT]")))
+            .collect()
+    }
+
+    /// What the rules say of an instance.
+    pub fn of(rules: &[Self], instance: &InstanceAddress) -> Option<EventsAddress> {
+        let named = rules
+            .iter()
+            .find(|r| r.instance.as_ref().is_some_and(|i| i.is_same(instance)));
+        let rule = named.or_else(|| rules.iter().find(|r| r.instance.is_none()))?;
+        EventsAddress::parse(&rule.endpoint, rule.replay.as_deref(), &instance.host)
+    }
+}
+
 /// Which policy chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PolicyChoice {
@@ -252,6 +350,18 @@ pub struct ProxyConfig {
     pub access_log: Option<PathBuf>,
     /// Name the chosen instances in reply headers.
     pub debug_headers: bool,
+    /// Where instances of the flags publish their KV events.
+    pub kv_events: Vec<EventsRule>,
+    /// Ask workers for the tokens of new texts (policy `kv`).
+    pub tokenize: bool,
+    /// Hand-offs under way per prefill instance; 0 = any number.
+    pub handoffs_max: usize,
+    /// The same per pair of a prefill and a decode instance.
+    pub pair_handoffs_max: usize,
+    /// Where instances are looked for.
+    pub discover: Vec<Discovery>,
+    /// Longest wait for the last block to be readable in the pool before decode starts; 0 = none.
+    pub barrier: Duration,
 }
 
 impl ProxyConfig {
@@ -286,6 +396,12 @@ impl ProxyConfig {
             state_file: None,
             access_log: None,
             debug_headers: false,
+            kv_events: Vec::new(),
+            tokenize: true,
+            handoffs_max: 0,
+            pair_handoffs_max: 0,
+            discover: Vec::new(),
+            barrier: Duration::from_millis(20),
         }
     }
 }
@@ -324,6 +440,22 @@ mod tests {
             "[zz]:1",
         ] {
             assert!(InstanceAddress::parse(bad).is_err(), "{bad}");
+        }
+        let rules = EventsRule::parse_list("5557/5558, a:1=tcp://b:7").unwrap();
+        let of = |i: &str| EventsRule::of(&rules, &parse(i)).unwrap();
+        assert_eq!(of("h:1").target, ("h".to_owned(), 5557));
+        assert_eq!(of("h:1").replay, Some(("h".to_owned(), 5558)));
+        assert_eq!(
+            (of("a:1").target, of("a:1").replay),
+            (("b".to_owned(), 7), None)
+        );
+        let any = EventsAddress::parse("tcp://*:5557", Some("tcp://[::1]:9"), "h").unwrap();
+        assert_eq!(
+            (any.target.0.as_str(), any.replay),
+            ("h", Some(("::1".to_owned(), 9)))
+        );
+        for bad in ["x", "a:1=", "5557/x", "ipc:///tmp/x", "0"] {
+            assert!(EventsRule::parse_list(bad).is_err(), "{bad}");
         }
         let list = InstanceAddress::parse_list("http://a:1 8998 b:2,c:3").unwrap();
         assert_eq!(list.len(), 3);

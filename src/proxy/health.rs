@@ -5,6 +5,7 @@
 //! requests is the breaker's.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,6 +15,8 @@ use super::App;
 use super::config::{ConnectorKind, Role};
 use super::connector::mooncake;
 use super::http::upstream::{ConnPool, LegError};
+use super::load;
+use super::policy;
 use super::registry::{Health, Instance};
 
 /// Failures in a row until an instance is down.
@@ -75,15 +78,25 @@ pub(crate) fn same_model(wanted: &str, listed: &str) -> bool {
     wanted == listed || last(wanted) == last(listed)
 }
 
+/// What a server serves.
+pub(crate) struct Served {
+    pub(crate) models: Vec<String>,
+    /// `max_model_len` of our model; 0 = not told.
+    pub(crate) model_len: u64,
+}
+
 /// Asks an instance which models it serves.
 pub(crate) async fn check_models(app: &App, instance: &Instance) -> Result<(), ProbeError> {
-    let models = models(app, &instance.target).await?;
-    *instance.models.write() = models;
+    let served = models(app, &instance.target).await?;
+    *instance.models.write() = served.models;
+    instance
+        .model_len
+        .store(served.model_len, Ordering::Relaxed);
     Ok(())
 }
 
 /// The models of a server, if ours is among them.
-pub(crate) async fn models(app: &App, target: &(String, u16)) -> Result<Vec<String>, ProbeError> {
+pub(crate) async fn models(app: &App, target: &(String, u16)) -> Result<Served, ProbeError> {
     let (status, body) = get(app, target, "/v1/models").await?;
     if status != 200 {
         return Err(ProbeError::Status(status, "/v1/models"));
@@ -91,17 +104,46 @@ pub(crate) async fn models(app: &App, target: &(String, u16)) -> Result<Vec<Stri
     let list: serde_json::Value =
         serde_json::from_slice(&body).map_err(|_| ProbeError::NoModels)?;
     let data = list.get("data").and_then(|d| d.as_array());
-    let ids = data.ok_or(ProbeError::NoModels)?.iter();
-    let ids: Vec<String> = ids
-        .filter_map(|m| m.get("id")?.as_str().map(str::to_owned))
-        .take(1024)
-        .collect();
-    if ids.iter().any(|id| same_model(&app.config.model, id)) {
-        return Ok(ids);
+    let data = data.ok_or(ProbeError::NoModels)?;
+    let id = |m: &serde_json::Value| m.get("id")?.as_str().map(str::to_owned);
+    let models: Vec<String> = data.iter().filter_map(id).take(1024).collect();
+    let ours = data
+        .iter()
+        .find(|m| id(m).is_some_and(|id| same_model(&app.config.model, &id)));
+    let Some(ours) = ours else {
+        return Err(models.first().map_or(ProbeError::NoModels, |id| {
+            ProbeError::OtherModel(id.chars().take(128).collect())
+        }));
+    };
+    let length = ours
+        .get("max_model_len")
+        .and_then(serde_json::Value::as_u64);
+    Ok(Served {
+        models,
+        model_len: length.unwrap_or(0),
+    })
+}
+
+/// Reads an instance's own gauges: what it runs beyond this proxy's requests.
+async fn read_gauges(app: &App, instance: &Instance) {
+    if instance.has_no_gauges.load(Ordering::Relaxed) || !policy::weighs_load(app) {
+        return;
     }
-    Err(ids.first().map_or(ProbeError::NoModels, |id| {
-        ProbeError::OtherModel(id.chars().take(128).collect())
-    }))
+    let own = instance.inflight_all() as f64;
+    let page = match get(app, &instance.target, "/metrics").await {
+        Ok((200, page)) => page,
+        Ok(_) => return instance.has_no_gauges.store(true, Ordering::Relaxed),
+        Err(_) => return,
+    };
+    // Requests that came or went while the page was made are no others'.
+    let own = own.max(instance.inflight_all() as f64);
+    let gauges = load::gauges(&String::from_utf8_lossy(&page));
+    let others = gauges.requests.map_or(0.0, |r| (r - own).max(0.0));
+    instance.others.store(others as u64, Ordering::Relaxed);
+    let usage = gauges.kv_usage.unwrap_or(0.0).min(1.0);
+    instance
+        .kv_usage
+        .store((usage * 1000.0) as u64, Ordering::Relaxed);
 }
 
 async fn is_alive(app: &App, instance: &Instance) -> Result<(), ProbeError> {
@@ -161,6 +203,9 @@ fn forget(app: &App, instance: &Instance) {
         link.kind = None;
     }
     drop(link);
+    instance.is_mute.store(false, Ordering::Relaxed);
+    instance.has_no_gauges.store(false, Ordering::Relaxed);
+    instance.others.store(0, Ordering::Relaxed);
     app.forget_cache(instance.number);
 }
 
@@ -170,6 +215,7 @@ async fn check(app: &App, instance: &Instance) -> Result<(), ProbeError> {
         check_models(app, instance).await?;
     }
     find_bootstrap(app, instance).await;
+    read_gauges(app, instance).await;
     Ok(())
 }
 

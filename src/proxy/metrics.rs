@@ -76,10 +76,16 @@ pub(crate) struct Metrics {
     pub(crate) handoffs: Counter,
     pub(crate) released: Counter,
     pub(crate) orphans: Counter,
+    pub(crate) tokenized: Counter,
+    pub(crate) usage_merged: Counter,
+    pub(crate) barrier_waits: Counter,
+    pub(crate) barrier_timeouts: Counter,
     pub(crate) ttft: Histogram,
     pub(crate) prefill: Histogram,
     pub(crate) request: Histogram,
     pub(crate) queue: Histogram,
+    pub(crate) barrier: Histogram,
+    pub(crate) itl: Histogram,
 }
 
 impl Metrics {
@@ -172,6 +178,26 @@ pub(crate) fn page(app: &App) -> String {
             "Prefills whose KV nobody fetched",
             &m.orphans,
         ),
+        (
+            "barrier_waits",
+            "Decodes that waited for the last block in the pool",
+            &m.barrier_waits,
+        ),
+        (
+            "barrier_timeouts",
+            "Decodes that began without it",
+            &m.barrier_timeouts,
+        ),
+        (
+            "usage_merged",
+            "Answers that tell prefill's count of cached tokens",
+            &m.usage_merged,
+        ),
+        (
+            "texts_tokenized",
+            "Texts whose tokens a worker told",
+            &m.tokenized,
+        ),
     ] {
         let name = format!("mooncake_proxy_{name}_total");
         family(&mut out, &name, "counter", help);
@@ -183,6 +209,11 @@ pub(crate) fn page(app: &App) -> String {
             "Arrival to the first byte of an answer's body",
             &m.ttft,
         ),
+        (
+            "itl_seconds",
+            "Between two pieces of a streamed answer, as they were passed on",
+            &m.itl,
+        ),
         ("prefill_seconds", "Prefill legs", &m.prefill),
         (
             "request_seconds",
@@ -190,6 +221,11 @@ pub(crate) fn page(app: &App) -> String {
             &m.request,
         ),
         ("queue_seconds", "Waiting for a place", &m.queue),
+        (
+            "barrier_seconds",
+            "Waiting for the last block in the pool",
+            &m.barrier,
+        ),
     ] {
         histogram.print(&mut out, &format!("mooncake_proxy_{name}"), help);
     }
@@ -242,6 +278,24 @@ fn instances(app: &App, out: &mut String) {
             "gauge",
             "Prompt tokens under way as prefill, estimated",
             |i, _| i.tokens(),
+        ),
+        (
+            "kv_live",
+            "gauge",
+            "Whether its KV events are followed",
+            |i, _| u64::from(i.feed.is_live()),
+        ),
+        (
+            "kv_events_total",
+            "counter",
+            "KV events heard of it",
+            |i, _| i.feed.events.load(Ordering::Relaxed),
+        ),
+        (
+            "kv_gaps_total",
+            "counter",
+            "Gaps in its KV events",
+            |i, _| i.feed.gaps.load(Ordering::Relaxed),
         ),
         ("served_total", "counter", "Legs it answered", |i, _| {
             i.served.load(Ordering::Relaxed)

@@ -2,7 +2,7 @@
 //!
 //! A client sees one endpoint; prefill and decode instances come and go behind it. Rooms: [`config`] what it is told;
 //! `http` the wire; `server` a client's connection; `admin` its own answers; `registry`, `breaker`, `health` the instances;
-//! `policy` who gets a request; `openai` and [`splice`] what is read and changed of a body; `connector` how KV is handed
+//! `policy` who gets a request; `kv` what their caches hold; `openai` and [`splice`] what is read and changed of a body; `connector` how KV is handed
 //! over; `handoff` a request's way; `relay` the answer's. Depends on `base` alone; knows no command line.
 
 mod access_log;
@@ -11,9 +11,12 @@ mod admission;
 mod breaker;
 pub mod config;
 mod connector;
+pub mod discover;
 mod handoff;
 mod health;
 mod http;
+mod kv;
+mod load;
 mod metrics;
 mod openai;
 pub mod policy;
@@ -23,6 +26,8 @@ mod reply;
 mod server;
 pub mod splice;
 mod state_file;
+mod tunnel;
+mod usage;
 
 use std::io;
 use std::net::SocketAddr;
@@ -36,10 +41,12 @@ use tokio::sync::{Notify, Semaphore};
 use crate::base::trust::ClusterKeys;
 use access_log::AccessLog;
 use admission::{Gate, RetryBudget};
-use config::{InstanceAddress, ProxyConfig, Role};
+use config::{EventsRule, InstanceAddress, ProxyConfig, Role};
+use handoff::places::Handoffs;
+use kv::Kv;
 use metrics::Metrics;
 use policy::Policy;
-use registry::{AddError, Instance, NewInstance, Registry};
+use registry::{AddError, Instance, NewInstance, Origin, Registry};
 pub use state_file::StateFileError;
 
 /// Everything the rooms share.
@@ -51,6 +58,8 @@ pub(crate) struct App {
     pub(crate) budget: RetryBudget,
     pub(crate) connections: Arc<Semaphore>,
     pub(crate) access_log: Option<AccessLog>,
+    pub(crate) kv: Arc<Kv>,
+    pub(crate) handoffs: Arc<Handoffs>,
     pub(crate) admin_keys: Option<ClusterKeys>,
     prefill_policy: Box<dyn Policy>,
     decode_policy: Box<dyn Policy>,
@@ -82,6 +91,13 @@ impl App {
         }
     }
 
+    /// Whether tokens of prompts matter to anybody.
+    pub(crate) fn wants_tokens(&self) -> bool {
+        self.config.policy.prefill == "kv"
+            || self.config.policy.decode == "kv"
+            || self.kv.has_pool()
+    }
+
     /// Counts a hand-off that outlives its client, until it is dropped.
     pub(crate) fn releasing(&self) -> Releasing<'_> {
         self.releases.fetch_add(1, Ordering::Relaxed);
@@ -101,6 +117,9 @@ impl App {
         let instance = self.registry.add(new)?;
         if before.is_none() {
             tokio::spawn(health::watch(self.clone(), instance.clone()));
+            if let Some(events) = instance.events.clone() {
+                tokio::spawn(kv::source::watch(self.clone(), instance.clone(), events));
+            }
         }
         self.changed();
         Ok(instance)
@@ -128,7 +147,7 @@ impl App {
         let all = self.registry.all();
         let added: Vec<_> = all
             .iter()
-            .filter(|i| i.added && !i.is_draining())
+            .filter(|i| i.origin == Origin::Added && !i.is_draining())
             .map(|i| state_file::entry(i))
             .collect();
         if let Err(error) = state_file::save(path, &added) {
@@ -183,6 +202,7 @@ impl Proxy {
             Some(path) => state_file::load(path)?,
             None => Vec::new(),
         };
+        let kv = Arc::new(Kv::default());
         let app = Arc::new(App {
             registry: Registry::default(),
             metrics: Metrics::default(),
@@ -194,16 +214,21 @@ impl Proxy {
                 .admin_key
                 .as_ref()
                 .map(|k| ClusterKeys::derive(Some(k))),
-            prefill_policy: policy::build(config.policy.prefill),
-            decode_policy: policy::build(config.policy.decode),
+            prefill_policy: policy::build(config.policy.prefill, &kv),
+            decode_policy: policy::build(config.policy.decode, &kv),
             stop: AtomicBool::new(false),
             stopped: Notify::new(),
             releases: AtomicUsize::new(0),
+            kv,
+            handoffs: Arc::default(),
             config,
         });
         let proxy = Self { app };
         proxy.add_all(&proxy.app.config.prefill, Role::Prefill)?;
         proxy.add_all(&proxy.app.config.decode, Role::Decode)?;
+        if !proxy.app.config.discover.is_empty() {
+            tokio::spawn(discover::watch(proxy.app.clone()));
+        }
         for new in remembered {
             // Named by a flag too by now: the flag's is the same instance.
             let _ = proxy.app.add(new);
@@ -215,6 +240,7 @@ impl Proxy {
         for address in addresses {
             let mut new = NewInstance::plain(address.clone(), role);
             new.connector = self.app.config.connector;
+            new.events = EventsRule::of(&self.app.config.kv_events, address);
             self.app
                 .add(new)
                 .map_err(|_| StartError::Twice(address.clone()))?;
@@ -237,7 +263,7 @@ impl Proxy {
     pub fn reload(&self, prefill: &[InstanceAddress], decode: &[InstanceAddress]) {
         let wanted = |i: &Instance| prefill.iter().chain(decode).any(|a| a.is_same(&i.address));
         for instance in self.app.registry.all().iter() {
-            if !instance.added && !wanted(instance) {
+            if instance.origin == Origin::Named && !wanted(instance) {
                 tracing::info!(instance = %instance.name, "removed by reload");
                 self.app.remove(instance);
             }
@@ -246,6 +272,7 @@ impl Proxy {
             for address in addresses {
                 let mut new = NewInstance::plain(address.clone(), role);
                 new.connector = self.app.config.connector;
+                new.events = EventsRule::of(&self.app.config.kv_events, address);
                 if self.app.add(new).is_ok() {
                     tracing::info!(instance = %address, role = role.name(), "added by reload");
                 }
@@ -275,6 +302,7 @@ impl Proxy {
 /// For the fuzzer: no bytes from a client or a worker panic, and a body read in pieces is the body read at once.
 pub fn fuzz(input: &[u8]) {
     splice::fuzz(input);
+    kv::fuzz(input);
     let bytes = bytes::Bytes::copy_from_slice(input);
     let _ = http::head::request(bytes.clone());
     let _ = http::head::reply(bytes, false);

@@ -40,6 +40,10 @@ pub(crate) struct Facts {
     pub(crate) prompt: std::ops::Range<usize>,
     /// Prompt tokens, estimated from its bytes.
     pub(crate) tokens: u64,
+    /// vLLM's `priority`: smaller comes first.
+    pub(crate) priority: i64,
+    /// Hash of what else decides the prompt's tokens: model, tools, template.
+    pub(crate) seed: u64,
     /// Hash of the body's own name for a session.
     pub(crate) session: Option<u64>,
 }
@@ -102,7 +106,21 @@ pub(crate) fn facts(body: &[u8], members: &Members, limit: &str) -> Facts {
         .find_map(get)
         .filter(|v| v.starts_with(b"\""))
         .map(xxhash_rust::xxh3::xxh3_64);
+    let seed = [
+        "model",
+        "tools",
+        "chat_template",
+        "chat_template_kwargs",
+        "documents",
+        "add_special_tokens",
+    ]
+    .into_iter()
+    .fold(0, |seed, name| {
+        xxhash_rust::xxh3::xxh3_64_with_seed(get(name).unwrap_or_default(), seed)
+    });
     Facts {
+        seed,
+        priority: get("priority").and_then(number).map_or(0, |n| n as i64),
         model: get("model").and_then(text),
         stream: truthy("stream"),
         alone,

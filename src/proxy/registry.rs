@@ -11,8 +11,9 @@ use smallvec::SmallVec;
 use tokio::sync::Notify;
 
 use super::breaker::{Breaker, Pass};
-use super::config::{ConnectorKind, InstanceAddress, Role};
+use super::config::{ConnectorKind, EventsAddress, InstanceAddress, Role};
 use super::http::upstream::ConnPool;
+use super::kv::Feed;
 use crate::base::clock::Millis;
 
 /// Most instances of a proxy.
@@ -40,6 +41,27 @@ impl Health {
             Self::Up => "up",
             Self::Down => "down",
             Self::Wrong => "wrong_model",
+        }
+    }
+}
+
+/// How an instance came, and so what may take it away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// Flags and files.
+    Named,
+    /// A request; it belongs in the state file.
+    Added,
+    /// A source of `--discover`.
+    Discovered,
+}
+
+impl Origin {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Named => "named",
+            Self::Added => "added",
+            Self::Discovered => "discovered",
         }
     }
 }
@@ -74,8 +96,12 @@ pub(crate) struct Instance {
     pub(crate) name: String,
     pub(crate) weight: f64,
     pub(crate) group: String,
-    /// Came by a request, so it belongs in the state file.
-    pub(crate) added: bool,
+    pub(crate) origin: Origin,
+    /// Where it tells of its KV cache.
+    pub(crate) events: Option<EventsAddress>,
+    pub(crate) feed: Feed,
+    /// It has no `/tokenize`.
+    pub(crate) is_mute: AtomicBool,
     role: AtomicU8,
     health: AtomicU8,
     draining: AtomicBool,
@@ -93,6 +119,14 @@ pub(crate) struct Instance {
     /// Prefill tokens per second, learnt; 0 = not yet.
     pub(crate) rate: AtomicU64,
     pub(crate) turn: AtomicU32,
+    /// Longest prompt and answer it takes, in tokens; 0 = not told.
+    pub(crate) model_len: AtomicU64,
+    /// Requests it runs that are not this proxy's, as far as it says.
+    pub(crate) others: AtomicU64,
+    /// Its KV cache in use, in thousandths.
+    pub(crate) kv_usage: AtomicU64,
+    /// It has no such gauges.
+    pub(crate) has_no_gauges: AtomicBool,
 }
 
 fn slot(role: Role) -> usize {
@@ -243,7 +277,8 @@ pub(crate) struct NewInstance {
     pub(crate) weight: f64,
     pub(crate) group: String,
     pub(crate) connector: Option<ConnectorKind>,
-    pub(crate) added: bool,
+    pub(crate) origin: Origin,
+    pub(crate) events: Option<EventsAddress>,
 }
 
 impl NewInstance {
@@ -254,7 +289,8 @@ impl NewInstance {
             weight: 1.0,
             group: String::new(),
             connector: None,
-            added: false,
+            origin: Origin::Named,
+            events: None,
         }
     }
 }
@@ -310,7 +346,10 @@ impl Registry {
             address: new.address,
             weight: new.weight,
             group: new.group,
-            added: new.added,
+            origin: new.origin,
+            events: new.events,
+            feed: Feed::default(),
+            is_mute: AtomicBool::new(false),
             role: AtomicU8::new(new.role as u8),
             health: AtomicU8::new(Health::Unknown as u8),
             draining: AtomicBool::new(false),
@@ -329,6 +368,10 @@ impl Registry {
             failed: AtomicU64::new(0),
             rate: AtomicU64::new(0),
             turn: AtomicU32::new(0),
+            model_len: AtomicU64::new(0),
+            others: AtomicU64::new(0),
+            kv_usage: AtomicU64::new(0),
+            has_no_gauges: AtomicBool::new(false),
         });
         let mut next = all.as_ref().clone();
         next.push(instance.clone());

@@ -14,8 +14,8 @@ use super::App;
 use super::handoff::{Answer, Route};
 use super::http::chunked::BodyScanner;
 use super::http::downstream::Downstream;
-use super::http::head::ends_here;
 use super::reply::{LocalReply, error_object, reason};
+use super::usage;
 
 /// A part of a chunk longer than this is passed on before the chunk is complete.
 const HELD_BYTES_MAX: usize = 32 << 10;
@@ -85,7 +85,9 @@ fn head_of(
     let mut has_id = false;
     for (name, value) in reply.headers.iter() {
         // A HEAD's answer keeps the length it would have had.
-        if ends_here(name) && !(bodiless && name.eq_ignore_ascii_case(b"content-length")) {
+        if reply.headers.ends_here(name)
+            && !(bodiless && name.eq_ignore_ascii_case(b"content-length"))
+        {
             continue;
         }
         has_id = has_id || name.eq_ignore_ascii_case(b"x-request-id");
@@ -162,6 +164,12 @@ struct Copy<'a> {
     held: usize,
     /// The client has whole chunks only.
     at_boundary: bool,
+    /// Count of cached tokens to be told in the place of decode's.
+    cached: Option<u64>,
+    /// Held until it is complete, for that reason.
+    waits: bool,
+    /// When something was passed on last.
+    passed: Option<Instant>,
     out: Vec<u8>,
 }
 
@@ -198,7 +206,14 @@ impl Copy<'_> {
             0
         };
         let holds = self.is_events && !progress.done && seen - whole <= HELD_BYTES_MAX;
-        let ready = if holds { whole } else { seen };
+        // A number to be changed must not come in two pieces.
+        self.waits =
+            self.cached.is_some() && !self.is_events && !progress.done && seen <= HELD_BYTES_MAX;
+        let ready = match (holds, self.waits) {
+            (_, true) => 0,
+            (true, _) => whole,
+            _ => seen,
+        };
         if ready > 0 {
             self.at_boundary = ready == whole;
         }
@@ -215,8 +230,17 @@ impl Copy<'_> {
         let Ok((ready, done)) = self.take(answer) else {
             return Step::Cut;
         };
+        if let Some(cached) = self.cached.filter(|_| ready > 0) {
+            let piece = answer.conn.inbox.get_mut(..ready).unwrap_or_default();
+            if usage::patch(piece, cached) {
+                self.app.metrics.usage_merged.add();
+                if !self.is_events {
+                    self.cached = None;
+                }
+            }
+        }
         let (mut watch, mut writer) = client.halves();
-        if ready > 0 || !self.out.is_empty() || !head.is_empty() || done {
+        if ready > 0 || !self.out.is_empty() || !head.is_empty() && !self.waits || done {
             let body = answer.conn.inbox.get(..ready).unwrap_or_default();
             let wrote = if head.is_empty() && self.out.is_empty() {
                 writer.write(body).await
@@ -238,6 +262,12 @@ impl Copy<'_> {
                 return Step::ClientGone;
             }
             answer.conn.inbox.advance(ready);
+            if self.is_events && !done {
+                let now = Instant::now();
+                if let Some(before) = self.passed.replace(now) {
+                    self.app.metrics.itl.record(now - before);
+                }
+            }
         }
         if done {
             return Step::Done;
@@ -279,6 +309,11 @@ pub(crate) async fn relay(
         is_events,
         held: 0,
         at_boundary: true,
+        cached: answer
+            .cached
+            .filter(|_| answer.head.status < 300 && framing == Framing::Same),
+        waits: false,
+        passed: None,
         out: Vec::new(),
     };
     if answer.head.body.is_empty() {

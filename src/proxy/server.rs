@@ -11,17 +11,22 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::App;
 use super::admin;
-use super::config::UpstreamAuth;
+use super::admission::{Claim, Refusal};
+use super::config::{Role, UpstreamAuth};
 use super::handoff::{self, Job, Owner, Route, Served};
+use super::http::chunked::BodyScanner;
 use super::http::downstream::{ClientLimits, Downstream, ReceiveError};
-use super::http::head::{HeadError, RequestHead, ends_here};
+use super::http::head::{HeadError, RequestHead};
 use super::openai::{self, Api, Facts};
 use super::relay::{self, Asked, Ended, Record};
 use super::reply::LocalReply;
 use super::splice;
+use super::tunnel;
 
 /// Longest request id that is taken over.
 const REQUEST_ID_MAX: usize = 256;
+/// Bodies up to this are read before a refusal.
+const SHORT_BODY_BYTES: u64 = 64 << 10;
 
 /// Accepts connections until the proxy stops.
 pub(crate) async fn accept(app: Arc<App>, listener: TcpListener) {
@@ -133,7 +138,7 @@ async fn answer(
         debug_headers: app.config.debug_headers,
     };
     let bodiless = head.method == "HEAD";
-    if let Some(early) = early_refusal(head) {
+    if let Some(early) = early_refusal(app, head) {
         // The body is not read: the connection ends here.
         let asked = Asked {
             keep_alive: false,
@@ -154,6 +159,10 @@ async fn answer(
                 reply.status,
                 relay::local(client, &reply, &asked, bodiless).await,
             ),
+            Served::Answer(answer) if answer.head.status == 101 => {
+                route = answer.route.clone();
+                (101, tunnel::run(app, client, answer).await)
+            }
             Served::Answer(answer) => {
                 route = answer.route.clone();
                 (
@@ -198,9 +207,29 @@ async fn carry_out(app: &Arc<App>, client: &mut Downstream, job: Job) -> Served 
     Served::Gone
 }
 
-fn early_refusal(head: &RequestHead) -> Option<LocalReply> {
+/// What is refused whatever the body says. A body that is short is read nevertheless, so that the connection may live.
+fn early_refusal(app: &App, head: &RequestHead) -> Option<LocalReply> {
     if !head.target.starts_with('/') {
         return Some(LocalReply::error(400, "the request target must be a path"));
+    }
+    let is_long = match &head.body {
+        BodyScanner::Length(length) => *length > SHORT_BODY_BYTES || head.expects_continue,
+        _ => true,
+    };
+    if !is_long || !matches!(openai::api_of(head.path()), Some(Api::Generate { .. })) {
+        return None;
+    }
+    if app.gate.is_full() {
+        app.metrics.refused_busy.add();
+        return Some(LocalReply::later(
+            429,
+            &format!("{}; try again later", Refusal::QueueFull),
+            1,
+        ));
+    }
+    if !app.registry.serves(Role::Decode) && !app.registry.expects(Role::Decode) {
+        app.metrics.refused_none.add();
+        return Some(LocalReply::later(503, "no decode instance is available", 2));
     }
     None
 }
@@ -236,9 +265,16 @@ async fn prepare(
         facts: Facts::default(),
         limit: None,
         session: session(head),
+        claim: claim(head),
+        upgrades: false,
+        known: std::sync::OnceLock::new(),
         arrived,
     };
     match api {
+        Api::Single if tunnel::is_asked(head) => {
+            job.upgrades = true;
+            job.lines.extend_from_slice(tunnel::LINES);
+        }
         Api::Single if matches!(head.method.as_str(), "GET" | "HEAD" | "POST") => {}
         Api::Single => return Err(LocalReply::not_allowed("GET, HEAD, POST")),
         Api::Generate { .. } if !is_post => return Err(LocalReply::not_allowed("POST")),
@@ -270,10 +306,25 @@ fn understand(
         ));
     }
     job.session = job.session.or(facts.session);
+    if head.headers.get("x-priority").is_none() {
+        job.claim.priority = facts.priority;
+    }
     job.facts = facts;
     job.members = Some(members);
     job.limit = Some(limit);
     Ok(())
+}
+
+/// Place in the queue: `x-priority`, and the client's key to be fair between keys.
+fn claim(head: &RequestHead) -> Claim {
+    let priority = head.headers.text("x-priority");
+    Claim {
+        priority: priority.and_then(|p| p.trim().parse().ok()).unwrap_or(0),
+        key: head
+            .headers
+            .get("authorization")
+            .map_or(0, xxhash_rust::xxh3::xxh3_64),
+    }
 }
 
 /// What names a session in the headers.
@@ -307,7 +358,7 @@ fn lines(app: &App, head: &RequestHead, id: &str) -> Vec<u8> {
             "x-request-id",
             "x-data-parallel-rank",
         ];
-        if ends_here(name) || ours.iter().any(|o| is(name, o)) {
+        if head.headers.ends_here(name) || ours.iter().any(|o| is(name, o)) {
             continue;
         }
         if is(name, "authorization") {

@@ -8,8 +8,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::admin::read_events;
 use super::config::{ConnectorKind, InstanceAddress, Role};
-use super::registry::{Instance, NewInstance};
+use super::registry::{Instance, NewInstance, Origin};
 
 /// Why a state file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +31,11 @@ pub(crate) fn entry(instance: &Instance) -> Value {
         "bootstrap_port": instance.address.bootstrap,
         "weight": instance.weight,
         "group": instance.group,
+        "kv_events": instance.events.as_ref().map(|e| json!({
+            "endpoint": e.to_string(),
+            "replay_endpoint": e.replay.as_ref().map(|(host, port)| crate::base::net::join_host_port(host, *port)),
+            "topic": e.topic,
+        })),
         "connector": link.kind.filter(|_| link.told).map(ConnectorKind::name),
     })
 }
@@ -38,6 +44,7 @@ fn read_entry(entry: &Value) -> Option<NewInstance> {
     let mut address = InstanceAddress::parse(entry.get("instance")?.as_str()?).ok()?;
     let bootstrap = entry.get("bootstrap_port").and_then(Value::as_u64);
     address.bootstrap = bootstrap.and_then(|p| u16::try_from(p).ok());
+    let host = address.host.clone();
     let text = |name: &str| entry.get(name).and_then(Value::as_str).unwrap_or_default();
     let weight = entry.get("weight").and_then(Value::as_f64);
     Some(NewInstance {
@@ -46,7 +53,8 @@ fn read_entry(entry: &Value) -> Option<NewInstance> {
         weight: weight.filter(|w| *w > 0.0).unwrap_or(1.0),
         group: text("group").to_owned(),
         connector: ConnectorKind::parse(text("connector")),
-        added: true,
+        origin: Origin::Added,
+        events: read_events(entry.get("kv_events"), &host),
     })
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{ArgMatches, Command};
 
+use super::region::Region;
 use super::sample::Sample;
 use crate::cmd::{ExitStatus, Outcome, print};
 
@@ -82,29 +83,30 @@ pub(super) fn stream(address: &str, time: Duration) -> anyhow::Result<Sample> {
     })
 }
 
-/// Copies blocks of `size` between a walk over `memory` and `batch` buffers: what a get (or, `into_memory`, a put) would
-/// cost if it were only memory.
+/// Copies blocks of `size` between a walk over `memory` and the next `batch` of `buffers`' `count` blocks: what a get (or,
+/// `into_memory`, a put) would cost if it were only memory.
 pub(super) fn memcpy(
-    memory: &mut [u8],
-    buffers: &mut [Vec<u8>],
+    memory: &mut Region,
+    buffers: &mut Region,
+    (batch, count): (usize, usize),
     size: usize,
     into_memory: bool,
     time: Duration,
 ) -> anyhow::Result<Sample> {
-    let blocks = memory.len() / size;
-    let mut next = 0;
+    let (memory, buffers) = (memory.bytes_mut(), buffers.bytes_mut());
+    let (blocks, mut next) = (memory.len() / size, 0);
     Sample::take(time, || {
-        for buffer in buffers.iter_mut() {
-            let at = next % blocks * size;
-            let block = &mut memory[at..at + size];
+        for _ in 0..batch {
+            let block = &mut memory[next % blocks * size..][..size];
+            let buffer = &mut buffers[next % count * size..][..size];
             if into_memory {
-                block.copy_from_slice(&buffer[..size]);
+                block.copy_from_slice(buffer);
             } else {
-                buffer[..size].copy_from_slice(block);
+                buffer.copy_from_slice(block);
             }
             std::hint::black_box((&buffer, block));
             next += 1;
         }
-        Ok((buffers.len() as u64, (buffers.len() * size) as u64))
+        Ok((batch as u64, (batch * size) as u64))
     })
 }

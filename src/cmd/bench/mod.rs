@@ -6,6 +6,7 @@
 mod limits;
 mod master;
 mod redis_side;
+mod region;
 mod report;
 mod rig;
 mod sample;

@@ -7,6 +7,7 @@ use anyhow::Context;
 use clap::{Arg, ArgMatches, Command};
 
 use super::redis_side::RedisSide;
+use super::region::Region;
 use super::report::{Row, Side};
 use super::rig::{self, MasterProcess};
 use super::sample::Sample;
@@ -102,6 +103,14 @@ pub(super) fn command() -> Command {
         .arg(Arg::new("time").long("time").value_name("TIME").default_value("200ms").help("Time of one side in one round"))
         .arg(Arg::new("memory").long("memory").value_name("SIZE").default_value("2GiB").help("Memory of the pool, and of Redis"))
         .arg(
+            Arg::new("buffers")
+                .long("buffers")
+                .value_name("KIND")
+                .value_parser(["hot", "cold"])
+                .default_value("hot")
+                .help("The caller's buffers, also memcpy's: the same few each time, or taken in turn from 256 MiB"),
+        )
+        .arg(
             Arg::new("vs")
                 .long("vs")
                 .value_name("redis[://HOST:PORT]")
@@ -188,7 +197,8 @@ fn cells(matches: &ArgMatches) -> anyhow::Result<Vec<Cell>> {
 /// Our side: a client and what it measures with.
 struct Ours {
     client: PoolClient,
-    buffers: Vec<Vec<u8>>,
+    buffers: Region,
+    cold: bool,
     next: u64,
     run: u64,
     /// Whether the locations of the working set are known.
@@ -196,17 +206,12 @@ struct Ours {
 }
 
 impl Ours {
-    fn slices(&mut self, cell: &Cell) -> Vec<[LocalSlice; 1]> {
-        self.buffers
-            .resize_with(cell.batch.max(self.buffers.len()), Vec::new);
-        self.buffers[..cell.batch]
-            .iter_mut()
-            .map(|b| {
-                b.resize(cell.size.max(b.len()), 0x5A);
-                // SAFETY: the buffers live as long as `self` and are not resized while a call runs.
-                [unsafe { LocalSlice::new(b.as_mut_ptr(), cell.size) }]
-            })
-            .collect()
+    fn slices(&mut self, cell: &Cell) -> anyhow::Result<Vec<[LocalSlice; 1]>> {
+        let count = buffer_count(cell, self.cold);
+        if self.buffers.len() < count * cell.size {
+            self.buffers = Region::new(count * cell.size)?;
+        }
+        Ok(self.buffers.slices(cell.size, count))
     }
 
     /// Writes through the whole pool once, so that no measured put is the first to touch a page from here.
@@ -217,7 +222,7 @@ impl Ours {
             batch: 16,
             path: Path::Local,
         };
-        let slices = self.slices(&cell);
+        let slices = self.slices(&cell)?;
         for call in 0..memory.0 >> 24 {
             let keys: Vec<String> = (0..16).map(|n| format!("walk:{call}:{n}")).collect();
             let requests: Vec<PutRequest<'_>> = keys
@@ -254,7 +259,8 @@ impl Ours {
     }
 
     fn run(&mut self, cell: &Cell, time: Duration) -> anyhow::Result<Sample> {
-        let slices = self.slices(cell);
+        let slices = self.slices(cell)?;
+        let mut windows = slices.chunks_exact(cell.batch).cycle();
         let (set, batch) = (cell.working_set(), cell.batch);
         let bytes = (cell.size * batch) as u64;
         let options = PutOptions::default();
@@ -262,6 +268,7 @@ impl Ours {
             self.warm_up(cell)?;
         }
         Sample::take(time, || {
+            let slices = windows.next().unwrap_or_default();
             let keys: Vec<String> = (0..batch)
                 .map(|_| {
                     let n = self.next;
@@ -276,7 +283,7 @@ impl Ours {
                 Op::Put => {
                     let requests: Vec<PutRequest<'_>> = keys
                         .iter()
-                        .zip(&slices)
+                        .zip(slices)
                         .map(|(key, source)| PutRequest::new(key.as_bytes(), source))
                         .collect();
                     for outcome in self.client.put(&requests, &options) {
@@ -286,7 +293,7 @@ impl Ours {
                 Op::Get => {
                     let requests: Vec<GetRequest<'_>> = keys
                         .iter()
-                        .zip(&slices)
+                        .zip(slices)
                         .map(|(key, target)| GetRequest {
                             key: key.as_bytes(),
                             target,
@@ -310,7 +317,7 @@ impl Ours {
     /// Reads every key once, so that gets are of known locations.
     fn warm_up(&mut self, cell: &Cell) -> anyhow::Result<()> {
         self.warm = true;
-        let slices = self.slices(cell);
+        let slices = self.slices(cell)?;
         for n in 0..cell.working_set() {
             let key = key(cell.size, n);
             let request = GetRequest {
@@ -323,6 +330,16 @@ impl Ours {
         }
         Ok(())
     }
+}
+
+/// Buffers of the caller's that calls take in turn.
+fn buffer_count(cell: &Cell, cold: bool) -> usize {
+    let calls = if cold {
+        (WORKING_SET / (cell.size * cell.batch)).max(1)
+    } else {
+        1
+    };
+    calls * cell.batch
 }
 
 fn key(size: usize, n: usize) -> String {
@@ -343,12 +360,20 @@ struct Sides {
     redis: Option<RedisSide>,
     echo: limits::Echo,
     stream_address: String,
-    memory: Vec<u8>,
-    targets: Vec<Vec<u8>>,
+    memory: Region,
+    targets: Region,
+    cold: bool,
     // Dropped last.
     _processes: Vec<rig::Process>,
     _masters: Vec<MasterProcess>,
     _node: Option<Node>,
+}
+
+/// How our clients are used.
+#[derive(Clone, Copy)]
+struct Asked {
+    checksum: bool,
+    cold: bool,
 }
 
 pub(super) fn run(matches: &ArgMatches) -> Outcome {
@@ -368,7 +393,11 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
     }
     let runtime = serve::runtime()?;
     let _entered = runtime.enter();
-    let mut sides = set_up(&cells, memory, vs, matches.get_flag("checksum"), &runtime)?;
+    let asked = Asked {
+        checksum: matches.get_flag("checksum"),
+        cold: text("buffers") == "cold",
+    };
+    let mut sides = set_up(&cells, memory, vs, asked, &runtime)?;
     for (_, ours) in &mut sides.ours {
         ours.walk(memory)?;
     }
@@ -401,7 +430,7 @@ fn set_up(
     cells: &[Cell],
     memory: ByteSize,
     vs: Option<&str>,
-    checksum: bool,
+    asked: Asked,
     runtime: &tokio::runtime::Runtime,
 ) -> anyhow::Result<Sides> {
     let mut processes = Vec::new();
@@ -412,11 +441,12 @@ fn set_up(
     let client = |master: &str, kind: TransportKind| -> anyhow::Result<Ours> {
         let mut config = ClientConfig::new(master);
         config.transports = vec![kind];
-        config.checksum = checksum;
+        config.checksum = asked.checksum;
         config.timeout = Duration::from_secs(30);
         Ok(Ours {
             client: PoolClient::open(config)?,
-            buffers: Vec::new(),
+            buffers: Region::new(0)?,
+            cold: asked.cold,
             next: 0,
             run: random_u64(),
             warm: false,
@@ -475,8 +505,9 @@ fn set_up(
         redis,
         echo: limits::Echo::connect(&address)?,
         stream_address: address,
-        memory: vec![1; WORKING_SET],
-        targets: Vec::new(),
+        memory: Region::new(WORKING_SET)?,
+        targets: Region::new(0)?,
+        cold: asked.cold,
         _processes: processes,
         _masters: masters,
         _node: node,
@@ -519,14 +550,14 @@ fn measure(sides: &mut Sides, cell: &Cell, rounds: u32, time: Duration) -> anyho
         let bound = match limit.name.as_str() {
             "echo" => sides.echo.run(time)?,
             "memcpy" => {
-                sides.targets.resize_with(cell.batch, Vec::new);
-                sides.targets.truncate(cell.batch);
-                for target in &mut sides.targets {
-                    target.resize(cell.size, 0);
+                let count = buffer_count(cell, sides.cold);
+                if sides.targets.len() < count * cell.size {
+                    sides.targets = Region::new(count * cell.size)?;
                 }
                 limits::memcpy(
                     &mut sides.memory,
                     &mut sides.targets,
+                    (cell.batch, count),
                     cell.size,
                     cell.op == Op::Put,
                     time,

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -13,6 +14,7 @@ use super::socket::{Socket, Timed, Until};
 #[derive(Debug)]
 pub struct ControlSocket {
     socket: Socket,
+    local: bool,
 }
 
 impl ControlSocket {
@@ -23,7 +25,40 @@ impl ControlSocket {
     pub fn new(stream: TcpStream) -> io::Result<Self> {
         Ok(Self {
             socket: Socket::from_tcp(stream)?,
+            local: false,
         })
+    }
+
+    /// Takes a connected Unix stream.
+    ///
+    /// # Errors
+    /// When its options cannot be set.
+    pub fn from_unix(stream: UnixStream) -> io::Result<Self> {
+        Ok(Self {
+            socket: Socket::from_unix(stream)?,
+            local: true,
+        })
+    }
+
+    /// Connects to an abstract Unix socket of this user or of root.
+    ///
+    /// # Errors
+    /// From the system; `PermissionDenied` when another user listens there.
+    pub fn connect_unix(name: &str) -> io::Result<Self> {
+        let socket = Socket::connect_unix(name)?;
+        let peer = rustix::net::sockopt::socket_peercred(socket.fd())?;
+        if peer.uid != rustix::process::geteuid() && !peer.uid.is_root() {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        Ok(Self {
+            socket,
+            local: true,
+        })
+    }
+
+    /// Whether the peer is on this host and spoken to without a network.
+    pub fn is_local(&self) -> bool {
+        self.local
     }
 
     /// Connects.
@@ -33,6 +68,7 @@ impl ControlSocket {
     pub fn connect(address: SocketAddr, timeout: Duration) -> io::Result<Self> {
         Ok(Self {
             socket: Socket::connect_tcp(address, timeout)?,
+            local: false,
         })
     }
 
@@ -63,6 +99,11 @@ impl ControlSocket {
     pub fn send(&mut self, framed: &[u8], deadline: Instant) -> io::Result<()> {
         self.socket
             .write_all_from(framed, &[], Until::Deadline(deadline))
+    }
+
+    /// Waits at most this long for a message without sleeping; see `Socket::spin`.
+    pub fn spin(&self, most: Duration) {
+        self.socket.spin(most);
     }
 
     /// The next message.

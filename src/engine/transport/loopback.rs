@@ -8,6 +8,7 @@ use parking_lot::RwLock;
 use super::{InFlight, Transport, TransportKind};
 use crate::base::id::Id128;
 use crate::engine::batch::{Opcode, Peer, TransferRequest, TransferResult};
+use crate::engine::copy;
 use crate::engine::error::TransferError;
 use crate::engine::host::{NotifyOrigin, Reach, SegmentHost};
 use crate::engine::memory::{DeviceCopies, Memory};
@@ -130,11 +131,16 @@ pub(super) fn copy_out(memory: &Memory, r: &TransferRequest) -> TransferResult {
     if let Some(device) = memory.device() {
         return copy_device(device.as_ref(), source, r);
     }
+    let streamed = r.length >= copy::STREAMED_READ;
     for target in &r.local {
         // SAFETY: source: in bounds, lengths add up (`check`); target: promise of LocalSlice::new. The bytes may change
         // under the copy; then the word differs afterwards and they are not used.
         unsafe {
-            std::ptr::copy_nonoverlapping(source, target.pointer, target.length);
+            if streamed {
+                copy::stream(source, target.pointer, target.length);
+            } else {
+                std::ptr::copy_nonoverlapping(source, target.pointer, target.length);
+            }
             source = source.add(target.length);
         }
     }
@@ -156,7 +162,7 @@ pub(super) fn copy_in(memory: &Memory, r: &TransferRequest) -> TransferResult {
     for source in &r.local {
         // SAFETY: target: in bounds, granted for writing to this caller alone; source: promise of LocalSlice::new.
         unsafe {
-            std::ptr::copy_nonoverlapping(source.pointer, target, source.length);
+            copy::stream(source.pointer, target, source.length);
             target = target.add(source.length);
         }
     }

@@ -72,6 +72,7 @@ impl Socket {
 
     /// Takes a connected Unix stream.
     pub(crate) fn from_unix(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(false)?;
         Self::new(stream.into())
     }
 
@@ -103,6 +104,20 @@ impl Socket {
             rustix::net::recv(&self.fd, &mut byte[..], flags),
             Err(Errno::AGAIN)
         )
+    }
+
+    /// Looks for bytes for at most this long without sleeping, for an answer that is due: to be woken up can take longer
+    /// than what is left to wait. Whoever else wants this processor gets it meanwhile.
+    pub(crate) fn spin(&self, most: Duration) {
+        let end = Instant::now() + most;
+        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
+        let mut byte = [0u8; 1];
+        while self.start == self.end
+            && rustix::net::recv(&self.fd, &mut byte[..], flags) == Err(Errno::AGAIN)
+            && Instant::now() < end
+        {
+            std::thread::yield_now();
+        }
     }
 
     fn wait<T>(until: Until, mut progress: impl FnMut() -> Result<T, Errno>) -> io::Result<T> {

@@ -17,6 +17,8 @@ use super::head::{self, HeadError, RequestHead};
 
 /// Most bytes a client may send ahead while its request is under way.
 const AHEAD_BYTES_MAX: usize = 64 << 10;
+/// Bodies up to this get their memory at once.
+const AT_ONCE_BYTES: usize = 1 << 20;
 /// How long a refused client may take to read why.
 const LINGER: Duration = Duration::from_millis(500);
 
@@ -142,7 +144,10 @@ impl Downstream {
     }
 
     async fn fill(&mut self, wanted: usize) -> Result<(), ReceiveError> {
-        // Grows with what has come, not with what was announced.
+        // Room for all of it at once where that is little: untouched memory costs nothing, and nothing is copied again. Beyond
+        // that it grows with what has come, not with what was announced.
+        self.inbox
+            .reserve(wanted.saturating_sub(self.inbox.len()).min(AT_ONCE_BYTES));
         while self.inbox.len() < wanted {
             let missing = wanted - self.inbox.len();
             self.inbox
@@ -199,6 +204,11 @@ impl Downstream {
                 stall: self.limits.stall,
             },
         )
+    }
+
+    /// The connection itself, and what has come on it already.
+    pub(crate) fn raw(&mut self) -> (&mut TcpStream, BytesMut) {
+        (&mut self.stream, self.inbox.split())
     }
 
     /// Writes all of `bytes`, each step within the stall limit.

@@ -64,11 +64,27 @@ impl Headers {
     }
 
     /// Whether a comma-separated header names `token`.
-    fn lists(&self, name: &str, token: &str) -> bool {
+    pub(crate) fn lists(&self, name: &str, token: &str) -> bool {
         self.iter()
             .filter(|(n, _)| n.eq_ignore_ascii_case(name.as_bytes()))
             .flat_map(|(_, v)| v.split(|b| *b == b','))
             .any(|t| t.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
+    }
+
+    /// Whether a header ends at this hop: by its nature, or because `Connection` names it.
+    pub(crate) fn ends_here(&self, name: &[u8]) -> bool {
+        if HOP_BY_HOP
+            .iter()
+            .any(|h| name.eq_ignore_ascii_case(h.as_bytes()))
+        {
+            return true;
+        }
+        let named = |value: &[u8]| {
+            let mut tokens = value.split(|b| *b == b',');
+            tokens.any(|t| t.trim_ascii().eq_ignore_ascii_case(name))
+        };
+        self.iter()
+            .any(|(n, value)| n.eq_ignore_ascii_case(b"connection") && named(value))
     }
 
     /// Whether the connection ends after this message.
@@ -123,13 +139,6 @@ const HOP_BY_HOP: &[&str] = &[
     "upgrade",
     "content-length",
 ];
-
-/// Whether a header ends at this hop.
-pub(crate) fn ends_here(name: &[u8]) -> bool {
-    HOP_BY_HOP
-        .iter()
-        .any(|h| name.eq_ignore_ascii_case(h.as_bytes()))
-}
 
 /// A client's request without its body.
 #[derive(Clone, Debug)]

@@ -193,7 +193,8 @@ impl UpstreamConn {
             if let Some(length) = length {
                 let bytes = self.inbox.split_to(length).freeze();
                 let reply = head::reply(bytes, bodiless).map_err(|_| LegError::Malformed)?;
-                if reply.status >= 200 {
+                // 101 is an answer too: whoever did not ask for it refuses it.
+                if reply.status >= 200 || reply.status == 101 {
                     return Ok(reply);
                 }
                 searched = 0;
@@ -247,6 +248,11 @@ impl UpstreamConn {
                 };
             }
         }
+    }
+
+    /// The connection itself.
+    pub(crate) fn raw(&mut self) -> &mut TcpStream {
+        &mut self.stream
     }
 
     /// Tells the worker that nobody waits any more, and keeps listening: either it gives up and closes, or its complete

@@ -44,7 +44,7 @@ impl Policy for Cost {
         self.index.insert(ask.prompt, instance.number);
     }
 
-    fn cached_tokens(&self, ask: &Ask<'_>, instance: &Instance) -> u64 {
+    fn cached_tokens(&self, ask: &Ask<'_>, instance: &Arc<Instance>) -> u64 {
         self.index.cached_tokens(ask.prompt, instance.number)
     }
 

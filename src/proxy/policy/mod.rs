@@ -5,6 +5,7 @@
 //! line in `NAMES` and `build`.
 
 mod cost;
+mod kv;
 mod least_loaded;
 mod p2c;
 mod prefix;
@@ -13,8 +14,12 @@ mod round_robin;
 mod session;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
+use super::App;
 use super::config::Role;
+use super::kv::Kv;
+use super::kv::text::Known;
 use super::registry::Instance;
 
 /// What a policy may know of a request.
@@ -27,6 +32,8 @@ pub(crate) struct Ask<'a> {
     pub(crate) tokens: u64,
     /// Hash of what names the session.
     pub(crate) session: Option<u64>,
+    /// The prompt's tokens, where they are known.
+    pub(crate) known: Option<&'a Known>,
 }
 
 /// Chooses among candidates.
@@ -38,7 +45,7 @@ pub(crate) trait Policy: Send + Sync {
     fn routed(&self, _ask: &Ask<'_>, _instance: &Instance) {}
 
     /// Prompt tokens that `instance` probably has cached.
-    fn cached_tokens(&self, _ask: &Ask<'_>, _instance: &Instance) -> u64 {
+    fn cached_tokens(&self, _ask: &Ask<'_>, _instance: &Arc<Instance>) -> u64 {
         0
     }
 
@@ -55,10 +62,11 @@ pub const NAMES: &[&str] = &[
     "session",
     "prefix",
     "cost",
+    "kv",
 ];
 
 /// The policy of a name; an unknown one is `round_robin`.
-pub(crate) fn build(name: &str) -> Box<dyn Policy> {
+pub(crate) fn build(name: &str, knowledge: &Arc<Kv>) -> Box<dyn Policy> {
     match name {
         "random" => Box::new(random::Random),
         "least_loaded" => Box::new(least_loaded::LeastLoaded::default()),
@@ -66,16 +74,46 @@ pub(crate) fn build(name: &str) -> Box<dyn Policy> {
         "session" => Box::new(session::Session),
         "prefix" => Box::new(prefix::Prefix::default()),
         "cost" => Box::new(cost::Cost::default()),
+        "kv" => Box::new(kv::Kv::new(knowledge)),
         _ => Box::new(round_robin::RoundRobin::default()),
     }
 }
 
+/// Whether a policy of the proxy weighs what instances have to do.
+pub(crate) fn weighs_load(app: &App) -> bool {
+    let weighs = |name: &str| !matches!(name, "round_robin" | "random");
+    weighs(app.config.policy.prefill) || weighs(app.config.policy.decode)
+}
+
+/// A KV cache this full (in thousandths) makes an engine push running requests out.
+const KV_FULL: u64 = 950;
+
+/// Streams at a decode instance, others' included; more when its KV cache is full.
+fn streams(instance: &Instance) -> f64 {
+    let others = instance.others.load(Ordering::Relaxed) as f64;
+    let streams = instance.inflight(Role::Decode) as f64 + others;
+    if instance.kv_usage.load(Ordering::Relaxed) >= KV_FULL {
+        1.5 * streams + 1.0
+    } else {
+        streams
+    }
+}
+
+/// Tokens to be computed at a prefill instance. Of others' requests only the number is known.
+fn tokens(instance: &Instance) -> f64 {
+    // A request of a few tokens is still a request.
+    let own = instance.tokens() as f64 + 16.0 * instance.inflight(Role::Prefill) as f64;
+    own + OTHERS_TOKENS * instance.others.load(Ordering::Relaxed) as f64
+}
+
+/// What another's request at a prefill instance counts, in tokens.
+const OTHERS_TOKENS: f64 = 512.0;
+
 /// What is under way at an instance, in tokens for prefill and in streams for decode, per unit of weight.
 fn load(instance: &Instance, role: Role) -> f64 {
     let work = match role {
-        Role::Decode => instance.inflight(role) as f64,
-        // A request of a few tokens is still a request.
-        _ => instance.tokens() as f64 + 16.0 * instance.inflight(role) as f64,
+        Role::Decode => streams(instance),
+        _ => tokens(instance),
     };
     work / instance.weight
 }
@@ -124,6 +162,7 @@ mod tests {
             prompt,
             tokens: prompt.len() as u64 / 4,
             session,
+            known: None,
         }
     }
 
@@ -131,7 +170,7 @@ mod tests {
     #[test]
     fn contract() {
         for name in NAMES {
-            let policy = build(name);
+            let policy = build(name, &Arc::default());
             let registry = registry(5);
             let mut legs = Vec::new();
             let mut seen = [0; 5];

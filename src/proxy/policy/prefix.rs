@@ -6,22 +6,23 @@
 //! the time of half the capacity is forgotten.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use foldhash::{HashMap, HashMapExt};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use smallvec::SmallVec;
 
 use super::super::config::Role;
+use super::super::kv::text_blocks;
 use super::super::registry::Instance;
-use super::{Ask, Policy, least};
+use super::{Ask, Policy, least, streams, tokens};
+use crate::base::clock::Millis;
 
 /// Blocks per generation.
 const GENERATION_MAX: usize = 1 << 18;
 /// Instances remembered per block.
 const HOLDERS_MAX: usize = 8;
-/// Blocks looked at per prompt.
-const BLOCKS_MAX: usize = 2048;
 /// What a stream under way is worth in prompt tokens when decode instances are compared.
 const TOKENS_PER_STREAM: f64 = 128.0;
 
@@ -31,33 +32,37 @@ type Holders = SmallVec<[u64; 2]>;
 #[derive(Debug, Default)]
 pub(super) struct PrefixIndex {
     generations: Mutex<[HashMap<u64, Holders>; 2]>,
-}
-
-fn block_bytes(start: usize) -> usize {
-    match start {
-        0..8192 => 256,
-        8192..65_536 => 1024,
-        _ => 4096,
-    }
-}
-
-/// End and chained hash of each whole block.
-fn blocks(prompt: &[u8]) -> SmallVec<[(usize, u64); 64]> {
-    let mut found = SmallVec::new();
-    let (mut at, mut hash) = (0, 0);
-    while found.len() < BLOCKS_MAX {
-        let end = at + block_bytes(at);
-        let Some(block) = prompt.get(at..end) else {
-            break;
-        };
-        hash = xxhash_rust::xxh3::xxh3_64_with_seed(block, hash);
-        found.push((end, hash));
-        at = end;
-    }
-    found
+    /// Half of what an entry lasts at most, and when the current half began (in ms).
+    half: Option<(Duration, AtomicU64)>,
 }
 
 impl PrefixIndex {
+    /// One that forgets what was not entered again for `time`, at the latest.
+    pub(super) fn lasting(time: Duration) -> Self {
+        Self {
+            half: Some((time / 2, AtomicU64::new(Millis::now().0))),
+            ..Self::default()
+        }
+    }
+
+    fn generations(&self) -> MutexGuard<'_, [HashMap<u64, Holders>; 2]> {
+        let mut generations = self.generations.lock();
+        if let Some((half, began)) = &self.half {
+            let now = Millis::now();
+            let age = now.since(Millis(began.load(Ordering::Relaxed)));
+            let half = half.as_millis() as u64;
+            if age >= half {
+                began.store(now.0, Ordering::Relaxed);
+                generations.swap(0, 1);
+                generations[0] = HashMap::new();
+                if age >= 2 * half {
+                    generations[1] = HashMap::new();
+                }
+            }
+        }
+        generations
+    }
+
     /// Bytes of the prompt's beginning that each candidate was sent before.
     pub(super) fn matched(
         &self,
@@ -66,8 +71,8 @@ impl PrefixIndex {
     ) -> SmallVec<[usize; 8]> {
         let mut matched: SmallVec<[usize; 8]> = SmallVec::from_elem(0, candidates.len());
         let mut alive: SmallVec<[bool; 8]> = SmallVec::from_elem(true, candidates.len());
-        let generations = self.generations.lock();
-        for (end, hash) in blocks(prompt) {
+        let generations = self.generations();
+        for (end, hash) in text_blocks(prompt, 0) {
             let of = |g: usize| generations[g].get(&hash).into_iter().flatten();
             let mut any = false;
             for (index, candidate) in candidates.iter().enumerate() {
@@ -87,19 +92,19 @@ impl PrefixIndex {
 
     /// Tokens of the prompt's beginning that an instance was sent before.
     pub(super) fn cached_tokens(&self, prompt: &[u8], number: u64) -> u64 {
-        let generations = self.generations.lock();
+        let generations = self.generations();
         let holds = |hash: &u64| {
             let of = |g: usize| generations[g].get(hash).into_iter().flatten();
             of(0).chain(of(1)).any(|h| *h == number)
         };
-        let all = blocks(prompt);
+        let all = text_blocks(prompt, 0);
         let held = all.iter().take_while(|(_, hash)| holds(hash)).last();
         held.map_or(0, |(end, _)| *end as u64 / 4)
     }
 
     pub(super) fn insert(&self, prompt: &[u8], number: u64) {
-        let mut generations = self.generations.lock();
-        for (_, hash) in blocks(prompt) {
+        let mut generations = self.generations();
+        for (_, hash) in text_blocks(prompt, 0) {
             if generations[0].len() >= GENERATION_MAX && !generations[0].contains_key(&hash) {
                 generations.swap(0, 1);
                 generations[0] = HashMap::new();
@@ -131,14 +136,18 @@ pub(super) struct Prefix {
     turn: AtomicUsize,
 }
 
+/// Tokens under way there.
+pub(super) fn queued(ask: &Ask<'_>, instance: &Instance) -> f64 {
+    match ask.role {
+        Role::Decode => streams(instance) * TOKENS_PER_STREAM,
+        _ => tokens(instance),
+    }
+}
+
 /// Tokens that must be computed before the prompt is done there: those under way and those not cached.
 pub(super) fn pending(ask: &Ask<'_>, instance: &Instance, matched_bytes: usize) -> f64 {
     let uncached = ask.tokens.saturating_sub(matched_bytes as u64 / 4) as f64;
-    let queued = match ask.role {
-        Role::Decode => instance.inflight(Role::Decode) as f64 * TOKENS_PER_STREAM,
-        role => instance.tokens() as f64 + 16.0 * instance.inflight(role) as f64,
-    };
-    queued + uncached
+    queued(ask, instance) + uncached
 }
 
 impl Policy for Prefix {
@@ -153,7 +162,7 @@ impl Policy for Prefix {
         self.index.insert(ask.prompt, instance.number);
     }
 
-    fn cached_tokens(&self, ask: &Ask<'_>, instance: &Instance) -> u64 {
+    fn cached_tokens(&self, ask: &Ask<'_>, instance: &Arc<Instance>) -> u64 {
         self.index.cached_tokens(ask.prompt, instance.number)
     }
 
@@ -189,6 +198,16 @@ mod tests {
             policy.cached_tokens(&ask(text.as_bytes(), None), &all[first]),
             0
         );
+    }
+
+    #[test]
+    fn what_lasts_for_a_time_is_forgotten_after_it() {
+        let index = PrefixIndex::lasting(Duration::from_millis(40));
+        let text = b"x".repeat(1024);
+        index.insert(&text, 1);
+        assert_eq!(index.cached_tokens(&text, 1), 256);
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(index.cached_tokens(&text, 1), 0);
     }
 
     #[test]

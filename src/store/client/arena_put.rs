@@ -9,11 +9,12 @@ use prost::Message;
 use smallvec::SmallVec;
 
 use super::PoolClient;
-use super::arenas::{Place, Wanted, Wish};
+use super::arenas::{Arena, Place, Wanted, Wish};
 use super::location_cache::ReplicaRef;
 use super::put::{Header, PutOptions, PutOutcome, Writing, directory_entry, write_request};
 use super::view::SegmentRef;
 use crate::engine::batch::{Opcode, TransferRequest, TransferResult};
+use crate::engine::copy;
 use crate::engine::error::TransferError;
 use crate::engine::grant::Grant;
 use crate::engine::transport::TransportKind;
@@ -25,6 +26,11 @@ use crate::store::wire::{self, NodeNotify, node_notify, operation, reply};
 /// How long a node may take to take note of an arena, and of its end.
 const BEGIN_PATIENCE: Duration = Duration::from_secs(1);
 const END_PATIENCE: Duration = Duration::from_millis(200);
+
+/// After copying this much the master has had the time to answer.
+const SPIN_AFTER_BYTES: u64 = 256 << 10;
+/// For so long an answer that holds up copying is looked for without sleeping.
+const SPIN: Duration = Duration::from_micros(50);
 
 impl PoolClient {
     pub(super) fn put_by_arena(
@@ -45,10 +51,15 @@ impl PoolClient {
         // Items of one arena next to each other: one commit and one data frame each.
         let arena_of = |w: &Writing<'_>| w.place.as_ref().map_or(0, |p| p.arena);
         placed.sort_by_key(|i| arena_of(&writings[*i]));
-        let commits = self.commits(writings, &placed, options, None);
-        let sent = match self.control.send(commits, deadline) {
+        let mut operations = self.commits(writings, &placed, options, None);
+        let commits = operations.len();
+        // Arenas that are over are closed on the way.
+        let ended = self.arenas.take_ended();
+        operations.extend(ended.iter().map(close));
+        let sent = match self.control.send(operations, deadline) {
             Ok(sent) => sent,
             Err(error) => {
+                self.arenas.ended(ended);
                 for index in placed {
                     writings[index].outcome = Some(Err(error.clone()));
                     // Nobody committed it: what its table says of it must not be found by a later master.
@@ -61,9 +72,20 @@ impl PoolClient {
             }
         };
         let written = self.write_placed(writings, &placed, options, deadline);
-        let committed = self.control.receive(sent).and_then(|batch| {
+        let copied = placed.iter().filter_map(|i| {
+            let w = &writings[*i];
+            w.place.as_ref()?.table.as_ref().map(|_| w.size)
+        });
+        if copied.sum::<u64>() >= SPIN_AFTER_BYTES {
+            sent.spin(SPIN);
+        }
+        let received = self.control.receive(sent);
+        if received.is_err() {
+            self.arenas.ended(ended);
+        }
+        let committed = received.and_then(|batch| {
             let mut codes = Vec::with_capacity(placed.len());
-            for reply in batch.replies {
+            for reply in batch.replies.into_iter().take(commits) {
                 match self.control.kind(Some(reply))? {
                     reply::Kind::Codes(c) => codes.extend(c.codes),
                     _ => return Err(self.control.surprise()),
@@ -191,25 +213,22 @@ impl PoolClient {
         )
     }
 
-    /// Has the master grant an arena, and its node keep a table for it where memory is shared.
+    /// Has the master grant an arena, and its node keep a table for it where memory is shared. Two exchanges, and with them
+    /// goes what is to be said of arenas that are over.
     fn open_arena(
         &self,
         segment: &Arc<SegmentRef>,
         wanted_bytes: u64,
         deadline: Instant,
     ) -> Option<()> {
-        self.give_back_arenas(deadline);
-        let open = operation::Kind::ArenaOpen(wire::ArenaOpen {
-            segment: segment.slot,
-            incarnation: segment.incarnation,
-            wanted_bytes,
-        });
-        let opened = match self.control.ask(open, deadline) {
-            Ok(reply::Kind::ArenaOpened(opened)) if opened.code == 0 => opened,
-            _ => {
-                self.arenas.refused(segment.slot);
-                return None;
-            }
+        let mut opened = self.ask_for_arena(segment, wanted_bytes, deadline);
+        if opened.is_none() && self.give_back_arenas(deadline) {
+            // What was just given back may be the room that was missing.
+            opened = self.ask_for_arena(segment, wanted_bytes, deadline);
+        }
+        let Some(opened) = opened else {
+            self.arenas.refused(segment.slot);
+            return None;
         };
         let grant = opened.range.as_ref()?.grant(segment.node_segment)?;
         let first = opened.first_version;
@@ -230,9 +249,38 @@ impl PoolClient {
                 // Whether the node has a table now is unsure: nobody writes there before that is settled.
                 tracing::debug!(%error, "an arena was not begun");
                 self.arenas.refused(segment.slot);
-                self.arenas.still_left([opened.arena]);
+                self.arenas.ended([(opened.arena, true)]);
                 None
             }
+        }
+    }
+
+    fn ask_for_arena(
+        &self,
+        segment: &SegmentRef,
+        wanted_bytes: u64,
+        deadline: Instant,
+    ) -> Option<wire::ArenaOpened> {
+        let open = operation::Kind::ArenaOpen(wire::ArenaOpen {
+            segment: segment.slot,
+            incarnation: segment.incarnation,
+            wanted_bytes,
+        });
+        let ended = self.arenas.take_ended();
+        // In this order: the room of what is closed can be granted at once.
+        let mut operations: Vec<wire::Operation> = ended.iter().map(close).collect();
+        operations.push(open.into());
+        let sent = self.control.send(operations, deadline);
+        let replies = sent.and_then(|sent| {
+            sent.spin(SPIN);
+            Ok(self.control.receive(sent)?.replies)
+        });
+        if replies.is_err() {
+            self.arenas.ended(ended);
+        }
+        match self.control.kind(replies.ok()?.pop()) {
+            Ok(reply::Kind::ArenaOpened(opened)) if opened.code == 0 => Some(opened),
+            _ => None,
         }
     }
 
@@ -244,58 +292,59 @@ impl PoolClient {
         begin: wire::ArenaBegin,
         deadline: Instant,
     ) -> Result<Option<ArenaTable>, TransferError> {
-        if !self.is_near(segment) {
-            return Ok(None);
-        }
-        let (peer, index) = (&segment.peer, segment.node_segment);
-        let memory = self.engine.map(peer, index, segment.incarnation);
-        let Some(table) = memory.and_then(|m| ArenaTable::new(m, grant.offset, grant.length))
-        else {
-            return Ok(None);
+        let over = self.arenas.closable_at(segment.peer.node);
+        // What was there before its node started anew cannot be reached, and must not spoil the rest.
+        let view = self.view();
+        let (over, gone): (Vec<Arena>, Vec<Arena>) = over
+            .into_iter()
+            .partition(|a| view.get(a.segment.slot, a.grant.incarnation).is_some());
+        self.arenas.ended(left_behind(&gone, &[]));
+        let table = if self.is_near(segment) {
+            let (peer, index) = (&segment.peer, segment.node_segment);
+            let memory = self.engine.map(peer, index, segment.incarnation);
+            memory.and_then(|m| ArenaTable::new(m, grant.offset, grant.length))
+        } else {
+            None
         };
         let begin = node_notify::Kind::ArenaBegin(begin);
-        let request = notice(segment, grant, grant.offset, grant.length, begin);
+        let mut requests = vec![notice(segment, grant, grant.offset, grant.length, begin)];
+        if table.is_none() {
+            requests.clear();
+        }
+        let begins = requests.len();
+        requests.extend(over.iter().filter_map(end_notice));
         let soon = deadline.min(Instant::now() + BEGIN_PATIENCE);
-        match self.engine.transfer(&[request], soon).pop() {
+        let mut results = self.engine.transfer(&requests, soon);
+        let ends = results.split_off(begins);
+        self.arenas.ended(left_behind(&over, &ends));
+        let Some(table) = table else { return Ok(None) };
+        match results.pop() {
             Some(Ok(())) if table.is_open() => Ok(Some(table)),
-            Some(Err(error)) if error.is_path_failure() => Err(error),
+            // Refused although it is open: begun, and the first answer was lost on its way.
+            Some(Err(error)) if error.is_path_failure() || table.is_open() => Err(error),
             _ => Ok(None),
         }
     }
 
-    /// Ends arenas nobody writes into any more at their nodes and closes them at the master. What fails on the way is
-    /// settled between the two.
-    pub(super) fn give_back_arenas(&self, deadline: Instant) {
-        let mut closing: Vec<(u64, bool)> = Vec::new();
-        for arena in self.arenas.closable() {
-            let grant = arena.grant;
-            let ended = arena.table.as_ref().is_none_or(|table| {
-                let end = node_notify::Kind::ArenaEnd(wire::ArenaEnd {});
-                let notice = notice(&arena.segment, grant, grant.offset, grant.length, end);
-                let soon = deadline.min(Instant::now() + END_PATIENCE);
-                let ended = self.engine.transfer(&[notice], soon) == [Ok(())];
-                table.leave();
-                ended
-            });
-            closing.push((arena.id, !ended));
-        }
+    /// Ends arenas nobody writes into any more at their nodes and closes them at the master; whether there were any. What
+    /// fails on the way is settled between the two.
+    pub(super) fn give_back_arenas(&self, deadline: Instant) -> bool {
+        let over = self.arenas.closable();
+        let ends: Vec<TransferRequest> = over.iter().filter_map(end_notice).collect();
+        let soon = deadline.min(Instant::now() + END_PATIENCE);
+        let ends = self.engine.transfer(&ends, soon);
+        let mut closing = self.arenas.take_ended();
+        closing.extend(left_behind(&over, &ends));
         closing.extend(self.arenas.left().into_iter().map(|id| (id, true)));
         if closing.is_empty() {
-            return;
+            return false;
         }
-        let close = |(arena, unsettled): &(u64, bool)| {
-            let close = wire::ArenaClose {
-                arena: *arena,
-                unsettled: *unsettled,
-            };
-            operation::Kind::ArenaClose(close).into()
-        };
         let operations = closing.iter().map(close).collect();
         if let Err(error) = self.control.call(operations, deadline) {
             tracing::debug!(%error, "arenas were not given back yet");
-            self.arenas
-                .still_left(closing.into_iter().map(|(id, _)| id));
+            self.arenas.ended(closing);
         }
+        true
     }
 
     /// Commit (or revoke, with `unsettled` per index) operations for placed items, grouped by arena.
@@ -489,6 +538,43 @@ impl PoolClient {
     }
 }
 
+/// Tells the master that an arena is over; `true`: its node has not settled it yet.
+fn close((arena, unsettled): &(u64, bool)) -> wire::Operation {
+    let close = wire::ArenaClose {
+        arena: *arena,
+        unsettled: *unsettled,
+    };
+    operation::Kind::ArenaClose(close).into()
+}
+
+/// Tells a node that the table of an arena is complete.
+fn end_notice(arena: &Arena) -> Option<TransferRequest> {
+    let end = node_notify::Kind::ArenaEnd(wire::ArenaEnd {});
+    let grant = arena.grant;
+    arena.table.as_ref()?;
+    Some(notice(
+        &arena.segment,
+        grant,
+        grant.offset,
+        grant.length,
+        end,
+    ))
+}
+
+/// Leaves arenas of which their nodes have been told (one result per table), and says which of them are unsettled.
+fn left_behind(over: &[Arena], ends: &[TransferResult]) -> Vec<(u64, bool)> {
+    let mut ends = ends.iter();
+    let leave = |arena: &Arena| {
+        let Some(table) = &arena.table else {
+            return (arena.id, false);
+        };
+        let ended = ends.next().is_some_and(Result::is_ok);
+        table.leave();
+        (arena.id, !ended)
+    };
+    over.iter().map(leave).collect()
+}
+
 /// A message to a segment's node about a granted range.
 fn notice(
     segment: &SegmentRef,
@@ -520,7 +606,7 @@ fn copy_near(w: &Writing<'_>, place: &Place, table: &ArenaTable) -> TransferResu
     for source in w.request.source {
         // SAFETY: target: in bounds, this put's alone; source: promise of LocalSlice::new.
         unsafe {
-            std::ptr::copy_nonoverlapping(source.pointer, target, source.length);
+            copy::stream(source.pointer, target, source.length);
             target = target.add(source.length);
         }
     }

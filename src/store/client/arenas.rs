@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use crate::base::id::Id128;
 use crate::engine::grant::Grant;
 use crate::store::arena_table::{ArenaTable, CONTROL_BYTES};
 use crate::store::client::view::SegmentRef;
@@ -92,6 +93,8 @@ struct State {
     lost: Vec<Arena>,
     /// Of those, the ones that are left: the master is still to be told.
     left: Vec<u64>,
+    /// Ended at their nodes, or not (true: unsettled); the master is told with the next batch.
+    ended: Vec<(u64, bool)>,
     wanted: HashMap<u32, u64>,
     /// What the master granted, and when, where that was less than asked for.
     caps: HashMap<u32, (u64, Instant)>,
@@ -279,6 +282,26 @@ impl Arenas {
             .partition(Arena::is_idle);
         state.retired = busy;
         idle
+    }
+
+    /// As [`Arenas::closable`], those on one node only.
+    pub(crate) fn closable_at(&self, node: Id128) -> Vec<Arena> {
+        let (there, elsewhere) = self
+            .closable()
+            .into_iter()
+            .partition(|a| a.segment.peer.node == node);
+        self.state.lock().retired.extend::<Vec<Arena>>(elsewhere);
+        there
+    }
+
+    /// Arenas that are over at their nodes: the master is told when it is spoken to next.
+    pub(crate) fn ended(&self, arenas: impl IntoIterator<Item = (u64, bool)>) {
+        self.state.lock().ended.extend(arenas);
+    }
+
+    /// Of whom the master is to be told now.
+    pub(crate) fn take_ended(&self) -> Vec<(u64, bool)> {
+        std::mem::take(&mut self.state.lock().ended)
     }
 
     /// Gives up an arena: the master does not know it (any more), or something about it is unsure.

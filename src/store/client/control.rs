@@ -34,9 +34,19 @@ pub(crate) struct ControlLink {
     patience: Duration,
     missed_since: Mutex<Option<Instant>>,
     idle: Mutex<Vec<ControlSocket>>,
+    local: Mutex<LocalSocket>,
     next: AtomicU64,
     pub(crate) term: AtomicU64,
     pub(crate) epoch: AtomicU64,
+}
+
+/// The master's abstract Unix socket on this host.
+#[derive(Debug, Default)]
+struct LocalSocket {
+    /// As the master told, once a lane was opened there.
+    name: Option<String>,
+    /// Where nobody answered: another network namespace, or a master that is gone.
+    failed: Option<String>,
 }
 
 /// A batch that has been sent.
@@ -45,6 +55,15 @@ pub(crate) struct Sent {
     reused: bool,
     framed: Vec<u8>,
     deadline: Instant,
+}
+
+impl Sent {
+    /// Waits for the replies without sleeping, briefly: for when they are due. Not for a master across a network.
+    pub(crate) fn spin(&self, most: Duration) {
+        if self.lane.is_local() {
+            self.lane.spin(most);
+        }
+    }
 }
 
 impl ControlLink {
@@ -65,6 +84,7 @@ impl ControlLink {
             patience,
             missed_since: Mutex::default(),
             idle: Mutex::default(),
+            local: Mutex::default(),
             next: AtomicU64::new(1),
             term: AtomicU64::new(0),
             epoch: AtomicU64::new(0),
@@ -91,7 +111,52 @@ impl ControlLink {
         }
     }
 
+    /// Changes over to this abstract Unix socket if it can be reached. There is a lane at any time: the master gives up what
+    /// a client without lanes has begun.
+    pub(crate) fn prefer_local(&self, socket: &str, deadline: Instant) {
+        {
+            let local = self.local.lock();
+            let known = [&local.name, &local.failed];
+            if known.into_iter().any(|n| n.as_deref() == Some(socket)) {
+                return;
+            }
+        }
+        let lane = self.open_local(socket, deadline);
+        let mut local = self.local.lock();
+        let Some(lane) = lane else {
+            local.failed = Some(socket.to_owned());
+            return;
+        };
+        local.name = Some(socket.to_owned());
+        let mut idle = self.idle.lock();
+        idle.clear();
+        idle.push(lane);
+    }
+
     fn open(&self, deadline: Instant) -> Result<ControlSocket, (bool, StoreError)> {
+        let name = self.local.lock().name.clone();
+        if let Some(name) = name {
+            if let Some(lane) = self.open_local(&name, deadline) {
+                return Ok(lane);
+            }
+            // Another master, or none: the next view tells where it listens.
+            let mut local = self.local.lock();
+            if local.name.as_ref() == Some(&name) {
+                local.failed = local.name.take();
+            }
+        }
+        self.open_tcp(deadline)
+    }
+
+    fn open_local(&self, name: &str, deadline: Instant) -> Option<ControlSocket> {
+        let mut lane = ControlSocket::connect_unix(name).ok()?;
+        let end = Instant::now() + self.connect_timeout.min(time_left(deadline));
+        let kind = LaneKind::Control;
+        handshake::connect(&mut lane.timed(end), kind, self.me, &self.keys).ok()?;
+        Some(lane)
+    }
+
+    fn open_tcp(&self, deadline: Instant) -> Result<ControlSocket, (bool, StoreError)> {
         let retry = |e: io::Error| (true, self.failed(&e));
         let address = resolve_one(&self.master).map_err(retry)?;
         let timeout = self.connect_timeout.min(time_left(deadline));
@@ -134,7 +199,9 @@ impl ControlLink {
 
     fn give_back(&self, lane: ControlSocket) {
         let mut idle = self.idle.lock();
-        if idle.len() < IDLE_MAX {
+        // Lanes of before the change-over to the local socket end with their calls, but never the last one.
+        let outdated = !lane.is_local() && idle.iter().any(ControlSocket::is_local);
+        if idle.len() < IDLE_MAX && !outdated {
             idle.push(lane);
         }
     }

@@ -170,6 +170,14 @@ impl PoolClient {
             return Ok(());
         }
         let reply = self.ask_view(known, deadline)?;
+        let near = self
+            .config
+            .transports
+            .iter()
+            .any(|t| *t != TransportKind::Tcp);
+        if near && reply.host_id == self.host_id && !reply.control_socket.is_empty() {
+            self.control.prefer_local(&reply.control_socket, deadline);
+        }
         if reply.changed || known == 0 {
             *self.view.write() = Arc::new(PoolView::new(reply.epoch, &reply.segments));
         }

@@ -47,6 +47,7 @@ use parking_lot::Mutex;
 
 use crate::base::clock::Millis;
 use crate::base::id::Id128;
+use crate::base::net::host_id;
 use crate::base::trust::ClusterKeys;
 use crate::store::wire;
 
@@ -68,6 +69,9 @@ pub struct Master {
     pub(crate) keys: ClusterKeys,
     pub(crate) metrics: metrics::Metrics,
     pub(crate) names: names::Names,
+    pub(crate) host_id: String,
+    /// The abstract Unix socket for control lanes of this host, when it is served.
+    pub(crate) control_socket: OnceLock<String>,
     pub(crate) mesh: mesh::Mesh,
     pub(crate) dashboard: dashboard::Dashboard,
     pub(crate) census: http::Census,
@@ -89,6 +93,8 @@ impl Master {
             keys,
             metrics: metrics::Metrics::new(),
             names: names::Names::default(),
+            host_id: host_id(),
+            control_socket: OnceLock::new(),
             mesh: mesh::Mesh::default(),
             dashboard: dashboard::Dashboard::default(),
             census: http::Census::default(),

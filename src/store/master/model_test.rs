@@ -10,7 +10,7 @@ use super::config::MasterConfig;
 use super::events::{Change, Filter};
 use super::eviction::{Access, PolicyKind};
 use super::object::Attributes;
-use super::puts::{PutOptions, Written};
+use super::puts::{Least, PutOptions, Written};
 use super::rebuild::Reported;
 use super::segments::Offer;
 use super::state::{MasterState, Presence};
@@ -340,7 +340,10 @@ fn removed_from_an_arena() -> (World, u64, u64, u64) {
     let node = world.state.segments.node(world.nodes[0].0).unwrap();
     let client = Id128 { high: 9, low: 9 };
     let (slot, now) = (node.slots[0], Millis(1000));
-    let (arena, range, length, versions) = world.state.arena_open(slot, 1, 4096, client).unwrap();
+    let (arena, range, length, versions) = world
+        .state
+        .arena_open(slot, 1, 4096, Least::Anything, client)
+        .unwrap();
     let written = Written {
         version: versions.start,
         checksum: None,
@@ -433,8 +436,9 @@ fn a_refused_item_of_an_open_arena_is_not_given_to_others() {
     let state = &world.state;
     let node = state.segments.node(world.nodes[0].0).unwrap();
     let (client, now) = (Id128 { high: 9, low: 9 }, Millis(1000));
-    let (arena, range, length, versions) =
-        state.arena_open(node.slots[0], 1, 4096, client).unwrap();
+    let (arena, range, length, versions) = state
+        .arena_open(node.slots[0], 1, 4096, Least::Anything, client)
+        .unwrap();
     let attributes = Attributes::default();
     let key = qualified(1);
     let commit = |offset, version| {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::eviction::Access;
 use super::metrics::Rpc;
 use super::object::{Attributes, Object, Replica};
-use super::puts::{PutOptions, Written};
+use super::puts::{Least, PutOptions, Written};
 use super::segments::SegmentsView;
 use super::state::{Presence, add};
 use super::{Master, slow};
@@ -28,6 +28,8 @@ const WRITE_GRANT: Duration = Duration::from_secs(600);
 const READ_GRANT_EXTRA: Duration = Duration::from_secs(60);
 /// After this part of the wait for space, a put takes fewer replicas than asked for.
 const PARTIAL_AFTER: Duration = Duration::from_millis(200);
+/// How long an arena waits for room that is on its way to being free.
+const ARENA_PATIENCE: Duration = Duration::from_millis(5);
 /// How long a node is avoided after a client reported a failure.
 const SUSPICION: Duration = Duration::from_secs(3);
 /// Objects of one page of a listing.
@@ -413,10 +415,36 @@ impl Call<'_> {
     }
 
     fn arena_open(&mut self, op: &wire::ArenaOpen) -> wire::Reply {
-        let opened =
-            self.master
-                .state
-                .arena_open(op.segment, op.incarnation, op.wanted_bytes, self.client);
+        let state = &self.master.state;
+        let open = |least| {
+            let (slot, incarnation, wanted) = (op.segment, op.incarnation, op.wanted_bytes);
+            state.arena_open(slot, incarnation, wanted, least, self.client)
+        };
+        let patience = self.deadline.min(Instant::now() + ARENA_PATIENCE);
+        let mut opened = open(Least::Half);
+        // In a full pool the free ranges are what eviction left: a shorter arena is better than none, once what is on its way
+        // to being free has come.
+        if let Err(StoreError::NoSpace { wanted_bytes }) = opened
+            && state.make_room_for_arena(op.segment, wanted_bytes, self.now)
+        {
+            loop {
+                let seen = *state.progress.count.lock();
+                opened = open(Least::Half);
+                let full = matches!(opened, Err(StoreError::NoSpace { .. }));
+                if !full || Instant::now() >= patience || state.leaving_bytes(op.segment) == 0 {
+                    break;
+                }
+                let mut count = state.progress.count.lock();
+                if *count == seen {
+                    state.progress.changed.wait_until(&mut count, patience);
+                }
+            }
+        }
+        if matches!(opened, Err(StoreError::NoSpace { .. })) {
+            opened = open(Least::Anything);
+        }
+        // An arena is taken in one piece: the next one needs room before the sweeper's next round.
+        state.keep_below_watermark();
         let reply = match opened {
             Ok((arena, replica, length, versions)) => {
                 let expires = unix_ms() + WRITE_GRANT.as_millis() as u64;
@@ -645,6 +673,13 @@ impl Call<'_> {
             epoch,
             changed,
             segments,
+            host_id: self.master.host_id.clone(),
+            control_socket: self
+                .master
+                .control_socket
+                .get()
+                .cloned()
+                .unwrap_or_default(),
         })
         .into()
     }

@@ -141,6 +141,15 @@ pub(crate) struct Written {
     pub(crate) checksum: Option<u32>,
 }
 
+/// How much of what an arena may have is worth taking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Least {
+    /// Half of it; more may be on its way.
+    Half,
+    /// Whatever is there.
+    Anything,
+}
+
 impl MasterState {
     pub(crate) fn pending_shard(
         &self,
@@ -613,12 +622,17 @@ impl MasterState {
         Ok(())
     }
 
-    /// Grants a client a range of one segment to fill without asking again.
+    /// Grants a client a range of one segment to fill without asking again: `wanted` bytes or as much as an arena may have,
+    /// or what there is, when that is `least` or more.
+    ///
+    /// # Errors
+    /// `NoSpace` when no free range is large enough; others when room would not help.
     pub(crate) fn arena_open(
         &self,
         slot: u32,
         incarnation: u64,
         wanted: u64,
+        least: Least,
         client: Id128,
     ) -> Result<(u64, Replica, u64, std::ops::Range<u64>), StoreError> {
         let segment = self
@@ -628,15 +642,24 @@ impl MasterState {
             .ok_or(StoreError::SegmentNotFound)?;
         let length =
             wanted.min(ARENA_BYTES_MAX).min(segment.size / ARENA_SHARE) / ALIGNMENT * ALIGNMENT;
+        // What may be asked for, not what was: it decides how much is evicted.
         let no_space = StoreError::NoSpace {
-            wanted_bytes: wanted,
+            wanted_bytes: length,
         };
         let mut allocator = segment.allocator.lock();
-        // In a full pool the free ranges are what eviction left: a shorter arena is better than none.
+        let least = match least {
+            Least::Half => length / 2,
+            Least::Anything => 0,
+        };
+        let least = least.max(4 * ALIGNMENT);
         let length = length.min(allocator.largest_free());
-        let granted = segment.arena_bytes.load(Ordering::Relaxed);
-        if length < 4 * ALIGNMENT || granted + length > segment.size / ARENAS_SHARE {
+        if length < least {
             return Err(no_space);
+        }
+        let granted = segment.arena_bytes.load(Ordering::Relaxed);
+        if granted + length > segment.size / ARENAS_SHARE {
+            let what = "the segment has as many arenas as it may".to_owned();
+            return Err(StoreError::InvalidParams { what });
         }
         let offset = allocator.allocate(length).ok_or(no_space)?;
         drop(allocator);

@@ -155,14 +155,23 @@ impl MasterState {
     ///
     /// Takes the shards in the order of their oldest candidates, a bounded step under each lock.
     pub(crate) fn evict(&self, bytes: u64, now: Millis) -> u64 {
-        add(&self.counters.eviction_rounds, 1);
-        let before = self.counters.evicted_objects.load(Ordering::Relaxed);
-        let mut wanted = bytes;
         let passes: &[bool] = if self.config.evict_soft_pinned {
             &[false, true]
         } else {
             &[false]
         };
+        self.evict_in_passes(passes, bytes, now)
+    }
+
+    /// As [`MasterState::evict`], without what is soft pinned: for room that would only be convenient.
+    fn evict_unpinned(&self, bytes: u64, now: Millis) -> u64 {
+        self.evict_in_passes(&[false], bytes, now)
+    }
+
+    fn evict_in_passes(&self, passes: &[bool], bytes: u64, now: Millis) -> u64 {
+        add(&self.counters.eviction_rounds, 1);
+        let before = self.counters.evicted_objects.load(Ordering::Relaxed);
+        let mut wanted = bytes;
         for soft_pinned_too in passes {
             // A policy may need several passes over a full shard to age it and one to choose.
             for _ in 0..IDLE_ROUNDS {
@@ -275,19 +284,33 @@ impl MasterState {
     /// Bytes to evict now so that usage falls below the watermark; 0 when it is below. What is already on its way to
     /// being free counts as free.
     pub(crate) fn eviction_need(&self) -> u64 {
-        let (capacity, used) = self.capacity();
-        let leaving: u64 = self
-            .segments
-            .nodes()
-            .iter()
-            .map(|n| n.drops.lock().bytes())
-            .sum();
-        let used = used.saturating_sub(leaving);
-        let watermark = (capacity as f64 * self.config.high_watermark) as u64;
+        let (used, watermark) = (self.used_with(0), self.watermark());
         if used <= watermark {
             return 0;
         }
+        let (capacity, _) = self.capacity();
         used - watermark + (capacity as f64 * self.config.eviction_ratio) as u64
+    }
+
+    /// Bytes in use once `more` are and what is leaving is gone.
+    fn used_with(&self, more: u64) -> u64 {
+        let (_, used) = self.capacity();
+        let nodes = self.segments.nodes();
+        let leaving: u64 = nodes.iter().map(|n| n.drops.lock().bytes()).sum();
+        used.saturating_sub(leaving).saturating_add(more)
+    }
+
+    fn watermark(&self) -> u64 {
+        let (capacity, _) = self.capacity();
+        (capacity as f64 * self.config.high_watermark) as u64
+    }
+
+    /// Bytes that will be free in a segment as soon as its node has carried out its drops; 0 when it is not in service.
+    pub(crate) fn leaving_bytes(&self, slot: u32) -> u64 {
+        let segment = self.segments.get(slot);
+        segment
+            .filter(|s| s.node.phase() == super::segments::NodePhase::Ok)
+            .map_or(0, |s| s.node.drops.lock().bytes_in(slot))
     }
 
     /// Evicts for an allocation of `payload_bytes` that found no room. What is already on its way to being free counts.
@@ -301,11 +324,27 @@ impl MasterState {
             .map(|n| n.drops.lock().bytes())
             .sum();
         // A little more than asked: the next ones are coming.
-        let wanted = wanted.max(capacity / 512).saturating_sub(leaving);
-        if wanted == 0 {
-            0
-        } else {
-            self.evict(wanted, now)
+        let wanted = wanted.max(capacity / 512);
+        match wanted.saturating_sub(leaving) {
+            0 => 0,
+            missing => self.evict(missing, now),
+        }
+    }
+
+    /// Whether room for an arena of `bytes` is on its way in a segment: what is leaving there already, else what is evicted
+    /// now, once, and only from a pool that is full as a whole. Nothing that is pinned goes for an arena.
+    pub(crate) fn make_room_for_arena(&self, slot: u32, bytes: u64, now: Millis) -> bool {
+        let leaving = self.leaving_bytes(slot);
+        if leaving < bytes && self.used_with(bytes) > self.watermark() {
+            self.evict_unpinned(bytes - leaving, now);
+        }
+        self.leaving_bytes(slot) > 0
+    }
+
+    /// Has the sweeper evict now if the watermark asks for it.
+    pub(crate) fn keep_below_watermark(&self) {
+        if self.eviction_need() > 0 {
+            self.nudge.give();
         }
     }
 }

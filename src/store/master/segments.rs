@@ -127,14 +127,18 @@ impl DropQueue {
 
     /// Bytes that will be free once all is acknowledged.
     pub(crate) fn bytes(&self) -> u64 {
-        let frees = |d: &Drop| d.frees.map_or(0, |f| f.length);
-        self.pending.iter().map(frees).sum::<u64>()
-            + self
-                .in_flight
-                .iter()
-                .flat_map(|(_, b)| b)
-                .map(frees)
-                .sum::<u64>()
+        self.frees().map(|f| f.length).sum()
+    }
+
+    /// Of those, the ones of one segment.
+    pub(crate) fn bytes_in(&self, slot: u32) -> u64 {
+        let there = self.frees().filter(|f| f.segment == slot);
+        there.map(|f| f.length).sum()
+    }
+
+    fn frees(&self) -> impl Iterator<Item = FreeRange> + '_ {
+        let in_flight = self.in_flight.iter().flat_map(|(_, b)| b);
+        self.pending.iter().chain(in_flight).filter_map(|d| d.frees)
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,12 +16,14 @@ use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{TcpListener, TcpStream};
+use parking_lot::Mutex;
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 
 use super::lanes::ControlLanes;
 use super::service::PoolService;
 use super::{Master, http, sweeper};
 use crate::base::handshake::MAGIC;
+use crate::base::id::Id128;
 use crate::store::wire::{BATCH_BYTES_MAX, pool_server::PoolServer};
 
 /// How long a connection may stay silent before its first byte.
@@ -34,6 +38,8 @@ pub struct MasterServer {
     master: Arc<Master>,
     router: Router,
     lanes: Arc<ControlLanes>,
+    /// For control lanes of this host, until it is served.
+    local: Mutex<Option<unix::net::UnixListener>>,
 }
 
 impl MasterServer {
@@ -59,10 +65,20 @@ impl MasterServer {
                     authorize,
                 ));
         let lanes = ControlLanes::new(master.clone(), lanes_max);
+        let local = local_listener()
+            .inspect_err(
+                |error| tracing::warn!(%error, "no socket for clients of this host: they use TCP"),
+            )
+            .ok();
+        let local = local.map(|(listener, name)| {
+            let _ = master.control_socket.set(name);
+            listener
+        });
         Ok(Arc::new(Self {
             master,
             router,
             lanes,
+            local: Mutex::new(local),
         }))
     }
 
@@ -73,6 +89,27 @@ impl MasterServer {
 
     /// Accepts connections until the task is dropped. Cancel-safe: a connection being set up is served or closed.
     pub async fn serve(self: Arc<Self>, listener: TcpListener) {
+        let local = self.local.lock().take().map(UnixListener::from_std);
+        let local = self.clone().serve_local(local.and_then(Result::ok));
+        tokio::join!(local, self.serve_tcp(listener));
+    }
+
+    /// Lanes of this host: without TCP an exchange costs a fifth less.
+    async fn serve_local(self: Arc<Self>, listener: Option<UnixListener>) {
+        let Some(listener) = listener else { return };
+        loop {
+            match listener.accept().await.map(|(stream, _)| stream.into_std()) {
+                Ok(Ok(stream)) => self.lanes.serve_unix(stream),
+                Ok(Err(_)) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "a local connection was not accepted");
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+        }
+    }
+
+    async fn serve_tcp(self: Arc<Self>, listener: TcpListener) {
         loop {
             match listener.accept().await {
                 Ok((stream, peer)) => {
@@ -110,6 +147,16 @@ impl MasterServer {
             _ => {}
         }
     }
+}
+
+/// An abstract Unix socket under a name that nobody can have taken before: clients are told it over the connection they
+/// trust already.
+fn local_listener() -> io::Result<(unix::net::UnixListener, String)> {
+    let name = format!("mooncake-master-{}", Id128::random());
+    let address = unix::net::SocketAddr::from_abstract_name(&name)?;
+    let listener = unix::net::UnixListener::bind_addr(&address)?;
+    listener.set_nonblocking(true)?;
+    Ok((listener, name))
 }
 
 /// Whether the first bytes are those of a lane. Consumes nothing.

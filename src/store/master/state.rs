@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use foldhash::fast::FixedState;
 use parking_lot::{Condvar, Mutex, MutexGuard, ReentrantMutex};
@@ -134,6 +134,31 @@ impl Progress {
     }
 }
 
+/// Tells the sweeper that there is something to do before its next round.
+#[derive(Debug, Default)]
+pub(crate) struct Nudge {
+    given: Mutex<bool>,
+    came: Condvar,
+}
+
+impl Nudge {
+    pub(crate) fn give(&self) {
+        *self.given.lock() = true;
+        self.came.notify_one();
+    }
+
+    /// Waits for one, until `deadline`; whether one came.
+    pub(crate) fn wait_until(&self, deadline: Instant) -> bool {
+        let mut given = self.given.lock();
+        while !*given {
+            if self.came.wait_until(&mut given, deadline).timed_out() {
+                break;
+            }
+        }
+        std::mem::take(&mut *given)
+    }
+}
+
 /// See the module header.
 pub(crate) struct MasterState {
     pub(crate) config: MasterConfig,
@@ -159,6 +184,7 @@ pub(crate) struct MasterState {
     pub(crate) counters: Counters,
     pub(crate) events: EventRing,
     pub(crate) progress: Progress,
+    pub(crate) nudge: Arc<Nudge>,
 }
 
 impl MasterState {
@@ -189,6 +215,7 @@ impl MasterState {
             counters: Counters::default(),
             events: EventRing::new(config.events_max),
             progress: Progress::default(),
+            nudge: Arc::default(),
             config,
         }
     }

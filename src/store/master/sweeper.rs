@@ -3,49 +3,73 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Master;
 use super::segments::NodePhase;
+use super::state::Nudge;
 use crate::base::clock::Millis;
 
 const TICK: Duration = Duration::from_millis(20);
+/// Between two looks.
+const NUDGE_PAUSE: Duration = Duration::from_millis(1);
 /// A client whose last lane closed may reconnect for this long.
 const CLIENT_GRACE: Duration = Duration::from_secs(2);
 
 /// Starts the thread; it ends with the master.
 pub(crate) fn start(master: &Arc<Master>) -> std::io::Result<()> {
     let weak = Arc::downgrade(master);
+    let nudge = master.state.nudge.clone();
     std::thread::Builder::new()
         .name("sweeper".into())
-        .spawn(move || run(&weak))?;
+        .spawn(move || run(&weak, &nudge))?;
     Ok(())
 }
 
-fn run(master: &Weak<Master>) {
+fn run(master: &Weak<Master>, nudge: &Nudge) {
     let mut ticks = 0u64;
+    let mut next = Instant::now() + TICK;
     loop {
-        std::thread::sleep(TICK);
+        nudge.wait_until(next);
         let Some(master) = master.upgrade() else {
             return;
         };
         let now = Millis::now();
+        let due = Instant::now() >= next;
         let need = master.state.eviction_need();
-        if need > 0 {
-            master.state.evict(need, now);
+        let evicted = if need > 0 {
+            master.state.evict(need, now)
+        } else {
+            0
+        };
+        if due {
+            next = Instant::now() + TICK;
+            ticks += 1;
+            round(&master, ticks, now);
         }
-        ticks += 1;
-        if ticks.is_multiple_of(5) {
-            master.state.send_reconciles(now);
-            nodes(&master, now);
-            clients(&master, now);
-        }
-        if ticks.is_multiple_of(50) {
-            let release = master.state.config.put_release.as_millis() as u64;
-            master
-                .state
-                .abandon(now, |put| now.since(put.started) >= release);
-        }
+        drop(master);
+        // Nudges come with every arena. Where nothing could go, nothing will until the next tick.
+        let pause = if need > 0 && evicted == 0 {
+            next.saturating_duration_since(Instant::now())
+        } else {
+            NUDGE_PAUSE
+        };
+        std::thread::sleep(pause);
+    }
+}
+
+/// What does not have to be done each time.
+fn round(master: &Master, ticks: u64, now: Millis) {
+    if ticks.is_multiple_of(5) {
+        master.state.send_reconciles(now);
+        nodes(master, now);
+        clients(master, now);
+    }
+    if ticks.is_multiple_of(50) {
+        let release = master.state.config.put_release.as_millis() as u64;
+        master
+            .state
+            .abandon(now, |put| now.since(put.started) >= release);
     }
 }
 

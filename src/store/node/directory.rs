@@ -163,8 +163,14 @@ impl NodeDirectory {
         };
         let mut contents = contents.lock();
         let own = |a: &SharedArena| a.client == origin.client && a.length == origin.length;
-        if !contents.arenas.get(&origin.offset).is_some_and(own) {
-            return false;
+        match contents.arenas.get(&origin.offset) {
+            Some(arena) if own(arena) => {}
+            Some(_) => return false,
+            // Ended already: the first answer was lost on its way.
+            None => {
+                let mut others = contents.arenas_in(origin.offset, origin.length);
+                return others.next().is_none();
+            }
         }
         contents.gather(memory, origin.offset, false);
         contents.arenas.remove(&origin.offset);

@@ -231,6 +231,7 @@ impl FakeMaster {
                     build: self.node_build.to_owned(),
                     ..wire::SegmentView::default()
                 }],
+                ..wire::ViewReply::default()
             }),
             _ => reply::Kind::Listing(wire::Listing::default()),
         }

@@ -3,9 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
 
 mod control;
+mod discovery;
+mod events;
 mod faults;
+mod limits;
 mod mock;
+mod passing;
 mod process;
+mod publisher;
 mod ways;
 
 use std::sync::Arc;

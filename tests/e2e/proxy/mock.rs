@@ -64,6 +64,11 @@ pub(crate) struct Worker {
     pub(crate) running: AtomicUsize,
     pub(crate) seen: Mutex<Vec<Seen>>,
     pub(crate) keep_seen: AtomicBool,
+    /// Told in `usage`, if not 0.
+    pub(crate) cached_tokens: AtomicU64,
+    pub(crate) max_model_len: AtomicU64,
+    /// Requests in its gauges, if not 0.
+    pub(crate) gauge: AtomicU64,
     task: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
@@ -106,6 +111,9 @@ impl Worker {
             running: AtomicUsize::new(0),
             seen: Mutex::default(),
             keep_seen: AtomicBool::new(true),
+            cached_tokens: AtomicU64::new(0),
+            max_model_len: AtomicU64::new(4096),
+            gauge: AtomicU64::new(0),
             task: Mutex::default(),
         });
         if dialect == Dialect::Mooncake {
@@ -149,12 +157,28 @@ impl Worker {
             "/health" => reply(stream, 200, "", "text/plain").await,
             "/v1/models" => {
                 let id = self.model.lock().unwrap().clone();
-                let body = json!({"object": "list", "data": [{"id": id}]}).to_string();
+                let body = json!({"object": "list", "data": [
+                    {"id": id, "max_model_len": self.max_model_len.load(Ordering::SeqCst)}
+                ]})
+                .to_string();
                 reply(stream, 200, &body, "application/json").await
             }
+            "/metrics" if self.gauge.load(Ordering::SeqCst) > 0 => {
+                let count = self.gauge.load(Ordering::SeqCst);
+                let body = format!(
+                    "vllm:num_requests_running{{engine=\"0\"}} {count}\nvllm:num_requests_waiting 0\n"
+                );
+                reply(stream, 200, &body, "text/plain").await
+            }
+            "/v1/realtime" => echo(stream, &seen.head).await,
             "/query" => {
                 let engine = self.engine.lock().unwrap().clone();
                 let body = json!({"0": {"engine_id": engine, "worker_addr": {}}}).to_string();
+                reply(stream, 200, &body, "application/json").await
+            }
+            "/tokenize" if seen.body["prompt"].is_string() => {
+                let tokens = tokens_of(seen.body["prompt"].as_str().unwrap_or_default());
+                let body = json!({"tokens": tokens, "count": tokens.len()}).to_string();
                 reply(stream, 200, &body, "application/json").await
             }
             _ if seen.path.starts_with("/v1/") || seen.path == "/tokenize" => {
@@ -241,6 +265,10 @@ impl Worker {
             let id = params[name].as_str().unwrap_or_default();
             self.world.pinned.lock().unwrap().remove(id);
         }
+        let cached = self.cached_tokens.load(Ordering::SeqCst);
+        if cached > 0 {
+            answer["usage"]["prompt_tokens_details"] = json!({"cached_tokens": cached});
+        }
         let count = body["max_completion_tokens"]
             .as_u64()
             .or(body["max_tokens"].as_u64())
@@ -270,6 +298,11 @@ impl Worker {
             let chunk = format!("{:x}\r\n{event}\r\n", event.len());
             out.write_all(chunk.as_bytes()).await?;
         }
+        if cached > 0 && body["stream_options"]["include_usage"] == true {
+            let event = format!("data: {{\"choices\":[],\"usage\":{}}}\n\n", answer["usage"]);
+            let chunk = format!("{:x}\r\n{event}\r\n", event.len());
+            out.write_all(chunk.as_bytes()).await?;
+        }
         out.write_all(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n").await
     }
 
@@ -277,6 +310,28 @@ impl Worker {
         self.world.prefilled.fetch_add(1, Ordering::SeqCst);
         self.world.pinned.lock().unwrap().insert(id.to_owned());
     }
+}
+
+/// Agrees to a WebSocket when it is asked for one, and sends back what comes.
+async fn echo(stream: &mut TcpStream, head: &str) -> std::io::Result<()> {
+    if !head.contains("upgrade: websocket\r\n") || !head.contains("connection: Upgrade\r\n") {
+        return reply(stream, 426, "{}", "application/json").await;
+    }
+    let agreed = "HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\nsec-websocket-accept: x\r\n\r\nhello";
+    stream.write_all(agreed.as_bytes()).await?;
+    let (mut reader, mut writer) = stream.split();
+    tokio::io::copy(&mut reader, &mut writer).await?;
+    Err(std::io::ErrorKind::ConnectionAborted.into())
+}
+
+/// One token per four bytes, made of them.
+pub(crate) fn tokens_of(text: &str) -> Vec<u32> {
+    let number = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .fold(7u32, |n, b| n.wrapping_mul(31) + u32::from(*b))
+    };
+    text.as_bytes().chunks(4).map(number).collect()
 }
 
 async fn accept(worker: Arc<Worker>, listener: TcpListener) {

@@ -1,0 +1,200 @@
+//! Instances that come from a name or a file, looked at again and again.
+//!
+//! Owns the grammar (`[ROLE=]dns:NAME:PORT`, `file:PATH`) and a task per source. Every address behind a name is an
+//! instance; a file holds JSON, `{"prefill": [...], "decode": [...], "both": [...]}`. A source that cannot be read changes nothing: what it named last
+//! stays. Refuses to know health: who is named is asked by `health` before it gets a request.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::App;
+use super::config::{EventsRule, InstanceAddress, Role};
+use super::registry::{NewInstance, Origin};
+
+/// Between two looks.
+const INTERVAL: Duration = Duration::from_secs(5);
+/// Bound of a look.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Largest file.
+const FILE_BYTES_MAX: u64 = 4 << 20;
+
+/// Where instances are found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Discovery {
+    /// Every address of a name.
+    Dns {
+        /// What the instances are for.
+        role: Role,
+        /// The name.
+        name: String,
+        /// Port of all of them.
+        port: u16,
+    },
+    /// A JSON file.
+    File(PathBuf),
+}
+
+impl Discovery {
+    /// Reads `dns:NAME:PORT` (role `both`), `prefill=dns:NAME:PORT`, `decode=dns:NAME:PORT` and `file:PATH`, separated by commas.
+    ///
+    /// # Errors
+    /// The first part that is none.
+    pub fn parse_list(text: &str) -> Result<Vec<Self>, String> {
+        let one = |part: &str| {
+            if let Some(path) = part.strip_prefix("file:").filter(|p| !p.is_empty()) {
+                return Some(Self::File(PathBuf::from(path)));
+            }
+            let (role, rest) = match part.split_once('=') {
+                Some((role, rest)) => (Role::parse(role)?, rest),
+                None => (Role::Both, part),
+            };
+            let address = InstanceAddress::parse(rest.strip_prefix("dns:")?).ok()?;
+            Some(Self::Dns {
+                role,
+                name: address.host,
+                port: address.port,
+            })
+        };
+        let parts = text.split([',', ' ']).filter(|p| !p.is_empty());
+        parts
+            .map(|p| {
+                one(p).ok_or_else(|| format!("`{p}` is not [ROLE=]dns:NAME:PORT or file:PATH"))
+            })
+            .collect()
+    }
+
+    async fn look(&self) -> Result<Vec<(InstanceAddress, Role)>, String> {
+        match self {
+            Self::Dns { role, name, port } => {
+                let found = tokio::net::lookup_host((name.as_str(), *port)).await;
+                let addresses = found.map_err(|e| e.to_string())?;
+                let mut all: Vec<_> = addresses
+                    .map(|a| {
+                        let address = InstanceAddress {
+                            host: a.ip().to_string(),
+                            port: a.port(),
+                            bootstrap: None,
+                        };
+                        (address, *role)
+                    })
+                    .collect();
+                all.dedup();
+                Ok(all)
+            }
+            Self::File(path) => read(path.clone()).await,
+        }
+    }
+}
+
+async fn read(path: PathBuf) -> Result<Vec<(InstanceAddress, Role)>, String> {
+    let reading = move || {
+        let size = std::fs::metadata(&path).map_err(|e| e.to_string())?.len();
+        if size > FILE_BYTES_MAX {
+            return Err("the file is too large".to_owned());
+        }
+        std::fs::read(&path).map_err(|e| e.to_string())
+    };
+    let text = tokio::task::spawn_blocking(reading).await;
+    let text = text.map_err(|e| e.to_string())??;
+    parse(&text)
+}
+
+fn parse(text: &[u8]) -> Result<Vec<(InstanceAddress, Role)>, String> {
+    let value: serde_json::Value = serde_json::from_slice(text).map_err(|e| e.to_string())?;
+    let lists = value.as_object().ok_or("it is no JSON object")?;
+    let mut found = Vec::new();
+    for (name, list) in lists {
+        let role = Role::parse(name).ok_or_else(|| format!("`{name}` is no role"))?;
+        for address in list.as_array().ok_or("a role's value is no list")? {
+            let text = address.as_str().ok_or("an instance is no text")?;
+            found.push((
+                InstanceAddress::parse(text).map_err(|e| e.to_string())?,
+                role,
+            ));
+        }
+    }
+    Ok(found)
+}
+
+/// Looks at the sources until the proxy stops.
+pub(crate) async fn watch(app: Arc<App>) {
+    let sources = app.config.discover.clone();
+    let mut last: Vec<Vec<(InstanceAddress, Role)>> = vec![Vec::new(); sources.len()];
+    let mut was_wrong = vec![false; sources.len()];
+    loop {
+        for (at, source) in sources.iter().enumerate() {
+            let looked = timeout(LOOK_TIMEOUT, source.look()).await;
+            match looked.unwrap_or(Err("no answer in time".to_owned())) {
+                Ok(found) => {
+                    last[at] = found;
+                    was_wrong[at] = false;
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut was_wrong[at], true) {
+                        tracing::warn!(?source, error, "cannot be read; what it named last stays");
+                    }
+                }
+            }
+        }
+        take(&app, &last.concat());
+        tokio::select! {
+            () = tokio::time::sleep(INTERVAL) => {}
+            () = app.stopping() => return,
+        }
+    }
+}
+
+/// Makes the discovered instances those that are named now.
+fn take(app: &Arc<App>, named: &[(InstanceAddress, Role)]) {
+    for instance in app.registry.all().iter() {
+        let is_named = named.iter().any(|(a, _)| a.is_same(&instance.address));
+        if instance.origin == Origin::Discovered && !is_named {
+            tracing::info!(instance = %instance.name, "no longer discovered");
+            app.remove(instance);
+        }
+    }
+    for (address, role) in named {
+        let mut new = NewInstance::plain(address.clone(), *role);
+        new.connector = app.config.connector;
+        new.events = EventsRule::of(&app.config.kv_events, address);
+        new.origin = Origin::Discovered;
+        if app.add(new).is_ok() {
+            tracing::info!(instance = %address, role = role.name(), "discovered");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_and_files() {
+        let all = Discovery::parse_list("prefill=dns:p.svc:8100,file:/etc/x.json dns:h:1").unwrap();
+        let dns = |role, name: &str, port| Discovery::Dns {
+            role,
+            name: name.to_owned(),
+            port,
+        };
+        assert_eq!(all[0], dns(Role::Prefill, "p.svc", 8100));
+        assert_eq!(all[1], Discovery::File("/etc/x.json".into()));
+        assert_eq!(all[2], dns(Role::Both, "h", 1));
+        for bad in ["h:1", "dns:h", "other=dns:h:1", "file:", "prefill=file:x"] {
+            assert!(Discovery::parse_list(bad).is_err(), "{bad}");
+        }
+        let found = parse(br#"{"prefill":["a:1:2"],"decode":["[::1]:3"]}"#).unwrap();
+        assert_eq!((found.len(), found[0].0.bootstrap), (2, Some(2)));
+        for bad in [
+            "[]",
+            "{\"x\":[]}",
+            "{\"decode\":[1]}",
+            "{\"decode\":[\"a\"]}",
+            "{",
+        ] {
+            assert!(parse(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+}

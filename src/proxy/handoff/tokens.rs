@@ -1,0 +1,106 @@
+//! The tokens of a request's prompt: what is known of them, and asking a worker beside the request's way.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::super::http::upstream::LegError;
+use super::super::kv::text::{self, Known};
+use super::super::registry::Instance;
+use super::super::splice;
+use super::{HandOff, Job};
+
+/// Bound of a question for tokens.
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(5);
+/// Largest body that is sent to `/tokenize`.
+const QUESTION_BYTES_MAX: usize = 1 << 20;
+/// Largest answer that is read.
+const ANSWER_BYTES_MAX: usize = 16 << 20;
+
+impl Job {
+    /// The prompt as it is written in the body.
+    pub(super) fn prompt(&self) -> &[u8] {
+        self.body.get(self.facts.prompt.clone()).unwrap_or_default()
+    }
+}
+
+impl HandOff {
+    /// What is known of the prompt's tokens.
+    pub(super) fn known(&self) -> Option<&Known> {
+        if !self.app.wants_tokens() {
+            return None;
+        }
+        let (kv, job) = (&self.app.kv, &self.job);
+        let look = || {
+            kv.texts
+                .known(&kv.index, job.prompt(), job.facts.seed, self.adapter())
+        };
+        job.known.get_or_init(look).as_ref()
+    }
+
+    /// The adapter a request names in the place of the model; its blocks are not the model's.
+    fn adapter(&self) -> &[u8] {
+        let model = self.job.facts.model.as_deref().unwrap_or_default();
+        if super::super::health::same_model(&self.app.config.model, model) {
+            return b"";
+        }
+        model.as_bytes()
+    }
+
+    /// Asks a worker for the tokens of a text that is new, for the next request that begins alike. Nobody waits for it,
+    /// and when enough questions are under way none is added.
+    pub(super) fn learn_tokens(&self, instance: &Arc<Instance>) {
+        let (app, job) = (&self.app, &self.job);
+        // The other APIs' bodies are not what `/tokenize` reads.
+        let path = job.target.split('?').next().unwrap_or_default();
+        let is_asked = matches!(path, "/v1/completions" | "/v1/chat/completions")
+            && app.config.tokenize
+            && app.wants_tokens()
+            && app.kv.index.knows_sizes()
+            && !instance.is_mute.load(Ordering::Relaxed)
+            && job.body.len() <= QUESTION_BYTES_MAX
+            && app.kv.texts.wants(job.prompt(), self.known());
+        if !is_asked || app.kv.questions.available_permits() == 0 {
+            return;
+        }
+        let (app, job) = (app.clone(), job.clone());
+        let head = self.head_for("/tokenize", instance, std::slice::from_ref(&job.body), None);
+        let (instance, adapter) = (instance.clone(), self.adapter().to_vec());
+        tokio::spawn(async move {
+            let Ok(_place) = app.kv.questions.try_acquire() else {
+                return;
+            };
+            let asking = async {
+                let body = std::slice::from_ref(&job.body);
+                let (mut conn, mut reply) = instance
+                    .pool
+                    .ask(&instance.target, &head, body, false)
+                    .await?;
+                let mut kept = Vec::new();
+                conn.read_body(&mut reply.body, &mut kept, ANSWER_BYTES_MAX)
+                    .await?;
+                if reply.keep_alive {
+                    instance.pool.give(conn);
+                }
+                Ok::<_, LegError>((reply.status, kept))
+            };
+            let Ok(Ok((status, answer))) = timeout(QUESTION_TIMEOUT, asking).await else {
+                return;
+            };
+            if matches!(status, 404 | 405 | 501) {
+                instance.is_mute.store(true, Ordering::Relaxed);
+            }
+            let Ok(members) = splice::scan(&answer) else {
+                return;
+            };
+            if let Some(tokens) = members.get(&answer, "tokens").and_then(text::ids) {
+                let kv = &app.kv;
+                kv.texts
+                    .learn(&kv.index, job.prompt(), job.facts.seed, &adapter, &tokens);
+                app.metrics.tokenized.add();
+            }
+        });
+    }
+}

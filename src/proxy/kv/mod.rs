@@ -1,0 +1,135 @@
+//! What is known of instances' KV caches: who holds which beginning of a prompt.
+//!
+//! Rooms: `zmtp`, `msgpack` and `event` how engines tell it; `source` following one of them; `index` the table; `text` from
+//! a prompt's text to its tokens. Owns the sources' bounds. Refuses to choose an instance (`policy`).
+
+pub(crate) mod event;
+pub(crate) mod index;
+mod msgpack;
+pub(crate) mod source;
+pub(crate) mod text;
+mod zmtp;
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use smallvec::SmallVec;
+use tokio::sync::Semaphore;
+
+use index::KvIndex;
+use text::Texts;
+
+/// Questions for tokens under way at once.
+const QUESTIONS_MAX: usize = 4;
+/// Blocks stored lately that are remembered per instance.
+const LATELY_MAX: usize = 4096;
+/// Text blocks looked at per prompt.
+const TEXT_BLOCKS_MAX: usize = 2048;
+
+/// All of it.
+#[derive(Debug)]
+pub(crate) struct Kv {
+    pub(crate) index: KvIndex,
+    pub(crate) texts: Texts,
+    pub(crate) questions: Semaphore,
+    /// Something tells what comes into the pool.
+    has_pool: AtomicBool,
+}
+
+impl Default for Kv {
+    fn default() -> Self {
+        Self {
+            index: KvIndex::default(),
+            texts: Texts::default(),
+            questions: Semaphore::new(QUESTIONS_MAX),
+            has_pool: AtomicBool::new(false),
+        }
+    }
+}
+
+impl Kv {
+    /// Whether anybody tells what comes into the pool.
+    pub(crate) fn has_pool(&self) -> bool {
+        self.has_pool.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_pool(&self, has_pool: bool) {
+        self.has_pool.store(has_pool, Ordering::Relaxed);
+    }
+}
+
+/// How an instance's events are coming along.
+#[derive(Debug, Default)]
+pub(crate) struct Feed {
+    live: AtomicBool,
+    pub(crate) events: AtomicU64,
+    pub(crate) gaps: AtomicU64,
+    /// Engine hashes of blocks that were stored lately.
+    lately: Mutex<VecDeque<(Instant, u64)>>,
+}
+
+impl Feed {
+    /// Whether what the index says of this instance is up to date.
+    pub(crate) fn is_live(&self) -> bool {
+        self.live.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_live(&self, live: bool) {
+        self.live.store(live, Ordering::Relaxed);
+    }
+
+    fn note(&self, hashes: &[u64]) {
+        let now = Instant::now();
+        let mut lately = self.lately.lock();
+        for hash in hashes {
+            if lately.len() >= LATELY_MAX {
+                lately.pop_front();
+            }
+            lately.push_back((now, *hash));
+        }
+    }
+
+    /// Engine hashes of blocks stored since a moment.
+    pub(crate) fn since(&self, moment: Instant) -> Vec<u64> {
+        let lately = self.lately.lock();
+        let fresh = lately.iter().rev().take_while(|(at, _)| *at >= moment);
+        fresh.map(|(_, hash)| *hash).collect()
+    }
+}
+
+fn text_block_bytes(start: usize) -> usize {
+    match start {
+        0..8192 => 256,
+        8192..65_536 => 1024,
+        _ => 4096,
+    }
+}
+
+/// End and chained hash of each whole block of a text. Blocks grow with their position, so that a long prompt costs few.
+pub(crate) fn text_blocks(prompt: &[u8], seed: u64) -> SmallVec<[(usize, u64); 64]> {
+    let mut found = SmallVec::new();
+    let (mut at, mut hash) = (0, seed);
+    while found.len() < TEXT_BLOCKS_MAX {
+        let end = at + text_block_bytes(at);
+        let Some(block) = prompt.get(at..end) else {
+            break;
+        };
+        hash = xxhash_rust::xxh3::xxh3_64_with_seed(block, hash);
+        found.push((end, hash));
+        at = end;
+    }
+    found
+}
+
+/// For the fuzzer: no bytes of an engine panic.
+pub(crate) fn fuzz(input: &[u8]) {
+    let index = KvIndex::default();
+    if let Ok(batch) = event::batch(input) {
+        for event in &batch.events {
+            index.apply(1, event);
+        }
+    }
+    let _ = text::ids(input);
+}

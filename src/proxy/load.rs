@@ -1,0 +1,56 @@
+//! What instances say about their own load: vLLM's gauges, read with the health checks.
+//!
+//! Owns reading three numbers from a metrics page. They are seconds old, so they only correct the proxy's own exact counts:
+//! what an instance runs beyond the requests of this proxy is others' load.
+
+/// The gauges of a page; what it does not have is `None`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Gauges {
+    /// Requests running and waiting.
+    pub(crate) requests: Option<f64>,
+    /// Share of the KV cache in use, 0 to 1.
+    pub(crate) kv_usage: Option<f64>,
+}
+
+/// Reads a page. Several engines (data-parallel ranks) are summed; of their cache use the largest counts.
+pub(crate) fn gauges(page: &str) -> Gauges {
+    let mut found = Gauges::default();
+    for line in page.lines().filter(|l| l.starts_with("vllm:")) {
+        let name = line.split(['{', ' ']).next().unwrap_or_default();
+        let value = line.rsplit(' ').next().and_then(|v| v.parse::<f64>().ok());
+        let Some(value) = value.filter(|v| v.is_finite() && *v >= 0.0) else {
+            continue;
+        };
+        match name {
+            "vllm:num_requests_running" | "vllm:num_requests_waiting" => {
+                found.requests = Some(found.requests.unwrap_or(0.0) + value);
+            }
+            "vllm:kv_cache_usage_perc" | "vllm:gpu_cache_usage_perc" => {
+                found.kv_usage = Some(found.kv_usage.unwrap_or(0.0).max(value));
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn three_numbers_of_many() {
+        let page = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine=\"0\"} 3.0\n\
+            vllm:num_requests_running{engine=\"1\"} 1\nvllm:num_requests_waiting{engine=\"0\"} 2\n\
+            vllm:num_requests_waiting_by_reason{engine=\"0\"} 7\nvllm:kv_cache_usage_perc{engine=\"0\"} 0.25\n";
+        let wanted = Gauges {
+            requests: Some(6.0),
+            kv_usage: Some(0.25),
+        };
+        assert_eq!(gauges(page), wanted);
+        assert_eq!(
+            gauges("vllm:num_requests_running NaN\nx 1\n"),
+            Gauges::default()
+        );
+    }
+}

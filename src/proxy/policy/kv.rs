@@ -1,0 +1,99 @@
+//! `kv`: who has most of the prompt cached, by what the instances themselves say (their KV events), weighed against what
+//! they have to do.
+//!
+//! The prompt's own tokens decide where they are known. What was routed a moment ago and is not in the events yet counts
+//! as cached for a short time; of instances without events it counts as with `prefix`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use smallvec::SmallVec;
+
+use super::super::kv::Kv as Knowledge;
+use super::super::registry::Instance;
+use super::prefix::{PrefixIndex, queued};
+use super::{Ask, Policy, least};
+
+/// How long a routed prompt counts as cached without an event that says so.
+const SPECULATION: Duration = Duration::from_secs(20);
+
+pub(super) struct Kv {
+    knowledge: Arc<Knowledge>,
+    recent: PrefixIndex,
+    routed: PrefixIndex,
+    turn: AtomicUsize,
+}
+
+impl Kv {
+    pub(super) fn new(knowledge: &Arc<Knowledge>) -> Self {
+        Self {
+            knowledge: knowledge.clone(),
+            recent: PrefixIndex::lasting(SPECULATION),
+            routed: PrefixIndex::default(),
+            turn: AtomicUsize::new(0),
+        }
+    }
+
+    /// Tokens, as the ask counts them, that each instance need not compute.
+    fn saved(&self, ask: &Ask<'_>, instances: &[Arc<Instance>]) -> SmallVec<[f64; 8]> {
+        let per_byte = ask.tokens as f64 / ask.prompt.len().max(1) as f64;
+        let by_event = match ask.known {
+            Some(known) => {
+                let numbers: SmallVec<[u64; 8]> = instances.iter().map(|i| i.number).collect();
+                let bytes = known.bytes as f64 / known.tokens.max(1) as f64;
+                let mut saved = self
+                    .knowledge
+                    .index
+                    .saved(&known.chain, known.tokens, &numbers);
+                saved.iter_mut().for_each(|s| *s *= bytes * per_byte);
+                saved
+            }
+            None => SmallVec::from_elem(0.0, instances.len()),
+        };
+        let recent = self.recent.matched(ask.prompt, instances);
+        let routed = self.routed.matched(ask.prompt, instances);
+        let bytes = instances.iter().zip(recent.iter().zip(&routed));
+        by_event
+            .iter()
+            .zip(bytes)
+            .map(|(saved, (instance, (recent, routed)))| {
+                let bytes = if instance.feed.is_live() {
+                    recent
+                } else {
+                    routed
+                };
+                saved.max(*bytes as f64 * per_byte)
+            })
+            .collect()
+    }
+}
+
+impl Policy for Kv {
+    fn choose(&self, ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> usize {
+        let saved = self.saved(ask, candidates);
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let costs = candidates.iter().zip(&saved).map(|(c, saved)| {
+            let uncached = (ask.tokens as f64 - saved).max(0.0);
+            (queued(ask, c) + uncached) / c.weight
+        });
+        least(turn, costs)
+    }
+
+    fn routed(&self, ask: &Ask<'_>, instance: &Instance) {
+        if instance.feed.is_live() {
+            self.recent.insert(ask.prompt, instance.number);
+        } else {
+            self.routed.insert(ask.prompt, instance.number);
+        }
+    }
+
+    fn cached_tokens(&self, ask: &Ask<'_>, instance: &Arc<Instance>) -> u64 {
+        self.saved(ask, std::slice::from_ref(instance))[0] as u64
+    }
+
+    fn forget(&self, number: u64) {
+        self.recent.forget(number);
+        self.routed.forget(number);
+    }
+}
