@@ -9,7 +9,6 @@ mod exist;
 mod generate;
 mod get;
 mod inspect;
-mod inspect_proxy;
 mod ls;
 mod master;
 mod node;

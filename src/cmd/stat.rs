@@ -80,7 +80,8 @@ pub(super) fn show(key: &str, d: &Description, output: Output) -> std::io::Resul
     table.print()
 }
 
-fn document(key: &str, d: &Description) -> Value {
+/// The same for programs.
+pub(super) fn document(key: &str, d: &Description) -> Value {
     let replicas: Vec<Value> = d
         .replicas
         .iter()

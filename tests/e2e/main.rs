@@ -10,6 +10,7 @@ mod doctor;
 mod doors;
 mod events;
 mod http;
+mod inspect;
 mod objects;
 mod pool;
 mod recovery;

@@ -94,3 +94,40 @@ pub fn mesh(
             .unwrap_or_else(|_| Err(unreachable(config, "the test did not end in time")))
     })
 }
+
+/// Silence after which the master is gone: it says every few seconds that all is quiet.
+const QUIET: Duration = Duration::from_secs(20);
+
+/// Follows what is stored and removed, for `time` or until `each` returns false.
+///
+/// # Errors
+/// The master cannot be reached, refuses, or falls silent.
+pub fn events(
+    config: &ClientConfig,
+    request: wire::EventsRequest,
+    time: Duration,
+    mut each: impl FnMut(&wire::EventBatch) -> bool,
+) -> Result<(), StoreError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| unreachable(config, e))?;
+    let end = std::time::Instant::now().checked_add(time);
+    runtime.block_on(async {
+        let mut client = connect(config).await?;
+        let batches = client.events(authorized(config, request)?).await;
+        let mut batches = batches.map_err(|s| refused(config, &s))?.into_inner();
+        loop {
+            let left = end.map(|e| e.saturating_duration_since(std::time::Instant::now()));
+            let patience = left.map_or(QUIET, |l| l.min(QUIET));
+            match tokio::time::timeout(patience, batches.message()).await {
+                Ok(Ok(Some(batch))) if each(&batch) => {}
+                Ok(Ok(Some(_))) => return Ok(()),
+                Ok(Ok(None)) => return Err(unreachable(config, "it ended the stream")),
+                Ok(Err(status)) => return Err(refused(config, &status)),
+                Err(_) if left.is_some_and(|l| l <= patience) => return Ok(()),
+                Err(_) => return Err(unreachable(config, "it fell silent")),
+            }
+        }
+    })
+}

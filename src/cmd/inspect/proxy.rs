@@ -4,8 +4,8 @@ use anyhow::Context;
 use clap::{Arg, ArgMatches, Command};
 use serde_json::Value;
 
-use super::print::{Columns, Output};
-use super::{ExitStatus, Outcome, UsageError, print, settings};
+use crate::cmd::print::{Columns, Output};
+use crate::cmd::{ExitStatus, Outcome, UsageError, print, settings};
 
 pub(super) fn command() -> Command {
     Command::new("proxy")
@@ -35,8 +35,12 @@ fn cell(value: &Value) -> String {
 pub(super) fn run(matches: &ArgMatches) -> Outcome {
     let given = |name: &str| matches.get_one::<String>(name).map(String::as_str);
     let address = given("address").unwrap_or("127.0.0.1:8000");
+    let address = address
+        .strip_prefix("http://")
+        .unwrap_or(address)
+        .trim_end_matches('/');
     let (host, port) = crate::base::net::split_host_port(address, 8000).map_err(UsageError)?;
-    let key = super::proxy::admin_key(given("admin-key-file"))?.ok_or_else(|| {
+    let key = crate::cmd::proxy::admin_key(given("admin-key-file"))?.ok_or_else(|| {
         UsageError("the proxy's admin key is missing: --admin-key-file or ADMIN_API_KEY".to_owned())
     })?;
     let url = format!(

@@ -1,0 +1,123 @@
+//! The master's JSON (`/api/v1/…`, docs/http.md), asked with a deadline.
+//!
+//! Owns the request and what its failures mean for the exit code. Knows no view.
+
+use std::time::Duration;
+
+use clap::ArgMatches;
+use serde_json::Value;
+
+use crate::base::net::{join_host_port, split_host_port};
+use crate::base::trust::Token;
+use crate::cmd::{UsageError, connect};
+use crate::store::model::error::StoreError;
+
+/// Most bytes of one answer.
+const ANSWER_MAX: u64 = 64 << 20;
+
+/// One master's HTTP.
+pub(super) struct Api {
+    agent: ureq::Agent,
+    master: String,
+    token: Option<Token>,
+}
+
+/// A text as part of a query.
+pub(super) fn escaped(text: &str) -> String {
+    text.bytes()
+        .map(|b| {
+            if b.is_ascii_alphanumeric() || b"-_.~".contains(&b) {
+                char::from(b).to_string()
+            } else {
+                format!("%{b:02X}")
+            }
+        })
+        .collect()
+}
+
+impl Api {
+    pub(super) fn new(matches: &ArgMatches) -> anyhow::Result<Self> {
+        let config = connect::config(matches)?;
+        let (host, port) = split_host_port(&config.master, 50051).map_err(UsageError)?;
+        let agent = ureq::Agent::config_builder()
+            .timeout_connect(Some(config.connect_timeout.min(config.timeout)))
+            .timeout_global(Some(config.timeout.min(Duration::from_secs(60))))
+            .http_status_as_error(false)
+            .build();
+        Ok(Self {
+            agent: agent.into(),
+            master: join_host_port(&host, port),
+            token: config.token,
+        })
+    }
+
+    fn unreachable(&self, reason: impl ToString) -> StoreError {
+        StoreError::MasterUnreachable {
+            master: self.master.clone(),
+            reason: reason.to_string(),
+        }
+    }
+
+    /// `GET /api/v1/PATH`.
+    ///
+    /// # Errors
+    /// `NotFound` for what is not there; unreachable, refused, or an answer that is none.
+    pub(super) fn get(&self, path: &str) -> Result<Value, StoreError> {
+        let mut request = self
+            .agent
+            .get(format!("http://{}/api/v1/{path}", self.master));
+        if let Some(token) = &self.token {
+            request = request.header("authorization", token.bearer());
+        }
+        let mut reply = request.call().map_err(|e| self.unreachable(e))?;
+        let status = reply.status().as_u16();
+        let text = reply
+            .body_mut()
+            .with_config()
+            .limit(ANSWER_MAX)
+            .read_to_string()
+            .map_err(|e| self.unreachable(e))?;
+        let value: Option<Value> = serde_json::from_str(&text).ok();
+        match (status, value) {
+            (200, Some(value)) => Ok(value),
+            (401, _) => Err(self.unreachable(
+                "the cluster token was refused: give the same token on both sides (--token-file or MOONCAKE_TOKEN)",
+            )),
+            (404, Some(_)) => Err(StoreError::NotFound),
+            (404, None) => Err(self.unreachable("it is of a release that does not tell this")),
+            (503, Some(_)) => Err(StoreError::Rebuilding),
+            (status, value) => {
+                let said = value.as_ref().and_then(|v| v.get("error_message"));
+                let said = said.and_then(Value::as_str).unwrap_or("no reason given");
+                Err(self.unreachable(format!("HTTP {status}: {said}")))
+            }
+        }
+    }
+}
+
+/// A number of an object, 0 when it is not there.
+pub(super) fn number(value: &Value, name: &str) -> u64 {
+    value.get(name).and_then(Value::as_u64).unwrap_or(0)
+}
+
+/// A text of an object, empty when it is not there.
+pub(super) fn text<'a>(value: &'a Value, name: &str) -> &'a str {
+    value.get(name).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// A list of an object.
+pub(super) fn list<'a>(value: &'a Value, name: &str) -> &'a [Value] {
+    let all = value.get(name).and_then(Value::as_array);
+    all.map_or(&[], Vec::as_slice)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::escaped;
+
+    #[test]
+    fn queries() {
+        assert_eq!(escaped("a/b c&d=ä"), "a%2Fb%20c%26d%3D%C3%A4");
+        assert_eq!(escaped("plain-_.~9"), "plain-_.~9");
+    }
+}

@@ -1,0 +1,221 @@
+//! `mooncake inspect`: every view as text and JSON, on a whole pool, a half-dead one, and without a master.
+
+use std::process::Output;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::pool::{Pool, call};
+use crate::{copies, put};
+
+fn text(out: &Output) -> String {
+    let err = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(0), "{err}");
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+fn json(pool: &Pool, arguments: &[&str]) -> Value {
+    let mut all = vec!["inspect"];
+    all.extend_from_slice(arguments);
+    all.extend_from_slice(&["--output", "json"]);
+    let out = text(&pool.call(&all));
+    serde_json::from_str(&out).unwrap_or_else(|e| panic!("{arguments:?}: {e}: {out}"))
+}
+
+fn names(keys: &Value) -> Vec<&str> {
+    let keys = keys["keys"].as_array().unwrap().iter();
+    keys.map(|k| k["key"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn views_of_a_pool() {
+    let pool = Pool::start(2, "16MiB", &[]);
+    let client = pool.client();
+    for (n, size) in [3000, 100, 20_000].into_iter().enumerate() {
+        put(&client, &format!("model/{n}"), &vec![1; size]).unwrap();
+    }
+    client
+        .put_bytes(b"other\x1b[31m", &[1; 500], &copies(2))
+        .unwrap();
+    client.get(b"model/1").unwrap();
+
+    let overview = json(&pool, &[]);
+    assert_eq!(
+        (&overview["objects"], &overview["nodes_not_ok"]),
+        (&4.into(), &0.into())
+    );
+    let nodes = json(&pool, &["nodes"]);
+    assert_eq!(nodes[1]["build"], env!("CARGO_PKG_VERSION"));
+    let segments = json(&pool, &["segments"]);
+    assert_eq!(segments[0]["map"].as_array().unwrap().len(), 64);
+    let shown = text(&pool.call(&["inspect", "segments"]));
+    assert!(
+        shown.contains('█') && shown.contains("[") && shown.contains("····"),
+        "{shown}"
+    );
+
+    // Keys: order, prefix, pages; what a key is made of does not reach the terminal as it is.
+    assert_eq!(names(&json(&pool, &["keys"])).len(), 4);
+    let prefix = ["keys", "--prefix", "model/"];
+    let sorted = |by: &str, more: &[&str]| {
+        let mut all = prefix.to_vec();
+        all.extend(["--sort", by]);
+        all.extend_from_slice(more);
+        json(&pool, &all)
+    };
+    assert_eq!(
+        names(&sorted("key", &[])),
+        ["model/0", "model/1", "model/2"]
+    );
+    assert_eq!(
+        names(&sorted("size", &[])),
+        ["model/2", "model/0", "model/1"]
+    );
+    assert_eq!(names(&sorted("heat", &["--limit", "1"])), ["model/1"]);
+    let aged = sorted("age", &["--limit", "2"]);
+    assert_eq!((names(&aged).len(), &aged["complete"]), (2, &true.into()));
+    let first = sorted("key", &["--limit", "2"]);
+    let cursor = match &first["next_cursor"] {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    assert_eq!(
+        names(&sorted("key", &["--limit", "2", "--cursor", &cursor])),
+        ["model/2"]
+    );
+    let shown = text(&pool.call(&["inspect", "keys"]));
+    assert!(
+        shown.contains("other\\u{1b}[31m") && !shown.contains('\x1b'),
+        "{shown}"
+    );
+
+    // Who and what is read.
+    assert_eq!(json(&pool, &["tenants"])["tenants"][0]["objects"], 4);
+    assert!(text(&pool.call(&["inspect", "tenants"])).contains("default"));
+    assert!(json(&pool, &["hot"])["prefixes"].is_array());
+
+    // A key's history outlives it; exit code 1 says that it is not there.
+    let there = json(&pool, &["key", "model/0"]);
+    assert_eq!(there["history"][0]["event"], "stored");
+    assert_eq!(there["size_bytes"], 3000);
+    std::thread::sleep(Duration::from_millis(50));
+    text(&pool.call(&["rm", "model/0", "--force"]));
+    let gone = pool.call(&["inspect", "key", "model/0"]);
+    let said = String::from_utf8_lossy(&gone.stdout).into_owned();
+    assert_eq!(gone.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("is not there") && said.contains("removed"),
+        "{said}"
+    );
+    let never = pool.call(&["inspect", "key", "never"]);
+    assert!(String::from_utf8_lossy(&never.stdout).contains("remembers nothing"));
+
+    // Events from the first on: four stored, one removed.
+    let events = text(&pool.call(&[
+        "inspect", "events", "--from", "1", "--count", "5", "--output", "json",
+    ]));
+    let events: Vec<Value> = events
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert_eq!(events[0]["event"], "stored");
+    assert_eq!(
+        (&events[4]["event"], &events[4]["key"]),
+        (&"removed".into(), &"model/0".into())
+    );
+    let start = Instant::now();
+    assert_eq!(
+        text(&pool.call(&["inspect", "events", "--for", "500ms"])),
+        ""
+    );
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn views_again_and_again_and_their_difference() {
+    let pool = Pool::start(1, "16MiB", &[]);
+    put(&pool.client(), "a", b"1").unwrap();
+    let top = text(&pool.call(&["inspect", "top", "--watch", "200ms", "--count", "3"]));
+    assert_eq!(top.matches("OCCUPANCY").count(), 3, "{top}");
+    assert!(
+        !top.contains('\x1b'),
+        "no control sequences in a pipe: {top}"
+    );
+    let nodes = text(&pool.call(&["inspect", "nodes", "--watch", "100ms", "--count", "2"]));
+    assert_eq!(nodes.matches("RELEASE").count(), 2, "{nodes}");
+    let lines = text(&pool.call(&[
+        "inspect", "top", "--watch", "100ms", "--count", "2", "--output", "json",
+    ]));
+    let frames: Vec<Value> = lines
+        .lines()
+        .filter(|l| !l.is_empty())
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert_eq!(frames.len(), 2);
+    assert!(frames[0]["hits_per_s"].is_null() && frames[1]["hits_per_s"].is_number());
+
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, json(&pool, &[]).to_string()).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let before = file("before.json");
+    put(&pool.client(), "b", b"22").unwrap();
+    let after = file("after.json");
+    let changes = json(&pool, &["diff", &before, &after]);
+    let of = |name: &str| {
+        let all = changes["changes"].as_array().unwrap();
+        all.iter().find(|c| c["field"] == name).cloned().unwrap()
+    };
+    assert_eq!(of("objects")["change"], 1.0);
+    let shown = text(&pool.call(&["inspect", "diff", &before, &after]));
+    assert!(
+        shown
+            .lines()
+            .any(|l| l.starts_with("objects ") && l.contains("+1")),
+        "{shown}"
+    );
+    assert!(json(&pool, &["diff", "--interval", "300ms"])["seconds"].as_f64() >= Some(0.2));
+    let wrong = pool.call(&["inspect", "diff", &before, "/nowhere.json"]);
+    assert_eq!(wrong.status.code(), Some(2));
+}
+
+#[test]
+fn a_half_dead_pool_and_none() {
+    let mut pool = Pool::start(3, "16MiB", &[]);
+    put(&pool.client(), "a", b"1").unwrap();
+    pool.nodes[0].kill();
+    let end = Instant::now() + Duration::from_secs(10);
+    while json(&pool, &[])["nodes_not_ok"] != 1 {
+        assert!(Instant::now() < end);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(text(&pool.call(&["inspect"])).contains("lost"));
+    for view in ["nodes", "segments", "keys", "tenants", "hot"] {
+        assert!(!text(&pool.call(&["inspect", view])).is_empty(), "{view}");
+    }
+    // Stopped, it takes connections and answers nothing: every view ends by its own deadline.
+    pool.master.signal("-STOP");
+    for view in ["nodes", "keys", "tenants", "top"] {
+        let start = Instant::now();
+        let out = pool.call(&["inspect", view, "--timeout", "1s"]);
+        assert_eq!(out.status.code(), Some(3), "{view}");
+        assert!(
+            start.elapsed() < Duration::from_secs(8),
+            "{view}: {:?}",
+            start.elapsed()
+        );
+    }
+    pool.master.signal("-CONT");
+    let address = pool.address.clone();
+    drop(pool);
+    for view in [
+        "nodes", "segments", "keys", "tenants", "hot", "top", "events", "diff",
+    ] {
+        let out = call(&["inspect", view, "--master", &address, "--timeout", "1s"]);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(3), "{view}: {said}");
+        assert_eq!(said.trim().lines().count(), 1, "{view}: {said}");
+    }
+}
