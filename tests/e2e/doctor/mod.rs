@@ -125,6 +125,7 @@ fn redacted(text: &str) -> String {
         (r"\d+ objects, [\d.]+ \w+ since", "N objects, SIZE since"),
         (r"\d+ since the master", "N since the master"),
         (r"replaced every \w+", "replaced every TIME"),
+        (r"\d+(\.\d+)? [KMG]iB/s", "RATE"),
         (r"counter packets \d+ bytes \d+ ", ""),
         (r"out_of_sequence \+\d+", "out_of_sequence +N"),
         (r"[\d.]+ (B|KiB|MiB|GiB) (write|are under way)", "SIZE $2"),
