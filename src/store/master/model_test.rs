@@ -554,3 +554,37 @@ fn an_arena_of_an_earlier_term_is_kept_whole_until_its_writer_has_left() {
         0
     );
 }
+
+#[test]
+fn an_arena_evicts_only_from_a_pool_that_is_full_as_a_whole() {
+    let mut world = World::new(PolicyKind::Sieve);
+    for n in 0..40 {
+        world.put(n, 1000, 1, false, 1);
+    }
+    let state = &world.state;
+    let (slot, later) = (state.segments.nodes()[0].slots[0], Millis(5000));
+    let evicted = || {
+        state
+            .counters
+            .evicted_objects
+            .load(std::sync::atomic::Ordering::Relaxed)
+    };
+    fill(state);
+    assert!(!state.make_room_for_arena(slot, 8192, later));
+    assert_eq!(evicted(), 0, "there is room in other segments");
+    for node in &state.segments.nodes()[1..] {
+        let segment = state.segments.get(node.slots[0]).unwrap();
+        while segment.allocator.lock().allocate(192).is_some() {}
+    }
+    state.make_room_for_arena(slot, 8192, later);
+    let once = evicted();
+    assert!(
+        (1..40).contains(&once),
+        "{once}: what is asked for, no more"
+    );
+    // What is leaving that segment already is counted.
+    if state.leaving_bytes(slot) >= 8192 {
+        assert!(state.make_room_for_arena(slot, 8192, later));
+        assert_eq!(evicted(), once);
+    }
+}
