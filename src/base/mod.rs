@@ -11,3 +11,4 @@ pub mod prefetch;
 pub mod telemetry;
 pub mod trust;
 pub mod units;
+pub(crate) mod zmtp;

@@ -23,14 +23,7 @@ pub(super) fn command() -> Command {
                 .default_value("0")
                 .help("Begin with this event; 1 = the oldest that is kept, 0 = those that happen from now on"),
         )
-        .arg(
-            Arg::new("prefix")
-                .long("prefix")
-                .value_name("TEXT")
-                .default_value("")
-                .hide_default_value(true)
-                .help("Only keys that begin so"),
-        )
+        .arg(super::prefix_argument())
         .arg(
             Arg::new("count")
                 .long("count")

@@ -25,14 +25,7 @@ const HISTORY: usize = 20;
 pub(super) fn command(name: &'static str) -> Command {
     Command::new(name)
         .about("Keys with size, replicas and lease, a page at a time")
-        .arg(
-            Arg::new("prefix")
-                .long("prefix")
-                .value_name("TEXT")
-                .default_value("")
-                .hide_default_value(true)
-                .help("Only keys that begin so"),
-        )
+        .arg(super::prefix_argument())
         .arg(
             Arg::new("sort")
                 .long("sort")

@@ -26,6 +26,16 @@ const MAPS_MAX: usize = 64;
 /// Time for all maps together.
 const MAPS_TIME: Duration = Duration::from_secs(5);
 
+/// `--prefix`, of views that show keys.
+fn prefix_argument() -> clap::Arg {
+    clap::Arg::new("prefix")
+        .long("prefix")
+        .value_name("TEXT")
+        .default_value("")
+        .hide_default_value(true)
+        .help("Only keys that begin so")
+}
+
 pub(super) fn command() -> Command {
     let sub =
         |name: &'static str, about: &'static str| connect::add(Command::new(name).about(about));

@@ -12,6 +12,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use crate::base::zmtp::{self as wire, BadGreeting, COMMAND, FLAGS, GREETING_BYTES, LONG, MORE};
+
 /// Connecting and the handshake together.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
 /// Sending a few bytes.
@@ -22,10 +24,6 @@ const MESSAGE_BYTES_MAX: usize = 64 << 20;
 const FRAMES_MAX: usize = 8;
 const READ_BYTES: usize = 64 << 10;
 
-const MORE: u8 = 1;
-const LONG: u8 = 2;
-const COMMAND: u8 = 4;
-
 /// Why a connection cannot be used (any more).
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ZmtpError {
@@ -33,10 +31,8 @@ pub(crate) enum ZmtpError {
     Io(#[from] io::Error),
     #[error("no answer in time")]
     Timeout,
-    #[error("it does not speak ZMTP 3")]
-    NotZmtp,
-    #[error("it wants the security mechanism {0}; only NULL is spoken")]
-    Mechanism(String),
+    #[error("{0}")]
+    Greeting(#[from] BadGreeting),
     #[error("a message is malformed or too large")]
     Malformed,
 }
@@ -49,10 +45,10 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    fn name(self) -> &'static [u8] {
+    fn name(self) -> &'static str {
         match self {
-            Self::Sub => b"SUB",
-            Self::Dealer => b"DEALER",
+            Self::Sub => "SUB",
+            Self::Dealer => "DEALER",
         }
     }
 }
@@ -68,35 +64,6 @@ pub(crate) struct Socket {
     /// Frames of a message that is not complete yet.
     frames: Message,
     bytes: usize,
-}
-
-fn greeting() -> [u8; 64] {
-    let mut greeting = [0; 64];
-    greeting[0] = 0xff;
-    greeting[9] = 0x7f;
-    // 3.0: subscriptions as messages, which every 3.x publisher understands.
-    greeting[10] = 3;
-    greeting[12..16].copy_from_slice(b"NULL");
-    greeting
-}
-
-fn frame(out: &mut Vec<u8>, flags: u8, body: &[u8]) {
-    match u8::try_from(body.len()) {
-        Ok(short) => out.extend_from_slice(&[flags, short]),
-        Err(_) => {
-            out.push(flags | LONG);
-            out.extend_from_slice(&(body.len() as u64).to_be_bytes());
-        }
-    }
-    out.extend_from_slice(body);
-}
-
-fn ready(kind: Kind) -> Vec<u8> {
-    let name = kind.name();
-    let mut body = b"\x05READY\x0bSocket-Type".to_vec();
-    body.extend_from_slice(&(name.len() as u32).to_be_bytes());
-    body.extend_from_slice(name);
-    body
 }
 
 impl Socket {
@@ -129,30 +96,20 @@ impl Socket {
     }
 
     async fn shake_hands(&mut self, kind: Kind) -> Result<(), ZmtpError> {
-        self.stream.write_all(&greeting()).await?;
-        while self.inbox.len() < 64 {
+        self.stream.write_all(&wire::greeting()).await?;
+        while self.inbox.len() < GREETING_BYTES {
             self.read().await?;
         }
-        let theirs = self.inbox.split_to(64);
-        if theirs[0] != 0xff || theirs[9] & 1 == 0 || theirs[10] < 3 {
-            return Err(ZmtpError::NotZmtp);
-        }
-        let mechanism = theirs[12..32].split(|b| *b == 0).next().unwrap_or_default();
-        if mechanism != b"NULL" {
-            let name = String::from_utf8_lossy(mechanism)
-                .escape_debug()
-                .to_string();
-            return Err(ZmtpError::Mechanism(name));
-        }
-        let mut out = Vec::new();
-        frame(&mut out, COMMAND, &ready(kind));
-        self.stream.write_all(&out).await?;
+        let mut theirs = [0; GREETING_BYTES];
+        self.inbox.copy_to_slice(&mut theirs);
+        wire::check_greeting(&theirs)?;
+        self.stream.write_all(&wire::ready(kind.name())).await?;
         loop {
             if let Some((flags, body)) = self.next_frame()? {
                 return if flags & COMMAND != 0 && body.starts_with(b"\x05READY") {
                     Ok(())
                 } else {
-                    Err(ZmtpError::NotZmtp)
+                    Err(BadGreeting::NotZmtp.into())
                 };
             }
             self.read().await?;
@@ -172,7 +129,7 @@ impl Socket {
         let Some(&flags) = self.inbox.first() else {
             return Ok(None);
         };
-        if flags & !(MORE | LONG | COMMAND) != 0 {
+        if flags & !FLAGS != 0 {
             return Err(ZmtpError::Malformed);
         }
         let (head, length) = if flags & LONG == 0 {
@@ -210,12 +167,7 @@ impl Socket {
     /// # Errors
     /// When the connection is broken. Not cancel-safe: half a message may be on its way.
     pub(crate) async fn send(&mut self, frames: &[&[u8]]) -> Result<(), ZmtpError> {
-        let mut out = Vec::new();
-        for (at, body) in frames.iter().enumerate() {
-            let flags = if at + 1 < frames.len() { MORE } else { 0 };
-            frame(&mut out, flags, body);
-        }
-        self.write(&out).await
+        self.write(&wire::message(frames)).await
     }
 
     async fn write(&mut self, out: &[u8]) -> Result<(), ZmtpError> {
@@ -255,10 +207,8 @@ impl Socket {
         let Some(context) = body.strip_prefix(b"\x04PING").and_then(|b| b.get(2..)) else {
             return Ok(());
         };
-        let mut out = Vec::new();
         let context = context.get(..16).unwrap_or(context);
-        frame(&mut out, COMMAND, &[b"\x04PONG", context].concat());
-        self.write(&out).await
+        self.write(&wire::command(b"PONG", context)).await
     }
 }
 
@@ -273,8 +223,8 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
-            let mut out = greeting().to_vec();
-            frame(&mut out, COMMAND, b"\x05READY\x0bSocket-Type\0\0\0\x03PUB");
+            let mut out = wire::greeting().to_vec();
+            out.extend(wire::ready("PUB"));
             out.extend(bytes);
             for piece in out.chunks(step) {
                 stream.write_all(piece).await.unwrap();
@@ -297,10 +247,10 @@ mod tests {
     #[tokio::test]
     async fn messages_whole_and_in_pieces() {
         let mut out = Vec::new();
-        frame(&mut out, MORE, b"topic");
-        frame(&mut out, COMMAND, b"\x04PING\0\x0acontext");
-        frame(&mut out, 0, &[7; 300]);
-        frame(&mut out, 0, b"");
+        wire::frame(&mut out, MORE, b"topic");
+        wire::frame(&mut out, COMMAND, b"\x04PING\0\x0acontext");
+        wire::frame(&mut out, 0, &[7; 300]);
+        wire::frame(&mut out, 0, b"");
         for step in [1, 13, 100_000] {
             let all = received(out.clone(), step).await;
             let first: Vec<usize> = all[0].as_ref().unwrap().iter().map(Bytes::len).collect();
@@ -329,6 +279,6 @@ mod tests {
             let _ = stream.read_to_end(&mut sink).await;
         });
         let error = Socket::connect(&target, Kind::Sub).await.unwrap_err();
-        assert!(matches!(error, ZmtpError::NotZmtp));
+        assert!(matches!(error, ZmtpError::Greeting(BadGreeting::NotZmtp)));
     }
 }

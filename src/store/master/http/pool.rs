@@ -17,6 +17,7 @@ use super::census::census;
 use super::keys::keys;
 use super::{Params, Shared, answer, failure, invalid};
 use crate::base::clock::Millis;
+use crate::store::alloc::offset::map_of;
 use crate::store::model::error::StoreError;
 use crate::store::model::key;
 use crate::store::wire;
@@ -192,29 +193,13 @@ async fn segment_map(State(master): Shared, Query(params): Params) -> Response {
         return failure(StatusCode::NOT_FOUND, StoreError::SegmentNotFound.code());
     };
     let (free, complete) = segment.allocator.lock().largest_free_ranges();
-    let cell_bytes = segment.size.div_ceil(cells as u64).max(1);
-    let mut free_bytes = vec![0u64; cells];
-    for (offset, length) in free {
-        let (mut at, end) = (offset, offset + length);
-        while at < end {
-            let cell = (at / cell_bytes) as usize;
-            let stop = end.min((cell as u64 + 1) * cell_bytes);
-            if let Some(bytes) = free_bytes.get_mut(cell) {
-                *bytes += stop - at;
-            }
-            at = stop;
-        }
-    }
-    let used = free_bytes.iter().enumerate().map(|(i, free)| {
-        let start = i as u64 * cell_bytes;
-        let whole = segment.size.saturating_sub(start).min(cell_bytes);
-        let used = whole.saturating_sub(*free) as f64 / whole.max(1) as f64;
-        // Enough for a picture.
-        (used * 1000.0).round() / 1000.0
-    });
+    // Enough for a picture.
+    let share = |used: u8| (f64::from(used) / 255.0 * 1000.0).round() / 1000.0;
+    let map = map_of(segment.size, &free, cells);
+    let cell_bytes = segment.size.div_ceil(cells as u64);
     ok(&json!({
         "segment": segment.slot, "name": segment.name, "size_bytes": segment.size, "cell_bytes": cell_bytes,
-        "complete": complete, "cells": used.collect::<Vec<f64>>(),
+        "complete": complete, "cells": map.into_iter().map(share).collect::<Vec<f64>>(),
     }))
 }
 

@@ -1,4 +1,4 @@
-//! ZMTP 3.0 with the NULL mechanism, the server's side: greeting, READY, frames. <https://rfc.zeromq.org/spec/23/>
+//! The server's side of ZMTP: greets whoever connects and takes what it sends (`base::zmtp` has the bytes).
 //!
 //! Knows frames and socket types, not what is published. Everything a peer sends is bounded.
 
@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-const MORE: u8 = 1;
-const LONG: u8 = 2;
-const COMMAND: u8 = 4;
+use crate::base::zmtp::{self as wire, COMMAND, FLAGS, GREETING_BYTES, LONG, MORE};
+pub(super) use crate::base::zmtp::{command, message};
+
 /// Largest frame taken from a peer: they send subscriptions and numbers.
 const FRAME_MAX: u64 = 4096;
 /// Frames of one message of a peer.
@@ -29,16 +29,6 @@ fn bad(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
 }
 
-fn greeting() -> [u8; 64] {
-    let mut bytes = [0; 64];
-    bytes[0] = 0xff;
-    bytes[8] = 1;
-    bytes[9] = 0x7f;
-    bytes[10] = 3;
-    bytes[12..16].copy_from_slice(b"NULL");
-    bytes
-}
-
 /// Greets a peer and returns its socket type; `answer` says which one this side is to such a peer.
 ///
 /// # Errors
@@ -55,15 +45,10 @@ async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     answer: fn(&[u8]) -> Option<&'static str>,
 ) -> io::Result<Vec<u8>> {
-    stream.write_all(&greeting()).await?;
-    let mut theirs = [0; 64];
+    stream.write_all(&wire::greeting()).await?;
+    let mut theirs = [0; GREETING_BYTES];
     stream.read_exact(&mut theirs).await?;
-    if theirs[0] != 0xff || theirs[9] != 0x7f || theirs[10] < 3 {
-        return Err(bad("no ZMTP 3 greeting"));
-    }
-    if &theirs[12..17] != b"NULL\0" {
-        return Err(bad("another mechanism than NULL"));
-    }
+    wire::check_greeting(&theirs).map_err(|e| bad(&e.to_string()))?;
     let Incoming::Command(name, data) = receive(stream).await? else {
         return Err(bad("a message before READY"));
     };
@@ -72,11 +57,7 @@ async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
     }
     let kind = property(&data, b"Socket-Type").ok_or_else(|| bad("READY without Socket-Type"))?;
     let mine = answer(&kind).ok_or_else(|| bad("a socket type that has no counterpart here"))?;
-    let mut ready = vec![11];
-    ready.extend_from_slice(b"Socket-Type");
-    ready.extend((mine.len() as u32).to_be_bytes());
-    ready.extend_from_slice(mine.as_bytes());
-    stream.write_all(&command(b"READY", &ready)).await?;
+    stream.write_all(&wire::ready(mine)).await?;
     Ok(kind)
 }
 
@@ -95,37 +76,6 @@ fn property(mut data: &[u8], wanted: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
-/// A command as it is sent.
-pub(super) fn command(name: &[u8], data: &[u8]) -> Vec<u8> {
-    let mut body = vec![name.len() as u8];
-    body.extend_from_slice(name);
-    body.extend_from_slice(data);
-    let mut out = Vec::new();
-    frame(&mut out, COMMAND, &body);
-    out
-}
-
-/// A message of several frames as it is sent.
-pub(super) fn message(parts: &[&[u8]]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(parts.iter().map(|p| p.len() + 9).sum());
-    for (i, part) in parts.iter().enumerate() {
-        let more = if i + 1 < parts.len() { MORE } else { 0 };
-        frame(&mut out, more, part);
-    }
-    out
-}
-
-fn frame(out: &mut Vec<u8>, flags: u8, body: &[u8]) {
-    match u8::try_from(body.len()) {
-        Ok(length) => out.extend([flags, length]),
-        Err(_) => {
-            out.push(flags | LONG);
-            out.extend((body.len() as u64).to_be_bytes());
-        }
-    }
-    out.extend_from_slice(body);
-}
-
 /// Receives one message or command. Not cancel-safe.
 ///
 /// # Errors
@@ -139,7 +89,7 @@ pub(super) async fn receive<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<
         } else {
             u64::from(stream.read_u8().await?)
         };
-        if length > FRAME_MAX || flags > 7 || parts.len() >= PARTS_MAX {
+        if length > FRAME_MAX || flags & !FLAGS != 0 || parts.len() >= PARTS_MAX {
             return Err(bad("a frame that is too large or malformed"));
         }
         let mut body = vec![0; length as usize];
