@@ -187,6 +187,9 @@ async fn serve_proxy(
     let listener = listen(address, threads > 1).with_context(taken)?;
     let address = listener.local_addr()?;
     let model = config.model.clone();
+    if config.admin_key.is_none() {
+        tracing::info!("/instances is closed: --admin-key-file or ADMIN_API_KEY opens it");
+    }
     let proxy = Proxy::start(config).map_err(|e| UsageError(e.to_string()))?;
     for _ in 1..threads {
         serve_thread(&proxy, address)?;

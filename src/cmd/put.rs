@@ -24,7 +24,11 @@ pub(super) fn command() -> Command {
     connect::add(
         Command::new("put")
             .about("Store a file or standard input under a key, or many files")
-            .arg(Arg::new("key").value_name("KEY"))
+            .arg(
+                Arg::new("key")
+                    .value_name("KEY")
+                    .help("Key to store it under, 1 to 4,096 bytes"),
+            )
             .arg(
                 Arg::new("file")
                     .value_name("FILE")

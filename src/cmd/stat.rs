@@ -1,5 +1,6 @@
 //! `mooncake stat`: one object.
 
+use anyhow::Context;
 use clap::{Arg, ArgMatches, Command};
 use serde_json::{Value, json};
 
@@ -19,7 +20,9 @@ pub(super) fn command() -> Command {
 pub(super) fn run(matches: &ArgMatches) -> Outcome {
     let client = connect::client(matches)?;
     let key = matches.get_one::<String>("key").map_or("", String::as_str);
-    let found = client.stat(key.as_bytes())?;
+    let found = client
+        .stat(key.as_bytes())
+        .with_context(|| format!("cannot stat `{}`", print::shown(key)))?;
     show(key, &found, connect::output(matches))?;
     Ok(ExitStatus::Ok)
 }

@@ -175,6 +175,11 @@ impl Report {
 
     /// The commands that would mend what was found, each under the reason for it. Nothing is run.
     pub(super) fn print_commands(&self) -> std::io::Result<()> {
+        if self.all().all(|(_, f)| f.command.is_empty()) {
+            return print::line(
+                "# no command would mend anything; `mooncake doctor` shows what was found",
+            );
+        }
         for (group, f) in self.all().filter(|(_, f)| !f.command.is_empty()) {
             print::line(&format!(
                 "# {group}, {}: {}",

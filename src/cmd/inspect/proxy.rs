@@ -66,7 +66,14 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
         .context("read the proxy's answer")?;
     let value: Value = serde_json::from_str(&text).context("the answer is not a proxy's")?;
     let Some(instances) = value.get("instances").and_then(Value::as_array) else {
-        let why = value.get("detail").map_or_else(String::new, cell);
+        let why = match value.get("detail").map_or_else(String::new, cell) {
+            // As the demo proxies say it.
+            why if reply.status().as_u16() == 500 && why.contains("configuration") => {
+                "it was started without an admin key: restart it with --admin-key-file or ADMIN_API_KEY"
+                    .to_owned()
+            }
+            why => why,
+        };
         print::error_line(&format!(
             "mooncake: proxy {address}: {} {why}",
             reply.status()

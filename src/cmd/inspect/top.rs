@@ -212,6 +212,9 @@ pub(super) fn diff(matches: &ArgMatches, output: Output) -> anyhow::Result<ExitS
         }
         let client = connect::client(matches)?;
         let before = super::overview_document(&client)?;
+        if std::io::stderr().is_terminal() {
+            print::error_line(&format!("looking again in {} s", interval.as_secs_f64()));
+        }
         std::thread::sleep(interval);
         (
             before,

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use crate::base::clock::Millis;
+use crate::store::model::key::DEFAULT_TENANT;
 
 /// Heads counted at once.
 const HEADS_MAX: usize = 256;
@@ -53,6 +54,8 @@ impl Hot {
             return;
         };
         counted.age(now);
+        // The unnamed tenant has a name too.
+        let tenant = if tenant == DEFAULT_TENANT { "" } else { tenant };
         let name = (tenant.to_owned(), key.clone());
         let heads = &mut counted.heads;
         let mut error = 0;
@@ -130,5 +133,10 @@ mod tests {
         let later = Millis(now.0 + HALVED_EVERY_MS);
         assert_eq!(hot.top(1, later)[0].requests, top[0].requests / 2);
         assert!(hot.top(1, Millis(now.0 + 70 * HALVED_EVERY_MS)).is_empty());
+        let hot = Hot::default();
+        for tenant in ["", DEFAULT_TENANT] {
+            hot.asked(tenant, &Bytes::from_static(b"k"), 1, now);
+        }
+        assert_eq!(hot.top(9, now).len(), 1, "one tenant");
     }
 }
