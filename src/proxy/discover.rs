@@ -4,6 +4,7 @@
 //! instance; a file holds JSON, `{"prefill": [...], "decode": [...], "both": [...]}`. A source that cannot be read changes nothing: what it named last
 //! stays. Refuses to know health: who is named is asked by `health` before it gets a request.
 
+use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -91,11 +92,20 @@ impl Discovery {
 
 async fn read(path: PathBuf) -> Result<Vec<(InstanceAddress, Role)>, String> {
     let reading = move || {
-        let size = std::fs::metadata(&path).map_err(|e| e.to_string())?.len();
-        if size > FILE_BYTES_MAX {
-            return Err("the file is too large".to_owned());
+        // Looked at before it is opened: a pipe would hold up the thread, a device never ends.
+        if !std::fs::metadata(&path)
+            .map_err(|e| e.to_string())?
+            .is_file()
+        {
+            return Err("it is no regular file".to_owned());
         }
-        std::fs::read(&path).map_err(|e| e.to_string())
+        let file = std::fs::File::open(&path).map_err(|e| e.to_string())?;
+        let mut text = Vec::new();
+        let read = file.take(FILE_BYTES_MAX + 1).read_to_end(&mut text);
+        match read.map_err(|e| e.to_string())? as u64 {
+            0..=FILE_BYTES_MAX => Ok(text),
+            _ => Err("the file is too large".to_owned()),
+        }
     };
     let text = tokio::task::spawn_blocking(reading).await;
     let text = text.map_err(|e| e.to_string())??;
@@ -196,5 +206,17 @@ mod tests {
         ] {
             assert!(parse(bad.as_bytes()).is_err(), "{bad}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_never_ends_is_not_read() {
+        for path in ["/dev/zero", "/tmp"] {
+            let read = read(PathBuf::from(path)).await;
+            assert_eq!(read, Err("it is no regular file".to_owned()), "{path}");
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(FILE_BYTES_MAX + 1).unwrap();
+        let read = read(file.path().to_owned()).await;
+        assert_eq!(read, Err("the file is too large".to_owned()));
     }
 }

@@ -31,7 +31,7 @@ const BODIES_MAX: usize = 1024;
 /// Answers being sent at once.
 const READERS_MAX: usize = 64;
 /// How long a request waits for its turn.
-const TURN: Duration = Duration::from_secs(30);
+const TURN: Duration = Duration::from_secs(2);
 /// A reader that takes nothing for this long is dropped; so is a body of which nothing comes.
 const SILENCE: Duration = Duration::from_secs(30);
 /// Bytes read from the pool in one step.
@@ -124,6 +124,11 @@ const LOST: Problem = Problem::Status(
 impl Rest {
     fn client(&self, params: &HashMap<String, String>) -> Result<Arc<PoolClient>, StoreError> {
         let tenant = params.get("tenant").map_or("", String::as_str);
+        // Percent-encoded bytes that are no UTF-8 would all become one name.
+        if tenant.contains(char::REPLACEMENT_CHARACTER) {
+            let what = "`tenant` is no UTF-8".to_owned();
+            return Err(StoreError::InvalidParams { what });
+        }
         let tenant = if tenant == DEFAULT_TENANT { "" } else { tenant };
         let mut clients = self.clients.lock();
         if let Some(client) = clients.get(tenant) {

@@ -14,11 +14,16 @@ use crate::put;
 
 /// Status and body of a request.
 pub(crate) fn request(address: &str, method: &str, path: &str) -> (u16, String) {
+    request_with(address, method, path, "")
+}
+
+/// With further header lines.
+fn request_with(address: &str, method: &str, path: &str, headers: &str) -> (u16, String) {
     let mut stream = std::net::TcpStream::connect(address).unwrap();
     stream
         .set_read_timeout(Some(Duration::from_secs(20)))
         .unwrap();
-    let head = format!("{method} {path} HTTP/1.0\r\nHost: x\r\nContent-Length: 0\r\n\r\n");
+    let head = format!("{method} {path} HTTP/1.0\r\nHost: x\r\nContent-Length: 0\r\n{headers}\r\n");
     stream.write_all(head.as_bytes()).unwrap();
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).unwrap();
@@ -255,6 +260,9 @@ fn upstreams_admin_endpoints() {
         404
     );
     put(&pool.client(), "c", b"value").unwrap();
+    let page = "Origin: http://127.0.0.1\r\n";
+    let (code, text) = request_with(at, "POST", "/api/v1/remove_all?force=true", page);
+    assert!(code == 403 && text.contains("web page"), "{text}");
     let (code, text) = request(at, "POST", "/api/v1/remove_all?force=true");
     assert_eq!(
         (code, text.as_str()),

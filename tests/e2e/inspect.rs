@@ -197,7 +197,7 @@ fn a_half_dead_pool_and_none() {
     }
     // Stopped, it takes connections and answers nothing: every view ends by its own deadline.
     pool.master.signal("-STOP");
-    for view in ["nodes", "keys", "tenants", "top"] {
+    for view in ["nodes", "keys", "tenants", "top", "events"] {
         let start = Instant::now();
         let out = pool.call(&["inspect", view, "--timeout", "1s"]);
         assert_eq!(out.status.code(), Some(3), "{view}");
@@ -208,6 +208,21 @@ fn a_half_dead_pool_and_none() {
         );
     }
     pool.master.signal("-CONT");
+    // Another HTTP server, that is content with everything.
+    let stranger = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let elsewhere = stranger.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for mut stream in stranger.incoming().flatten() {
+            use std::io::{Read, Write};
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = stream
+                .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}");
+        }
+    });
+    for view in ["keys", "tenants", "hot"] {
+        let out = call(&["inspect", view, "--master", &elsewhere, "--timeout", "1s"]);
+        assert_eq!(out.status.code(), Some(3), "{view}");
+    }
     let address = pool.address.clone();
     drop(pool);
     for view in [

@@ -79,7 +79,8 @@ impl Api {
             .map_err(|e| self.unreachable(e))?;
         let value: Option<Value> = serde_json::from_str(&text).ok();
         match (status, value) {
-            (200, Some(value)) => Ok(value),
+            (200, Some(Value::Object(fields))) if !fields.is_empty() => Ok(Value::Object(fields)),
+            (200, _) => Err(self.unreachable("what it answers is no master's: another program listens there")),
             (401, _) => Err(self.unreachable(
                 "the cluster token was refused: give the same token on both sides (--token-file or MOONCAKE_TOKEN)",
             )),

@@ -115,7 +115,10 @@ pub fn events(
     let end = std::time::Instant::now().checked_add(time);
     runtime.block_on(async {
         let mut client = connect(config).await?;
-        let batches = client.events(authorized(config, request)?).await;
+        // The answer's head comes at once, whether or not there are events.
+        let begun = client.events(authorized(config, request)?);
+        let batches = tokio::time::timeout(config.timeout, begun).await;
+        let batches = batches.map_err(|_| unreachable(config, "it does not answer"))?;
         let mut batches = batches.map_err(|s| refused(config, &s))?.into_inner();
         loop {
             let left = end.map(|e| e.saturating_duration_since(std::time::Instant::now()));

@@ -198,6 +198,12 @@ fn is_destructive(request: &Request) -> bool {
     path.starts_with("/api/") && !matches!(request.method().as_str(), "GET" | "HEAD")
 }
 
+/// Browsers say where a page is from that changes something; no page has any business here. Scripts say nothing.
+fn is_from_a_page(request: &Request) -> bool {
+    let reads = matches!(request.method().as_str(), "GET" | "HEAD");
+    !reads && request.headers().contains_key(header::ORIGIN)
+}
+
 /// The token guards everything else. Without one, what is destructive is for this host only.
 async fn authorize(State(master): State<Arc<Master>>, request: Request, next: Next) -> Response {
     let given = request
@@ -211,6 +217,11 @@ async fn authorize(State(master): State<Arc<Master>>, request: Request, next: Ne
             .is_some_and(|p| p.0.ip().to_canonical().is_loopback());
         if !master.keys.secured() && !local && is_destructive(&request) {
             let text = "without a cluster token this is for clients on the master's own host: set --token-file\n";
+            return (StatusCode::FORBIDDEN, text).into_response();
+        }
+        if !master.keys.secured() && is_from_a_page(&request) {
+            let text =
+                "without a cluster token no web page may change anything: set --token-file\n";
             return (StatusCode::FORBIDDEN, text).into_response();
         }
         return next.run(request).await;
