@@ -5,7 +5,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::thread::ThreadId;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock};
 
@@ -15,6 +16,9 @@ use super::grant::{CLOCK_SKEW_MS, Grant};
 use super::memory::Memory;
 use crate::base::id::Id128;
 use crate::base::trust::ClusterKeys;
+
+/// How long a write waits for an earlier one of the same bytes.
+const OVERLAP_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Registered memory that others may reach under grants.
 #[derive(Debug)]
@@ -112,6 +116,7 @@ struct Write {
     offset: u64,
     length: u64,
     expires: u64,
+    thread: ThreadId,
 }
 
 impl RangeFence {
@@ -126,6 +131,16 @@ impl RangeFence {
             && w.expires < self.expires_before_unix_ms
             && w.offset < self.offset.saturating_add(self.length)
             && self.offset < w.offset.saturating_add(w.length)
+    }
+}
+
+impl Write {
+    /// Whether two writes by different threads touch a byte in common.
+    fn meets(&self, other: &Self) -> bool {
+        self.thread != other.thread
+            && self.segment == other.segment
+            && self.offset < other.offset.saturating_add(other.length)
+            && other.offset < self.offset.saturating_add(self.length)
     }
 }
 
@@ -255,10 +270,12 @@ impl SegmentHost {
         Ok(segment)
     }
 
-    /// Enters the write gate; the pass is held until the bytes are in place and published.
+    /// Enters the write gate; the pass is held until the bytes are in place and published. An earlier write of the same
+    /// bytes is waited for: a writer that gave one path up comes again by another, and the first may not have ended here.
     ///
     /// # Errors
-    /// `GrantRefused` when a newer master has fenced this grant's term off, or its range was taken from its writer.
+    /// `GrantRefused` when a newer master has fenced this grant's term off, or its range was taken from its writer;
+    /// `Timeout` when the earlier write does not end.
     pub fn enter_write(
         &self,
         grant: &Grant,
@@ -271,10 +288,23 @@ impl SegmentHost {
             offset,
             length,
             expires: grant.expires_unix_ms,
+            thread: std::thread::current().id(),
         };
         let mut gate = self.gate.lock();
-        if write.term < gate.term || gate.fences.iter().any(|f| f.concerns(&write)) {
-            return Err(TransferError::GrantRefused);
+        let mut until = None;
+        loop {
+            if write.term < gate.term || gate.fences.iter().any(|f| f.concerns(&write)) {
+                return Err(TransferError::GrantRefused);
+            }
+            if !gate.under_way.values().any(|w| w.meets(&write)) {
+                break;
+            }
+            let until = *until.get_or_insert_with(|| Instant::now() + OVERLAP_PATIENCE);
+            if self.ended.wait_until(&mut gate, until).timed_out() {
+                return Err(TransferError::Timeout {
+                    peer: "an earlier write of the same range".to_owned(),
+                });
+            }
         }
         let number = gate.next;
         gate.next += 1;

@@ -21,6 +21,7 @@ use super::transport::TransportKind;
 use super::transport::describe::Inquirer;
 use super::transport::frame::Region;
 use super::transport::lane::Identity;
+use super::transport::rdma::Fabric;
 use super::transport::server::{DEVICE_LANE_STACK, DataServer};
 use super::{EngineConfig, TransferEngine};
 use crate::base::clock::unix_ms;
@@ -148,7 +149,7 @@ pub struct PeerEngine {
 }
 
 impl PeerEngine {
-    /// Listens on `listen` and is ready.
+    /// Listens on `listen` and is ready. With a `fabric` bytes go by RDMA where the peer has it too.
     ///
     /// # Errors
     /// When the address cannot be used.
@@ -156,6 +157,7 @@ impl PeerEngine {
         listen: SocketAddr,
         keys: ClusterKeys,
         transfer_timeout: Duration,
+        fabric: Option<Arc<Fabric>>,
     ) -> std::io::Result<Self> {
         let me = Id128::random();
         let inbox = Arc::new(Inbox::default());
@@ -165,9 +167,15 @@ impl PeerEngine {
             TcpListener::bind(listen)?,
             LANES_MAX,
             DEVICE_LANE_STACK,
+            fabric.clone(),
         )?;
         let mut config = EngineConfig::new(me, keys.clone());
-        config.transports = vec![TransportKind::Loopback, TransportKind::Tcp];
+        config.transports = vec![
+            TransportKind::Loopback,
+            TransportKind::Rdma,
+            TransportKind::Tcp,
+        ];
+        config.fabric = fabric;
         let inquirer = Inquirer::new(Identity {
             client: me,
             keys: keys.clone(),
@@ -229,6 +237,10 @@ impl PeerEngine {
             return Err(PeerError::Overlaps);
         }
         let incarnation = random_u64() | 1;
+        if memory.device().is_none() {
+            // SAFETY: stays mapped until `unregister` (the caller's promise to `register`).
+            unsafe { self.engine.register(memory.as_ptr(), length) };
+        }
         let segment = self.host.add(String::new(), incarnation, Arc::new(memory));
         registered.insert(start, segment);
         Ok(())
@@ -241,6 +253,7 @@ impl PeerEngine {
     pub fn unregister(&self, address: usize) -> Result<(), PeerError> {
         let segment = self.registered.lock().remove(&address);
         let segment = segment.ok_or(PeerError::NotRegistered)?;
+        self.engine.unregister(segment.memory.as_ptr());
         if self.host.remove(segment, Instant::now() + REMOVAL) {
             Ok(())
         } else {
@@ -403,7 +416,8 @@ mod tests {
 
     fn engine(token: &str) -> PeerEngine {
         let keys = ClusterKeys::derive(Token::new(token).as_ref());
-        PeerEngine::open("127.0.0.1:0".parse().unwrap(), keys, Duration::from_secs(5)).unwrap()
+        let listen = "127.0.0.1:0".parse().unwrap();
+        PeerEngine::open(listen, keys, Duration::from_secs(5), None).unwrap()
     }
 
     fn register(engine: &PeerEngine, bytes: &mut [u8]) -> u64 {

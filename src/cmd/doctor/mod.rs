@@ -18,6 +18,7 @@ mod rdma;
 mod reach;
 mod report;
 mod system;
+mod verbs;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -237,7 +238,13 @@ fn examine(matches: &ArgMatches, asked: &Asked) -> Report {
                 Vec::new()
             }
         });
-        let fabric = s.spawn(|| rdma::check(&root, wanted.rdma, &wanted.devices, gid_index));
+        let fabric = s.spawn(|| {
+            let mut found = rdma::check(&root, wanted.rdma, &wanted.devices, gid_index);
+            if root.is_real() {
+                found.extend(verbs::check(&root, wanted.rdma, &wanted.devices));
+            }
+            found
+        });
         let listings = s.spawn(|| root.is_real().then(firewall::listings));
 
         let network = network.join().ok();

@@ -23,6 +23,7 @@ use crate::base::trust::{ClusterKeys, Token};
 use crate::base::units::ByteSize;
 use crate::engine::host::SegmentHost;
 use crate::engine::memory::Memory;
+use crate::engine::transport::rdma::Fabric;
 use crate::engine::transport::server::{DataServer, LANE_STACK, ServerCounters};
 use crate::store::wire;
 
@@ -58,6 +59,8 @@ pub struct NodeConfig {
     pub populate: bool,
     /// Data lanes open at once.
     pub lanes_max: usize,
+    /// RDMA devices; with them callers may have their bytes moved by RDMA.
+    pub fabric: Option<Arc<Fabric>>,
 }
 
 /// What a node is doing.
@@ -220,7 +223,13 @@ impl Node {
         if config.populate {
             populate(memories);
         }
-        let server = DataServer::start(host.clone(), listener, config.lanes_max, LANE_STACK)?;
+        let server = DataServer::start(
+            host.clone(),
+            listener,
+            config.lanes_max,
+            LANE_STACK,
+            config.fabric.clone(),
+        )?;
         let shared = Arc::new(Shared {
             id,
             address,

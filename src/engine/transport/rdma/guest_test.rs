@@ -1,0 +1,190 @@
+//! What needs devices: run by `tests/e2e/rdma/run` in a guest with two Soft-RoCE devices, rxe0 and rxe1.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::endpoint::Endpoint;
+use super::fabric::Fabric;
+use super::registration::{Access, Registration};
+use super::served::{Moved, MovedOutcome, ServedRails};
+use super::wire::{Piece, decode_join, encode_join};
+use super::{RdmaConfig, RdmaError};
+use crate::engine::memory::Memory;
+
+const BYTES: usize = 8 << 20;
+
+/// A caller and a node without a lane between them.
+struct Pair {
+    caller: Arc<Fabric>,
+    ends: Vec<Option<Endpoint>>,
+    rails: ServedRails,
+    buffer: Vec<u8>,
+    registration: Arc<Registration>,
+    memory: Arc<Memory>,
+    lane: (UnixStream, UnixStream),
+}
+
+fn pattern(n: usize) -> Vec<u8> {
+    (0..n).map(|i| (i * 7 + (i >> 9)) as u8).collect()
+}
+
+impl Pair {
+    fn new() -> Self {
+        let config = RdmaConfig {
+            slice_timeout: Duration::from_secs(5),
+            retries: 3,
+            ..RdmaConfig::default()
+        };
+        let caller = Fabric::open(&config).unwrap();
+        assert_eq!(caller.devices.len(), 2, "{}", caller.summary());
+        let node = caller.clone();
+        let ends = caller.passive_ends(|_| false);
+        let mine: Vec<_> = ends.iter().map(|e| e.describe(&config).unwrap()).collect();
+        let memory = Arc::new(Memory::create("test", BYTES).unwrap());
+        let until = Instant::now() + Duration::from_secs(5);
+        let request = encode_join(&mine, "");
+        let (rails, answer) =
+            ServedRails::join(&node, std::slice::from_ref(&memory), &request, 0, until);
+        let (theirs, reason) = decode_join(&answer).unwrap();
+        let rails = rails.unwrap_or_else(|| panic!("{reason}"));
+        for (end, their) in ends.iter().zip(&theirs) {
+            end.accept(their, &config).unwrap();
+        }
+        let mut buffer = pattern(BYTES);
+        let registration = caller
+            .register(buffer.as_mut_ptr(), BYTES, Access::Both)
+            .unwrap();
+        Self {
+            caller,
+            ends: ends.into_iter().map(Some).collect(),
+            rails,
+            buffer,
+            registration: Arc::new(registration),
+            memory,
+            lane: UnixStream::pair().unwrap(),
+        }
+    }
+
+    fn piece(&self) -> Piece {
+        let address = self.buffer.as_ptr() as u64;
+        let key = |at| self.registration.rkey(at, address).unwrap();
+        Piece {
+            address,
+            length: BYTES as u64,
+            keys: (0..self.ends.len()).map(key).collect(),
+        }
+    }
+
+    fn carry(&mut self, into_ours: bool, piece: Piece) -> MovedOutcome {
+        let ready = self.rails.ready(&self.memory).unwrap();
+        let pieces = [piece];
+        let moved = Moved {
+            item: 0,
+            pointer: self.memory.as_ptr(),
+            memory: &ready,
+            addressable: true,
+            pieces: &pieces,
+        };
+        self.rails.carry(into_ours, &[moved], self.lane.0.as_fd())
+    }
+
+    fn there(&self) -> Vec<u8> {
+        // SAFETY: BYTES mapped bytes; nothing is under way.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), BYTES) }.to_vec()
+    }
+}
+
+#[test]
+#[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
+fn fetches_and_brings_over_both_rails() {
+    let mut pair = Pair::new();
+    let piece = pair.piece();
+    let outcome = pair.carry(true, piece.clone());
+    assert_eq!((outcome.lost, outcome.failed), (0, vec![]));
+    assert!(pair.there() == pattern(BYTES), "fetched");
+    pair.buffer.fill(0);
+    let outcome = pair.carry(false, piece);
+    assert_eq!((outcome.lost, outcome.failed), (0, vec![]));
+    assert!(pair.buffer == pattern(BYTES), "brought");
+}
+
+#[test]
+#[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
+fn a_rail_that_is_gone_is_replaced_by_the_other() {
+    for into_ours in [true, false] {
+        let mut pair = Pair::new();
+        let piece = pair.piece();
+        assert!(pair.carry(true, piece.clone()).failed.is_empty());
+        if !into_ours {
+            pair.buffer.fill(0);
+        }
+        pair.ends[0] = None;
+        let outcome = pair.carry(into_ours, piece);
+        assert_eq!(outcome.lost, 1, "{:?}", outcome.reason);
+        assert!(outcome.failed.is_empty(), "it went by the other rail");
+        if into_ours {
+            assert!(pair.there() == pattern(BYTES));
+        } else {
+            assert!(pair.buffer == pattern(BYTES));
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
+fn a_wrong_key_fails_and_reaches_nothing() {
+    let mut pair = Pair::new();
+    let mut piece = pair.piece();
+    for key in &mut piece.keys {
+        *key ^= 0x5A00;
+    }
+    pair.buffer.fill(9);
+    let outcome = pair.carry(false, piece);
+    assert_eq!(outcome.failed, [0]);
+    let reason = outcome.reason.unwrap();
+    assert!(reason.contains("remote access"), "{reason}");
+    assert!(pair.buffer.iter().all(|b| *b == 9));
+}
+
+#[test]
+#[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
+fn a_caller_that_hangs_up_ends_it() {
+    let mut pair = Pair::new();
+    let piece = pair.piece();
+    pair.ends.clear();
+    drop(std::mem::replace(
+        &mut pair.lane.1,
+        UnixStream::pair().unwrap().0,
+    ));
+    let start = Instant::now();
+    let outcome = pair.carry(true, piece);
+    assert_eq!(outcome.failed, [0]);
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+#[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
+fn soft_roce_has_no_dmabuf_and_says_so() {
+    #[derive(Debug)]
+    struct Card;
+    impl crate::engine::memory::DeviceCopies for Card {
+        unsafe fn read(&self, _: usize, _: *mut u8, _: usize) -> std::io::Result<()> {
+            Ok(())
+        }
+        unsafe fn write(&self, _: usize, _: *const u8, _: usize) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn export(&self, _: usize, _: usize) -> std::io::Result<(std::os::fd::OwnedFd, u64)> {
+            panic!("nothing is exported for NICs that cannot use it");
+        }
+    }
+    let pair = Pair::new();
+    assert!(!pair.caller.can_dmabuf());
+    let base = std::ptr::NonNull::dangling();
+    let memory = Arc::new(Memory::on_device(base, 4096, Arc::new(Card)));
+    let until = Instant::now() + Duration::from_secs(5);
+    let refused = pair.caller.served(&memory, until).unwrap_err();
+    assert!(matches!(&refused, RdmaError::Device { reason, .. } if reason.contains("dma-buf")));
+}
