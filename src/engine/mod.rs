@@ -15,6 +15,7 @@ pub mod memory;
 pub mod metadata;
 pub mod peer;
 pub mod pending;
+pub mod topology;
 pub mod transport;
 
 use std::collections::VecDeque;
@@ -140,6 +141,13 @@ impl TransferEngine {
         if let Some(rdma) = &self.rdma {
             // SAFETY: the caller's promise. Memory that cannot be registered is prepared per transfer.
             unsafe { rdma.register(base, length) };
+        }
+    }
+
+    /// [`TransferEngine::register`] of memory that this process serves, too.
+    pub fn register_memory(&self, memory: &Arc<Memory>) {
+        if let Some(rdma) = &self.rdma {
+            rdma.register_memory(memory);
         }
     }
 

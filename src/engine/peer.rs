@@ -237,11 +237,11 @@ impl PeerEngine {
             return Err(PeerError::Overlaps);
         }
         let incarnation = random_u64() | 1;
+        let memory = Arc::new(memory);
         if memory.device().is_none() {
-            // SAFETY: stays mapped until `unregister` (the caller's promise to `register`).
-            unsafe { self.engine.register(memory.as_ptr(), length) };
+            self.engine.register_memory(&memory);
         }
-        let segment = self.host.add(String::new(), incarnation, Arc::new(memory));
+        let segment = self.host.add(String::new(), incarnation, memory);
         registered.insert(start, segment);
         Ok(())
     }

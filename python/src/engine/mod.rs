@@ -6,6 +6,7 @@ mod transfers;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::ops::Deref;
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
@@ -17,6 +18,7 @@ use mooncake::engine::batch::Opcode;
 use mooncake::engine::error::TransferError;
 use mooncake::engine::metadata::Metadata;
 use mooncake::engine::peer::{PeerEngine, PeerError};
+use mooncake::engine::topology;
 use mooncake::engine::transport::rdma;
 use parking_lot::{Condvar, Mutex, RwLock};
 use pyo3::prelude::*;
@@ -359,11 +361,12 @@ impl Engine {
         })
     }
 
-    /// The devices of this host as upstream's JSON: one location, no RDMA device in this build.
+    /// Which NICs are near which memory of this host, as upstream's JSON: `{"cpu:0": [[preferred], [others]], …}`.
+    /// `device_name`: a comma list of those that count.
     #[pyo3(signature = (device_name=None))]
-    fn get_local_topology(&self, device_name: Option<&str>) -> &'static str {
-        let _ = device_name;
-        r#"{"cpu:0": [[], []]}"#
+    fn get_local_topology(&self, device_name: Option<&str>) -> String {
+        let only = rdma::RdmaConfig::default().with_devices(device_name.unwrap_or_default());
+        topology::matrix(Path::new("/"), |n| only.wants(n)).to_string()
     }
 
     /// This object: what `setup(engine=…)` takes.

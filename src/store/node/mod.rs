@@ -218,6 +218,9 @@ impl Node {
                 format!("{name}#{index}")
             };
             directory.add(host.add(segment_name, random_u64(), memory.clone()));
+            if let Some(fabric) = &config.fabric {
+                fabric.prepare(&memory);
+            }
             memories.push(memory);
         }
         if config.populate {

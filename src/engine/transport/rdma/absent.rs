@@ -53,6 +53,11 @@ impl Fabric {
         match *self {}
     }
 
+    /// Registers memory that will be served.
+    pub fn prepare(self: &Arc<Self>, _memory: &Arc<Memory>) {
+        match **self {}
+    }
+
     /// Whether every device can register memory of a GPU.
     pub fn can_dmabuf(&self) -> bool {
         match *self {}
@@ -74,6 +79,10 @@ impl RdmaTransport {
     /// # Safety
     /// None needed.
     pub unsafe fn register(&self, _base: *mut u8, _length: usize) -> bool {
+        match *self.fabric {}
+    }
+
+    pub(crate) fn register_memory(&self, _memory: &Arc<Memory>) {
         match *self.fabric {}
     }
 

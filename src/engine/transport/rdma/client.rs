@@ -5,41 +5,41 @@
 //! pairs are gone: nobody touches the caller's memory afterwards.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Read;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
 use super::endpoint::Endpoint;
+use super::exchange::{Exchange, Frame, exchange_join};
 use super::fabric::Fabric;
 use super::registration::{Access, Registration};
-use super::wire::{self, End, Piece};
+use super::wire::{self, End};
 use crate::base::clock::time_left;
-use crate::engine::batch::{LocalSlice, Opcode, Peer, TransferRequest, TransferResult};
+use crate::engine::batch::{Peer, TransferRequest, TransferResult};
 use crate::engine::error::TransferError;
 use crate::engine::memory::Memory;
-use crate::engine::transport::frame::{self, HEADER_BYTES, Operation, Status};
 use crate::engine::transport::lane::{Identity, Lane, LanePool};
-use crate::engine::transport::socket::{Timed, Until};
 use crate::engine::transport::tcp::connect;
 use crate::engine::transport::{InFlight, Transport, TransportKind};
 
-/// Slices of unregistered memory from this size on are registered for one transfer instead of copied.
-const REGISTERED_ONCE: usize = 256 << 10;
 /// The lane's buffer for smaller ones.
-const STAGING: usize = 4 << 20;
+pub(super) const STAGING: usize = 4 << 20;
 /// How long bringing the queue pairs up may take.
 const JOIN: Duration = Duration::from_secs(3);
+/// How long a caller waits for memory it registers. It goes on in the background.
+const REGISTRATION: Duration = Duration::from_secs(60);
 /// How long a peer that is still registering its memory is left alone.
 const SOON: Duration = Duration::from_secs(2);
+/// How long a peer without RDMA is.
+const LONG: Duration = Duration::from_secs(600);
 /// Peers and rails remembered as resting.
 const RESTING_MAX: usize = 4096;
 
 /// The client side of RDMA.
 pub struct RdmaTransport {
     lanes: LanePool,
-    fabric: Arc<Fabric>,
+    pub(super) fabric: Arc<Fabric>,
     registered: RwLock<BTreeMap<u64, Arc<Registration>>>,
     /// Peers, and until when they are left to TCP.
     resting: Mutex<HashMap<String, Instant>>,
@@ -48,16 +48,16 @@ pub struct RdmaTransport {
 }
 
 /// What travels with a lane: its queue pairs and its buffer.
-struct Joined {
+pub(super) struct Joined {
     /// By rail; none where the node has no end for it.
-    ends: Vec<Option<Endpoint>>,
-    staging: Option<Staging>,
+    pub(super) ends: Vec<Option<Endpoint>>,
+    pub(super) staging: Option<Staging>,
 }
 
-struct Staging {
+pub(super) struct Staging {
     /// Before the memory.
-    registration: Arc<Registration>,
-    memory: Memory,
+    pub(super) registration: Arc<Registration>,
+    pub(super) memory: Memory,
 }
 
 impl RdmaTransport {
@@ -89,12 +89,22 @@ impl RdmaTransport {
         }
     }
 
+    /// [`RdmaTransport::register`] of memory that this process serves, too: registered once for both.
+    pub(crate) fn register_memory(&self, memory: &Arc<Memory>) {
+        let until = Instant::now() + REGISTRATION;
+        // Why it was not, the fabric has said.
+        if let Ok(registration) = self.fabric.served(memory, Access::Both, until) {
+            let mut registered = self.registered.write();
+            registered.insert(memory.as_ptr() as u64, registration);
+        }
+    }
+
     /// Takes a registration back. Transfers under way keep theirs.
     pub fn unregister(&self, base: *mut u8) {
         self.registered.write().remove(&(base as u64));
     }
 
-    fn registration(&self, address: u64, length: u64) -> Option<Arc<Registration>> {
+    pub(super) fn registration(&self, address: u64, length: u64) -> Option<Arc<Registration>> {
         let registered = self.registered.read();
         let (_, found) = registered.range(..=address).next_back()?;
         found.covers(address, length).then(|| found.clone())
@@ -177,8 +187,10 @@ impl RdmaTransport {
     /// Leaves a peer to TCP for a while, and says so once.
     fn rest(&self, peer: &str, error: &dyn std::fmt::Display) {
         let text = error.to_string();
-        let pause = if text.contains("still being registered") {
+        let pause = if text.contains(wire::NOT_YET) {
             SOON
+        } else if text.contains(wire::NOT_SERVED) {
+            LONG
         } else {
             self.fabric.config.pause
         };
@@ -190,14 +202,21 @@ impl RdmaTransport {
         let before = resting.insert(peer.to_owned(), now + pause);
         drop(resting);
         if before.is_none_or(|until| until <= now) {
-            tracing::warn!(
+            // What passes by itself is no fault.
+            let passing = pause == SOON || pause == LONG;
+            let line = format!(
                 "rdma to {peer} is not used for {} s, TCP is: {text}",
                 pause.as_secs()
             );
+            if passing {
+                tracing::info!("{line}");
+            } else {
+                tracing::warn!("{line}");
+            }
         }
     }
 
-    fn pause_rails(&self, peer: &str, joined: &Joined, lost: u64) {
+    pub(super) fn pause_rails(&self, peer: &str, joined: &Joined, lost: u64) {
         let until = Instant::now() + self.fabric.config.pause;
         let mut paused = self.paused.lock();
         if paused.len() >= RESTING_MAX {
@@ -243,36 +262,6 @@ impl RdmaTransport {
     }
 }
 
-fn exchange_join(
-    lane: &mut Lane,
-    request: &[u8],
-    deadline: Instant,
-) -> Result<Vec<u8>, TransferError> {
-    let peer = lane.peer.clone();
-    let io = |e: std::io::Error| TransferError::from_io(&peer, &e);
-    let refused = |reason: &str| TransferError::Refused {
-        peer: peer.to_string(),
-        reason: reason.to_owned(),
-    };
-    let mut head = Vec::with_capacity(HEADER_BYTES + request.len());
-    frame::encode_header(&mut head, Operation::Join, 0, 0, request.len() as u64, 1);
-    head.extend_from_slice(request);
-    let socket = lane.socket()?;
-    socket
-        .write_all_from(&head, &[], Until::Deadline(deadline))
-        .map_err(io)?;
-    let mut timed = Timed { socket, deadline };
-    let mut head = [0; HEADER_BYTES];
-    timed.read_exact(&mut head).map_err(io)?;
-    let reply = frame::decode_reply(&head).map_err(refused)?;
-    if reply.status != Status::Ok as u8 || reply.payload_bytes > wire::JOIN_BYTES_MAX {
-        return Err(refused("it knows no RDMA"));
-    }
-    let mut answer = vec![0; reply.payload_bytes as usize];
-    timed.read_exact(&mut answer).map_err(io)?;
-    Ok(answer)
-}
-
 impl Transport for RdmaTransport {
     fn kind(&self) -> TransportKind {
         TransportKind::Rdma
@@ -305,274 +294,9 @@ impl Transport for RdmaTransport {
     }
 }
 
-/// A frame that has been sent: requests `first..end`.
-#[derive(Default)]
-struct Frame {
-    id: u64,
-    first: usize,
-    end: usize,
-    /// Requests of it that could not be named, and go elsewhere.
-    unnamed: Vec<usize>,
-    /// Registrations that must live until the answer.
-    held: Vec<Arc<Registration>>,
-    /// What came into the lane's buffer and where it belongs: request, offset, slice.
-    copies: Vec<(usize, usize, LocalSlice)>,
-}
-
-struct Exchange<'t> {
-    transport: &'t RdmaTransport,
-    /// The queue pairs go before anything they may reach.
-    joined: Box<Joined>,
-    lane: Lane,
-    frame: Frame,
-    deadline: Instant,
-}
-
 struct Under<'a> {
     exchange: Exchange<'a>,
     requests: &'a [TransferRequest],
-}
-
-impl Exchange<'_> {
-    /// Sends a frame with as many requests from `first` on as fit.
-    fn send(&mut self, requests: &[TransferRequest], first: usize) -> Result<(), TransferError> {
-        self.frame = Frame {
-            first,
-            end: first,
-            ..Frame::default()
-        };
-        let mut pieces = Vec::new();
-        let mut staged = 0;
-        let mut named: Vec<&TransferRequest> = Vec::new();
-        for (at, r) in requests.iter().enumerate().skip(first) {
-            let mine = match self.name(at, r, staged)? {
-                Named::Pieces(mine, to) => {
-                    staged = to;
-                    mine
-                }
-                // A full buffer is sent; what does not fit into an empty one goes elsewhere.
-                Named::NoRoom if named.is_empty() => {
-                    self.frame.unnamed.push(at);
-                    self.frame.end = at + 1;
-                    continue;
-                }
-                Named::NoRoom => break,
-            };
-            let before = pieces.len();
-            wire::encode_pieces(&mut pieces, &mine);
-            if pieces.len() as u64 > wire::PIECES_BYTES_MAX {
-                pieces.truncate(before);
-                if named.is_empty() {
-                    self.frame.unnamed.push(at);
-                    self.frame.end = at + 1;
-                    continue;
-                }
-                break;
-            }
-            named.push(r);
-            self.frame.end = at + 1;
-        }
-        if named.is_empty() {
-            return Ok(());
-        }
-        let operation = match requests[first].opcode {
-            Opcode::Read => Operation::Bring,
-            Opcode::Write => Operation::Fetch,
-        };
-        self.frame.id = crate::engine::transport::lane::next_id();
-        let mut head = Vec::new();
-        frame::encode_remote(&mut head, operation, self.frame.id, &named, &pieces);
-        let peer = self.lane.peer.clone();
-        self.lane
-            .socket()?
-            .write_all_from(&head, &[], Until::Deadline(self.deadline))
-            .map_err(|e| TransferError::from_io(&peer, &e))
-    }
-
-    /// The pieces of one request, with the lane's buffer filled from `staged` on.
-    fn name(
-        &mut self,
-        at: usize,
-        r: &TransferRequest,
-        mut staged: usize,
-    ) -> Result<Named, TransferError> {
-        let (copies, held) = (self.frame.copies.len(), self.frame.held.len());
-        let mut pieces = Vec::with_capacity(r.local.len());
-        for slice in r.local.iter().filter(|s| s.length > 0) {
-            let (address, length) = (slice.pointer as u64, slice.length as u64);
-            if let Some(registration) = self.transport.registration(address, length) {
-                self.push(&mut pieces, &registration, address, length);
-                self.frame.held.push(registration);
-            } else if slice.length >= REGISTERED_ONCE {
-                let registration = Arc::new(self.register_once(r.opcode, slice)?);
-                self.push(&mut pieces, &registration, address, length);
-                self.frame.held.push(registration);
-            } else {
-                if staged + slice.length > STAGING {
-                    self.frame.copies.truncate(copies);
-                    self.frame.held.truncate(held);
-                    return Ok(Named::NoRoom);
-                }
-                let target = self.staging()?.memory.as_ptr().wrapping_add(staged);
-                if r.opcode == Opcode::Write {
-                    // SAFETY: inside the buffer; the slice is valid for reading until the transfer returns.
-                    unsafe { std::ptr::copy_nonoverlapping(slice.pointer, target, slice.length) };
-                } else {
-                    self.frame.copies.push((at, staged, *slice));
-                }
-                let registration = self.staging()?.registration.clone();
-                self.push(&mut pieces, &registration, target as u64, length);
-                staged += slice.length;
-            }
-        }
-        Ok(Named::Pieces(pieces, staged))
-    }
-
-    /// One piece per chunk of a registration; neighbours become one.
-    fn push(&self, pieces: &mut Vec<Piece>, of: &Arc<Registration>, address: u64, length: u64) {
-        let mut done = 0;
-        while done < length {
-            let at = address + done;
-            let n = of.run(at).min(length - done);
-            let keys = self
-                .joined
-                .ends
-                .iter()
-                .map(|end| end.as_ref().and_then(|e| of.rkey(e.index, at)).unwrap_or(0));
-            let piece = Piece {
-                address: at,
-                length: n,
-                keys: keys.collect(),
-            };
-            match pieces.last_mut() {
-                Some(last) if last.address + last.length == at && last.keys == piece.keys => {
-                    last.length += n;
-                }
-                _ => pieces.push(piece),
-            }
-            done += n;
-        }
-    }
-
-    fn register_once(
-        &self,
-        opcode: Opcode,
-        slice: &LocalSlice,
-    ) -> Result<Registration, TransferError> {
-        let access = match opcode {
-            Opcode::Read => Access::Both,
-            Opcode::Write => Access::Fetched,
-        };
-        let made = self
-            .transport
-            .fabric
-            .register(slice.pointer, slice.length, access);
-        made.map_err(|error| self.local(error.to_string()))
-    }
-
-    fn staging(&mut self) -> Result<&Staging, TransferError> {
-        if self.joined.staging.is_none() {
-            let memory = Memory::create("mooncake-rdma", STAGING)
-                .map_err(|error| self.local(error.to_string()))?;
-            let fabric = &self.transport.fabric;
-            let registration = fabric
-                .register(memory.as_ptr(), STAGING, Access::Both)
-                .map_err(|error| self.local(error.to_string()))?;
-            self.joined.staging = Some(Staging {
-                registration: Arc::new(registration),
-                memory,
-            });
-        }
-        match &self.joined.staging {
-            Some(staging) => Ok(staging),
-            None => Err(self.local("no buffer".to_owned())),
-        }
-    }
-
-    /// Something of this host stands in the way.
-    fn local(&self, reason: String) -> TransferError {
-        TransferError::Refused {
-            peer: self.lane.peer.to_string(),
-            reason,
-        }
-    }
-
-    /// Takes the answer to the frame: a result for each of its requests, and the rails that were lost.
-    fn receive(
-        &mut self,
-        requests: &[TransferRequest],
-    ) -> Result<(Vec<TransferResult>, u64), TransferError> {
-        let peer = self.lane.peer.clone();
-        let until = Until::Deadline(self.deadline);
-        let io = |e: std::io::Error| TransferError::from_io(&peer, &e);
-        let wrong = |what| TransferError::Protocol {
-            peer: peer.to_string(),
-            what,
-        };
-        let frame = &self.frame;
-        let count = frame.end - frame.first - frame.unnamed.len();
-        let mut lost = 0;
-        let mut statuses = Vec::new();
-        if count > 0 {
-            let socket = self.lane.socket()?;
-            socket.need(HEADER_BYTES, until).map_err(io)?;
-            let mut head = [0; HEADER_BYTES];
-            head.copy_from_slice(socket.take(HEADER_BYTES));
-            let reply = frame::decode_reply(&head).map_err(wrong)?;
-            if reply.id != frame.id {
-                return Err(wrong("reply to another request"));
-            }
-            if reply.status != Status::Ok as u8 {
-                return Err(Status::result(reply.status, &peer)
-                    .err()
-                    .unwrap_or(wrong("status")));
-            }
-            if reply.items != count {
-                return Err(wrong("number of items"));
-            }
-            lost = reply.payload_bytes;
-            socket.need(count, until).map_err(io)?;
-            statuses = socket.take(count).to_vec();
-        }
-        let mut statuses = statuses.into_iter();
-        let mut results = Vec::with_capacity(frame.end - frame.first);
-        for at in frame.first..frame.end {
-            results.push(if frame.unnamed.contains(&at) {
-                Err(TransferError::NoPath {
-                    peer: requests[at].peer.name.clone(),
-                })
-            } else {
-                Status::result(statuses.next().unwrap_or(Status::Malformed as u8), &peer)
-            });
-        }
-        if let Some(staging) = &self.joined.staging {
-            for (at, offset, slice) in &frame.copies {
-                if results[at - frame.first].is_ok() {
-                    let source = staging.memory.as_ptr().wrapping_add(*offset);
-                    // SAFETY: inside the buffer; the slice is valid for writing until the transfer returns.
-                    unsafe { std::ptr::copy_nonoverlapping(source, slice.pointer, slice.length) };
-                }
-            }
-        }
-        Ok((results, lost))
-    }
-
-    /// Gives the lane back, unless rails of it were lost: then the next one joins anew.
-    fn end(mut self, lost: u64) {
-        if lost != 0 {
-            let peer = self.lane.peer.to_string();
-            self.transport.pause_rails(&peer, &self.joined, lost);
-            return;
-        }
-        self.lane.rider = Some(self.joined);
-        self.lane.done();
-    }
-}
-
-enum Named {
-    /// And how far the lane's buffer is filled.
-    Pieces(Vec<Piece>, usize),
-    NoRoom,
 }
 
 impl InFlight for Under<'_> {
@@ -625,13 +349,15 @@ impl InFlight for Under<'_> {
                 return;
             }
         }
-        let failed = results[from..].iter().find_map(|r| match r {
-            Err(error @ TransferError::Broken { .. }) => Some(error.clone()),
-            _ => None,
-        });
+        let ends = exchange.joined.ends.iter().enumerate();
+        let none_left = lost != 0
+            && ends
+                .filter(|(_, end)| end.is_some())
+                .all(|(rail, _)| lost & (1 << rail) != 0);
         exchange.end(lost);
-        if let Some(error) = failed {
-            transport.rest(address, &error);
+        // What failed by itself (memory that no NIC reaches, say) goes by TCP, and nothing is said of the peer.
+        if none_left {
+            transport.rest(address, &"every rail failed");
         }
     }
 }

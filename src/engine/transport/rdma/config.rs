@@ -7,6 +7,8 @@ use std::time::Duration;
 pub struct RdmaConfig {
     /// Names of devices to use; none = all.
     pub devices: Vec<String>,
+    /// Whether a node's memory is registered when it starts rather than when the first caller comes.
+    pub at_once: bool,
     /// Port, from 1 (`MC_IB_PORT`).
     pub port: u8,
     /// Index into the port's GID table; none = the best is chosen (`MC_GID_INDEX`, else `NCCL_IB_GID_INDEX`).
@@ -37,6 +39,7 @@ impl Default for RdmaConfig {
     fn default() -> Self {
         Self {
             devices: Vec::new(),
+            at_once: false,
             port: 1,
             gid_index: None,
             mtu: 5,

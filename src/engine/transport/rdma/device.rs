@@ -69,9 +69,13 @@ pub(super) struct PortState {
 }
 
 impl Device {
-    /// Opens the devices asked for (all, when none are) whose port is up.
+    /// Opens the devices asked for (all, when none are), of which one at least has its port up.
     pub(super) fn open_all(config: &RdmaConfig) -> Result<Vec<Self>, RdmaError> {
         let verbs = verbs()?;
+        // Before the first registration: where the kernel does not copy pinned pages for a child, a fork would leave the
+        // devices with pages that are no longer this process's. It does nothing on kernels that do.
+        // SAFETY: no precondition.
+        unsafe { (verbs.ibv_fork_init)() };
         let mut count = 0;
         // SAFETY: writes the count; the list is freed below, after the last use of its entries.
         let list = unsafe { (verbs.ibv_get_device_list)(&raw mut count) };
@@ -102,9 +106,16 @@ impl Device {
         }
         // SAFETY: opened contexts stay valid without the list.
         unsafe { (verbs.ibv_free_device_list)(list) };
-        if !opened.is_empty() {
-            opened.truncate(super::wire::RAILS_MAX);
-            return Ok(opened);
+        if let Some(first) = opened.first() {
+            if opened.iter().any(|d| d.up.load(Ordering::Acquire)) {
+                opened.truncate(super::wire::RAILS_MAX);
+                return Ok(opened);
+            }
+            refused = Some(RdmaError::Device {
+                device: first.name.clone(),
+                reason: format!("port {} is not active", first.port),
+                code: 0,
+            });
         }
         Err(match refused {
             Some(error) => error,
@@ -152,14 +163,12 @@ impl Device {
         device.mr_max = device.attributes.max_mr_size.max(4096) / 4096 * 4096;
         let (state, layer) = device.query_port()?;
         device.ethernet = layer == ETHERNET;
-        if !state.active {
-            return Err(RdmaError::Device {
-                device: device.name.clone(),
-                reason: format!("port {} is not active", device.port),
-                code: 0,
-            });
+        let addressed = device.choose_gid();
+        if state.active {
+            addressed?;
         }
-        device.choose_gid()?;
+        // It may come up later, beside others that are up now.
+        device.up.store(state.active, Ordering::Release);
         // SAFETY: an open context.
         device.pd = unsafe { (verbs.ibv_alloc_pd)(context) };
         if device.pd.is_null() {
@@ -262,6 +271,7 @@ impl Device {
                     }
                 }
                 EVENT_PORT_ACTIVE => {
+                    let _ = self.choose_gid();
                     if !self.up.swap(true, Ordering::AcqRel) {
                         tracing::info!(device = %self.name, "rdma: the port is up again");
                     }

@@ -10,7 +10,9 @@ use parking_lot::{Condvar, Mutex};
 use super::device::Device;
 use super::endpoint::Endpoint;
 use super::registration::{Access, Dmabuf, Registration};
+use super::wire::NOT_YET;
 use super::{RdmaConfig, RdmaError};
+use crate::base::units::ByteSize;
 use crate::engine::memory::Memory;
 
 /// The devices in use. Cheap to share.
@@ -112,6 +114,13 @@ impl Fabric {
         Registration::host(&self.devices, base, length, access)
     }
 
+    /// Begins to register memory that will be served, where that is wanted at once.
+    pub fn prepare(self: &Arc<Self>, memory: &Arc<Memory>) {
+        if self.config.at_once {
+            let _ = self.served(memory, Access::Own, Instant::now());
+        }
+    }
+
     /// Memory that is served: registered on first use, in a thread of its own, and for as long as the memory lives.
     /// Waits for it until `until`.
     ///
@@ -120,6 +129,7 @@ impl Fabric {
     pub(super) fn served(
         self: &Arc<Self>,
         memory: &Arc<Memory>,
+        access: Access,
         until: Instant,
     ) -> Result<Arc<Registration>, RdmaError> {
         let kept = memory.keep(
@@ -130,7 +140,7 @@ impl Fabric {
                     state: Mutex::new(State::UnderWay),
                     ended: Condvar::new(),
                 });
-                self.begin(memory, &kept);
+                self.begin(memory, &kept, access);
                 kept
             },
         );
@@ -143,28 +153,33 @@ impl Fabric {
             State::Failed(error) => Err(error.clone()),
             State::UnderWay => Err(RdmaError::Device {
                 device: "memory".to_owned(),
-                reason: "still being registered".to_owned(),
+                reason: NOT_YET.to_owned(),
                 code: 0,
             }),
         }
     }
 
-    fn begin(self: &Arc<Self>, memory: &Arc<Memory>, kept: &Arc<Kept>) {
+    fn begin(self: &Arc<Self>, memory: &Arc<Memory>, kept: &Arc<Kept>, access: Access) {
         let (fabric, kept, alive) = (self.clone(), kept.clone(), Arc::downgrade(memory));
         let (base, length) = (memory.as_ptr() as usize, memory.len());
         let device = memory.device().cloned();
         let run = move || {
+            let start = Instant::now();
             // The memory must not go while it is being registered, and is not held any longer.
             let outcome = match alive.upgrade() {
                 None => Err(RdmaError::NoDevice),
                 Some(_memory) => match &device {
                     Some(device) => fabric.on_device(device.as_ref(), base, length),
-                    None => fabric.register(base as *mut u8, length, Access::Own),
+                    None => fabric.register(base as *mut u8, length, access),
                 },
             };
             let mut state = kept.state.lock();
             *state = match outcome {
-                Ok(registration) => State::Done(Arc::new(registration)),
+                Ok(registration) => {
+                    let size = ByteSize(length as u64);
+                    tracing::info!("rdma: {size} registered in {:.0?}", start.elapsed());
+                    State::Done(Arc::new(registration))
+                }
                 Err(error) => {
                     tracing::warn!(%error, bytes = length, "rdma: memory was not registered: TCP is used for it");
                     State::Failed(error)

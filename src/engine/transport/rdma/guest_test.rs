@@ -1,5 +1,7 @@
 //! What needs devices: run by `tests/e2e/rdma/run` in a guest with two Soft-RoCE devices, rxe0 and rxe1.
 
+#![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
+
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -185,6 +187,10 @@ fn soft_roce_has_no_dmabuf_and_says_so() {
     let base = std::ptr::NonNull::dangling();
     let memory = Arc::new(Memory::on_device(base, 4096, Arc::new(Card)));
     let until = Instant::now() + Duration::from_secs(5);
-    let refused = pair.caller.served(&memory, until).unwrap_err();
+    let refused = pair
+        .caller
+        .served(&memory, Access::Own, until)
+        .err()
+        .unwrap();
     assert!(matches!(&refused, RdmaError::Device { reason, .. } if reason.contains("dma-buf")));
 }

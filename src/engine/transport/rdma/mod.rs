@@ -22,9 +22,13 @@ mod device;
 #[cfg(feature = "rdma")]
 mod endpoint;
 #[cfg(feature = "rdma")]
+mod exchange;
+#[cfg(feature = "rdma")]
 mod fabric;
 #[cfg(feature = "rdma")]
 mod post;
+#[cfg(feature = "rdma")]
+mod rail;
 #[cfg(feature = "rdma")]
 mod registration;
 #[cfg(feature = "rdma")]
@@ -79,7 +83,8 @@ pub fn select(protocol: &str, devices: &str) -> Option<Arc<Fabric>> {
         "" | "auto" => false,
         _ => return None,
     };
-    let config = RdmaConfig::from_env(|name| std::env::var(name).ok()).with_devices(devices);
+    let mut config = RdmaConfig::from_env(|name| std::env::var(name).ok()).with_devices(devices);
+    config.at_once = asked;
     match Fabric::open(&config) {
         Ok(fabric) => {
             tracing::info!("rdma: {}", fabric.summary());

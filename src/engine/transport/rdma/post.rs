@@ -1,5 +1,4 @@
-//! The node's requests on the rails of one lane: cut, posted as linked lists, reaped, and sent again over another rail
-//! when one fails.
+//! A batch on the rails of one lane: cut in slices, spread, waited for, and sent again over another rail when one fails.
 //!
 //! Owns a batch from its first request to the moment nothing of it is under way: a rail that fails or stalls is destroyed
 //! before its slices go elsewhere, and when `run` returns no device touches memory of the batch any more. A slice is
@@ -10,44 +9,20 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rdma_sys::{ibv_send_flags, ibv_send_wr, ibv_sge, ibv_wc, ibv_wc_status, ibv_wr_opcode};
 use rustix::event::{PollFd, PollFlags};
 
 use super::endpoint::Endpoint;
 use super::fabric::Fabric;
-use super::registration::Registration;
-use super::verbs::status_name;
-use super::wire::Piece;
+use super::rail::{Direction, Job, LIST_MAX, Rail, Request, Slice};
 
-/// Requests of one list: one doorbell, and at least one of them signalled.
-const LIST_MAX: usize = 16;
-/// Completions taken with one call.
-const REAP_MAX: usize = 16;
+/// Bytes under way on one rail: several times what a fast network holds.
+const WINDOW: u64 = 8 << 20;
 /// How long completions are polled for before the thread sleeps.
 const SPIN: Duration = Duration::from_micros(50);
 /// How often a sleeping thread looks whether a rail has stalled.
 const TICK: Duration = Duration::from_millis(100);
 /// Largest slice, whatever is asked for: progress is judged by slices.
 const SLICE_MAX: u64 = 1 << 20;
-
-/// Seen from the node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
-    /// From the caller's memory into ours (RDMA READ).
-    Fetch,
-    /// From our memory into the caller's (RDMA WRITE).
-    Bring,
-}
-
-/// Bytes of one item.
-pub(super) struct Job<'a> {
-    pub(super) item: usize,
-    pub(super) local: u64,
-    pub(super) memory: &'a Arc<Registration>,
-    pub(super) remote: &'a [Piece],
-    /// Whether this process can read the memory by itself.
-    pub(super) addressable: bool,
-}
 
 /// What became of a batch.
 #[derive(Debug)]
@@ -58,31 +33,6 @@ pub(super) struct Outcome {
     pub(super) failed: Vec<usize>,
     /// What the first failing rail said.
     pub(super) reason: Option<String>,
-}
-
-#[derive(Clone, Copy)]
-struct Slice {
-    item: usize,
-    job: usize,
-    piece: usize,
-    local: u64,
-    remote: u64,
-    length: u32,
-}
-
-struct Sent {
-    number: u64,
-    slice: Slice,
-}
-
-/// One rail with what is under way on it, oldest first.
-struct Rail {
-    end: Endpoint,
-    sent: VecDeque<Sent>,
-    next: u64,
-    moved: Instant,
-    /// Where the last bytes went that have not been flushed.
-    unflushed: Option<(u64, u32, usize)>,
 }
 
 /// The rails of one lane; one that has failed is gone.
@@ -96,16 +46,9 @@ pub(super) struct Rails {
 
 impl Rails {
     pub(super) fn new(ends: Vec<Option<Endpoint>>, fabric: &Arc<Fabric>) -> Self {
-        let rail = |end| Rail {
-            end,
-            sent: VecDeque::new(),
-            next: 0,
-            moved: Instant::now(),
-            unflushed: None,
-        };
         let config = &fabric.config;
         Self {
-            rails: ends.into_iter().map(|end| end.map(rail)).collect(),
+            rails: ends.into_iter().map(|end| end.map(Rail::new)).collect(),
             depth: config.depth as usize,
             slice: config.slice,
             stall: config.slice_timeout,
@@ -191,8 +134,13 @@ impl Rails {
     fn drive(&mut self, batch: &mut Batch<'_>, watch: BorrowedFd<'_>) {
         let mut idle_since: Option<Instant> = None;
         loop {
-            for at in 0..self.rails.len() {
-                self.fill(at, batch);
+            // A list for each rail in turn, until none has room.
+            let mut posted = true;
+            while posted {
+                posted = false;
+                for at in 0..self.rails.len() {
+                    posted |= self.fill(at, batch);
+                }
             }
             if self.rails.iter().all(Option::is_none) {
                 batch.give_up();
@@ -261,26 +209,38 @@ impl Rails {
         fds.last().is_some_and(|f| f.revents().intersects(gone))
     }
 
-    /// Posts what the rail has room for.
-    fn fill(&mut self, at: usize, batch: &mut Batch<'_>) {
-        loop {
-            let Some(rail) = self.rails[at].as_mut() else {
-                return;
-            };
-            let room = self.depth.saturating_sub(rail.sent.len()).min(LIST_MAX);
-            let count = room.min(batch.queue.len());
-            // Nothing is gained by lists of one while many are under way.
-            if count == 0 || (count < LIST_MAX && count < batch.queue.len() && rail.sent.len() > 1)
-            {
-                return;
-            }
-            let slices: Vec<Slice> = batch.queue.drain(..count).collect();
-            let posted = rail.post(at, &slices, batch.direction, batch.jobs);
-            if let Err(reason) = posted {
-                self.lose(at, batch, reason);
-                return;
-            }
+    /// Posts a list if the rail has room for one; whether it had.
+    fn fill(&mut self, at: usize, batch: &mut Batch<'_>) -> bool {
+        let live = self.rails.iter().flatten().count().max(1);
+        let Some(rail) = self.rails[at].as_mut() else {
+            return false;
+        };
+        let share = batch.queue.len().div_ceil(live);
+        let room = self.depth.saturating_sub(rail.sent.len()).min(LIST_MAX);
+        let most = room.min(share);
+        // Nothing is gained by lists of one while many are under way.
+        if most == 0 || (most < LIST_MAX && most < share && rail.sent.len() > 1) {
+            return false;
         }
+        // What is not posted yet can still go by whichever rail is faster.
+        let mut bytes: u64 = rail.sent.iter().map(|s| u64::from(s.slice.length)).sum();
+        let mut count = 0;
+        for slice in batch.queue.iter().take(most) {
+            bytes += u64::from(slice.length);
+            if bytes > WINDOW && !(count == 0 && rail.sent.is_empty()) {
+                break;
+            }
+            count += 1;
+        }
+        if count == 0 {
+            return false;
+        }
+        let slices: Vec<Slice> = batch.queue.drain(..count).collect();
+        let posted = rail.post(at, &slices, batch.direction, batch.jobs);
+        if let Err(reason) = posted {
+            self.lose(at, batch, reason);
+        }
+        true
     }
 
     /// Takes completions of one rail; whether there were any.
@@ -410,138 +370,5 @@ impl Batch<'_> {
     fn fail_all(&mut self) {
         self.queue.clear();
         self.outcome.failed = self.jobs.iter().map(|j| j.item).collect();
-    }
-}
-
-struct Request {
-    slice: Slice,
-    lkey: u32,
-    rkey: u32,
-    /// Copied into the request by this thread.
-    inline: bool,
-}
-
-impl Rail {
-    fn post(
-        &mut self,
-        at: usize,
-        slices: &[Slice],
-        direction: Direction,
-        jobs: &[Job<'_>],
-    ) -> Result<(), String> {
-        let (index, inline) = (self.end.index, self.end.inline);
-        let request = |slice: &Slice| {
-            let job = &jobs[slice.job];
-            Some(Request {
-                slice: *slice,
-                lkey: job.memory.lkey(index, slice.local)?,
-                rkey: *job.remote.get(slice.piece)?.keys.get(at)?,
-                // Memory of a device is not for this thread to read.
-                inline: direction == Direction::Bring && job.addressable && slice.length <= inline,
-            })
-        };
-        let requests: Option<Vec<Request>> = slices.iter().map(request).collect();
-        let Some(requests) = requests else {
-            // They count as sent, so that they are sent again elsewhere.
-            self.keep(slices);
-            return Err("memory without a key".to_owned());
-        };
-        if let (Direction::Bring, Some(last)) = (direction, requests.last()) {
-            self.unflushed = Some((last.slice.remote, last.rkey, last.slice.item));
-        }
-        self.post_requests(&requests, direction)
-    }
-
-    fn keep(&mut self, slices: &[Slice]) {
-        for slice in slices {
-            let number = self.next;
-            self.next += 1;
-            self.sent.push_back(Sent {
-                number,
-                slice: *slice,
-            });
-        }
-    }
-
-    /// One linked list, the last of it signalled.
-    fn post_requests(&mut self, requests: &[Request], direction: Direction) -> Result<(), String> {
-        if self.sent.is_empty() {
-            self.moved = Instant::now();
-        }
-        let first = self.next;
-        let mut parts: smallvec::SmallVec<[ibv_sge; LIST_MAX]> = requests
-            .iter()
-            .map(|r| ibv_sge {
-                addr: r.slice.local,
-                length: r.slice.length,
-                lkey: r.lkey,
-            })
-            .collect();
-        let mut list: smallvec::SmallVec<[ibv_send_wr; LIST_MAX]> = smallvec::SmallVec::new();
-        for (n, r) in requests.iter().enumerate() {
-            // SAFETY: plain numbers and null pointers, for which zero is a value.
-            let mut wr: ibv_send_wr = unsafe { std::mem::zeroed() };
-            wr.wr_id = first + n as u64;
-            wr.sg_list = &raw mut parts[n];
-            wr.num_sge = 1;
-            wr.opcode = match direction {
-                Direction::Fetch => ibv_wr_opcode::IBV_WR_RDMA_READ,
-                Direction::Bring => ibv_wr_opcode::IBV_WR_RDMA_WRITE,
-            };
-            if n + 1 == requests.len() {
-                wr.send_flags |= ibv_send_flags::IBV_SEND_SIGNALED.0;
-            }
-            if r.inline {
-                wr.send_flags |= ibv_send_flags::IBV_SEND_INLINE.0;
-            }
-            wr.wr.rdma.remote_addr = r.slice.remote;
-            wr.wr.rdma.rkey = r.rkey;
-            list.push(wr);
-        }
-        for n in 1..list.len() {
-            list[n - 1].next = &raw mut list[n];
-        }
-        for r in requests {
-            self.keep(&[r.slice]);
-        }
-        let mut bad = std::ptr::null_mut();
-        // SAFETY: a started queue pair; the list and what it points to live through the call, which copies them. The
-        // memory stays registered and granted until `run` has returned.
-        let code =
-            unsafe { rdma_sys::ibv_post_send(self.end.pointer(), list.as_mut_ptr(), &raw mut bad) };
-        if code == 0 {
-            Ok(())
-        } else {
-            Err(format!("post: {}", std::io::Error::from_raw_os_error(code)))
-        }
-    }
-
-    fn take(&self, found: &mut [ibv_wc; REAP_MAX]) -> Result<usize, String> {
-        let Some(c) = &self.end.completions else {
-            return Err("no completion queue".to_owned());
-        };
-        // SAFETY: our queue; room for REAP_MAX entries.
-        let n = unsafe { rdma_sys::ibv_poll_cq(c.queue, REAP_MAX as i32, found.as_mut_ptr()) };
-        usize::try_from(n).map_err(|_| "the completion queue failed".to_owned())
-    }
-
-    fn reap(&mut self) -> Result<bool, String> {
-        // SAFETY: plain numbers, for which zero is a value.
-        let mut found: [ibv_wc; REAP_MAX] = unsafe { std::mem::zeroed() };
-        let n = self.take(&mut found)?;
-        for wc in &found[..n] {
-            if wc.status != ibv_wc_status::IBV_WC_SUCCESS {
-                // The first error is the cause; those behind it were only flushed.
-                let what = status_name(self.end.device.verbs, wc.status);
-                return Err(format!("{what} (vendor error {:#x})", wc.vendor_err));
-            }
-            while self.sent.front().is_some_and(|s| s.number <= wc.wr_id) {
-                self.sent.pop_front();
-            }
-        }
-        if n > 0 {
-            self.moved = Instant::now();
-        }
-        Ok(n > 0)
     }
 }

@@ -37,11 +37,17 @@ impl Access {
     }
 }
 
+/// Memory from this size on is registered with all devices at once.
+const PARALLEL: u64 = 1 << 30;
+
 struct Region {
     mr: *mut ibv_mr,
     lkey: u32,
     rkey: u32,
 }
+
+// SAFETY: a handle, used by any thread.
+unsafe impl Send for Region {}
 
 /// A range of addresses that every device of the fabric may reach.
 pub(crate) struct Registration {
@@ -112,34 +118,60 @@ impl Registration {
         devices: &[Arc<Device>],
         base: u64,
         length: u64,
-        register: impl Fn(&Device, u64, u64) -> *mut ibv_mr,
+        register: impl Fn(&Device, u64, u64) -> *mut ibv_mr + Sync,
     ) -> Result<Self, RdmaError> {
         let chunk = devices.iter().map(|d| d.mr_max).min().unwrap_or(u64::MAX);
-        let mut made = Self {
+        let on = |device: &Arc<Device>| Self::on_device(device, base, length, chunk, &register);
+        // Pinning takes long for much memory, and devices do it side by side.
+        let regions: Vec<(Vec<Region>, Option<RdmaError>)> = if length >= PARALLEL {
+            std::thread::scope(|s| {
+                let each: Vec<_> = devices.iter().map(|d| s.spawn(|| on(d))).collect();
+                let ended = each.into_iter().map(|t| t.join().unwrap_or_default());
+                ended.collect()
+            })
+        } else {
+            devices.iter().map(on).collect()
+        };
+        let mut failed = None;
+        let regions = devices.iter().zip(regions).map(|(device, (made, error))| {
+            failed = failed.take().or(error);
+            (device.clone(), made)
+        });
+        // What was registered goes with it, when something was not.
+        let made = Self {
             base,
             length,
             chunk,
-            regions: Vec::with_capacity(devices.len()),
+            regions: regions.collect(),
         };
-        for device in devices {
-            made.regions.push((device.clone(), Vec::new()));
-            let mut at = 0;
-            while at < length {
-                let n = chunk.min(length - at);
-                let mr = register(device.as_ref(), base + at, n);
-                if mr.is_null() {
-                    // What was registered so far goes with `made`.
-                    return Err(last_error(&device.name, "register"));
-                }
-                // SAFETY: registered just now.
-                let (lkey, rkey) = unsafe { ((*mr).lkey, (*mr).rkey) };
-                if let Some((_, regions)) = made.regions.last_mut() {
-                    regions.push(Region { mr, lkey, rkey });
-                }
-                at += n;
-            }
+        match failed {
+            None => Ok(made),
+            Some(error) => Err(error),
         }
-        Ok(made)
+    }
+
+    /// The regions of one device, as far as they could be made.
+    fn on_device(
+        device: &Arc<Device>,
+        base: u64,
+        length: u64,
+        chunk: u64,
+        register: impl Fn(&Device, u64, u64) -> *mut ibv_mr,
+    ) -> (Vec<Region>, Option<RdmaError>) {
+        let mut regions = Vec::new();
+        let mut at = 0;
+        while at < length {
+            let n = chunk.min(length - at);
+            let mr = register(device.as_ref(), base + at, n);
+            if mr.is_null() {
+                return (regions, Some(last_error(&device.name, "register")));
+            }
+            // SAFETY: registered just now.
+            let (lkey, rkey) = unsafe { ((*mr).lkey, (*mr).rkey) };
+            regions.push(Region { mr, lkey, rkey });
+            at += n;
+        }
+        (regions, None)
     }
 
     /// Whether the range lies inside.

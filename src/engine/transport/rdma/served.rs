@@ -9,8 +9,9 @@ use std::time::Instant;
 use super::RdmaError;
 use super::endpoint::Endpoint;
 use super::fabric::Fabric;
-use super::post::{Direction, Job, Rails};
-use super::registration::Registration;
+use super::post::Rails;
+use super::rail::{Direction, Job};
+use super::registration::{Access, Registration};
 use super::wire::{End, Piece, decode_join, encode_join};
 use crate::engine::memory::Memory;
 
@@ -67,7 +68,9 @@ impl ServedRails {
         let (theirs, _) = decode_join(request)?;
         // Memory of devices may have its own reasons, and is asked for when it is used.
         for memory in memories.iter().filter(|m| m.device().is_none()) {
-            fabric.served(memory, until).map_err(|e| e.to_string())?;
+            fabric
+                .served(memory, Access::Own, until)
+                .map_err(|e| e.to_string())?;
         }
         let mut reason = "no port is up".to_owned();
         let mut ends = Vec::with_capacity(theirs.len());
@@ -105,7 +108,8 @@ impl ServedRails {
     /// # Errors
     /// Why they do not (yet).
     pub(crate) fn ready(&self, memory: &Arc<Memory>) -> Result<Ready, RdmaError> {
-        self.fabric.served(memory, Instant::now()).map(Ready)
+        let now = Instant::now();
+        self.fabric.served(memory, Access::Own, now).map(Ready)
     }
 
     /// Fetches (`into_ours`) or brings the bytes of a frame. When it returns, nothing of it is under way. `watch` is the

@@ -95,6 +95,7 @@ table! {
     ibv_destroy_qp: fn(*mut ibv_qp) -> c_int;
     ibv_get_async_event: fn(*mut ibv_context, *mut AsyncEvent) -> c_int;
     ibv_ack_async_event: fn(*mut AsyncEvent) -> ();
+    ibv_fork_init: fn() -> c_int;
     ibv_wc_status_str: fn(ibv_wc_status::Type) -> *const c_char;
 }
 

@@ -13,6 +13,11 @@ pub const PIECES_BYTES_MAX: u64 = 8 << 20;
 /// Most bytes of a reason.
 const REASON_BYTES_MAX: usize = 512;
 
+/// The reason of a node without RDMA.
+pub const NOT_SERVED: &str = "it serves no RDMA";
+/// Part of the reason of a node whose memory is not registered yet.
+pub const NOT_YET: &str = "still being registered";
+
 /// One end of a queue pair. A `qp` of 0 stands for a rail that is not there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct End {

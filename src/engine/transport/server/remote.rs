@@ -10,7 +10,7 @@ use crate::engine::batch::Opcode;
 use crate::engine::error::TransferError;
 use crate::engine::host::{Segment, WritePass};
 use crate::engine::memory::Memory;
-use crate::engine::transport::rdma::wire::{Piece, decode_pieces, encode_join};
+use crate::engine::transport::rdma::wire::{NOT_SERVED, Piece, decode_pieces, encode_join};
 use crate::engine::transport::rdma::{Moved, ServedRails};
 use crate::engine::transport::socket::Timed;
 
@@ -44,7 +44,7 @@ impl ServedLane<'_> {
         // Earlier ones are of no further use.
         self.rails = None;
         let (rails, answer) = match &self.shared.fabric {
-            None => (None, encode_join(&[], "it serves no RDMA")),
+            None => (None, encode_join(&[], NOT_SERVED)),
             Some(fabric) => {
                 let segments = self.shared.host.segments();
                 let memories: Vec<Arc<Memory>> = segments
@@ -145,7 +145,7 @@ impl ServedLane<'_> {
             let host = &shared.host;
             let (offset, length) = (item.offset, item.length);
             let segment = host.check(Opcode::Write, &item.grant, offset, length, item.word)?;
-            let pass = host.enter_write(&item.grant, offset, length)?;
+            let pass = host.enter_fetched_write(&item.grant, offset, length)?;
             let pointer = segment.memory.range(offset, length);
             let pointer = pointer.ok_or(TransferError::OutOfBounds)?;
             Ok(Passed {
