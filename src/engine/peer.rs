@@ -473,6 +473,61 @@ mod tests {
         assert!(matches!(beyond, Err(PeerError::OutsidePeer { .. })));
     }
 
+    #[cfg(feature = "rdma")]
+    #[test]
+    #[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
+    fn rdma_moves_memory_of_peers() {
+        use super::super::transport::rdma::RdmaConfig;
+        use std::sync::atomic::Ordering;
+        let open = |device: &str| {
+            let keys = ClusterKeys::derive(Token::new("t").as_ref());
+            let listen = "127.0.0.1:0".parse().unwrap();
+            let fabric = Fabric::open(&RdmaConfig::default().with_devices(device)).unwrap();
+            PeerEngine::open(listen, keys, Duration::from_secs(10), Some(fabric)).unwrap()
+        };
+        let (a, b) = (open("rxe0"), open("rxe1"));
+        let mut there: Vec<u8> = (0..3_000_000_u32).map(|n| (n * 7 % 251) as u8).collect();
+        let original = there.clone();
+        let base = register(&b, &mut there);
+        let name = b.address().to_string();
+        // Registered here and not, large and small, several ranges at once.
+        let mut large = vec![0u8; 2_000_000];
+        register(&a, &mut large);
+        let (mut small, mut unregistered) = (vec![0u8; 77], vec![0u8; 500_000]);
+        let ranges = [
+            moves(Opcode::Read, &mut large, base),
+            moves(Opcode::Read, &mut small, base + 5),
+            moves(Opcode::Read, &mut unregistered, base + 1_000_001),
+        ];
+        a.transfer(&name, &ranges, None).unwrap();
+        assert!(large == original[..2_000_000] && small == original[5..82]);
+        assert!(unregistered == original[1_000_001..1_500_001]);
+        large.fill(9);
+        let notify = Notify {
+            name: "n".into(),
+            message: "done".into(),
+        };
+        let ranges = [moves(Opcode::Write, &mut large, base + 1_000_000)];
+        a.transfer(&name, &ranges, Some(&notify)).unwrap();
+        assert!(there[..1_000_000] == original[..1_000_000]);
+        assert!(there[1_000_000..].iter().all(|x| *x == 9));
+        assert_eq!(b.take_notifies(), [notify]);
+        let counters = b.server.counters();
+        let rdma = |ways: &[std::sync::atomic::AtomicU64; 3]| ways[2].load(Ordering::Relaxed);
+        assert_eq!(rdma(&counters.way_read_bytes), 2_500_077);
+        assert_eq!(rdma(&counters.way_written_bytes), 2_000_000);
+        // Memory that is registered later, and memory that was taken back.
+        let mut later = vec![3u8; 400_000];
+        let at = register(&b, &mut later);
+        a.transfer(&name, &[moves(Opcode::Read, &mut small, at)], None)
+            .unwrap();
+        assert!(small.iter().all(|x| *x == 3));
+        b.unregister(base as usize).unwrap();
+        let gone = a.transfer(&name, &[moves(Opcode::Read, &mut small, base)], None);
+        assert!(gone.is_err());
+        assert_eq!(rdma(&counters.way_read_bytes), 2_500_154);
+    }
+
     #[test]
     fn registrations_end_and_do_not_overlap() {
         let (a, b) = (engine("t"), engine("t"));

@@ -421,6 +421,24 @@ fn rdma() {
     engine.unregister(buffer[0].as_mut_ptr());
 }
 
+#[cfg(feature = "rdma")]
+#[test]
+#[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
+fn rdma_to_a_node_without_it() {
+    let world = World::new("127.0.0.1:0");
+    let mut config = EngineConfig::new(world.client, world.keys.clone());
+    config.transports = vec![TransportKind::Rdma, TransportKind::Tcp];
+    config.fabric = Some(Fabric::open(&super::rdma::RdmaConfig::default()).unwrap());
+    let engine = TransferEngine::open(config);
+    assert_eq!(engine.path(&world.peer), Some(TransportKind::Rdma));
+    laws(&world, &engine);
+    assert_eq!(
+        engine.path(&world.peer),
+        Some(TransportKind::Tcp),
+        "it is not asked for each transfer"
+    );
+}
+
 #[test]
 fn faulty_wrapper_without_faults() {
     let world = World::new("127.0.0.1:0");

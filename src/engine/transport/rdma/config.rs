@@ -5,8 +5,10 @@ use std::time::Duration;
 /// Settings of the RDMA transport.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RdmaConfig {
-    /// Names of devices to use; none = all.
+    /// Names of devices to use; none = all (`MC_TE_FILTERS`).
     pub devices: Vec<String>,
+    /// Names of devices that are left out whatever is asked for (`MC_TE_FILTERS_EXCLUDE`).
+    pub excluded: Vec<String>,
     /// Whether a node's memory is registered when it starts rather than when the first caller comes.
     pub at_once: bool,
     /// Port, from 1 (`MC_IB_PORT`).
@@ -27,6 +29,8 @@ pub struct RdmaConfig {
     pub retries: u8,
     /// Requests under way per queue pair (`MC_MAX_WR`).
     pub depth: u32,
+    /// Largest registration, bytes; the device's own bound holds, too (`MC_MAX_MR_SIZE`).
+    pub registration: u64,
     /// Smallest slice a transfer is cut into, bytes (`MC_SLICE_SIZE`).
     pub slice: u64,
     /// How long a rail may stand still with requests under way (`MC_SLICE_TIMEOUT`, seconds).
@@ -39,6 +43,7 @@ impl Default for RdmaConfig {
     fn default() -> Self {
         Self {
             devices: Vec::new(),
+            excluded: Vec::new(),
             at_once: false,
             port: 1,
             gid_index: None,
@@ -49,6 +54,7 @@ impl Default for RdmaConfig {
             timeout: 14,
             retries: 6,
             depth: 128,
+            registration: 1 << 40,
             slice: 64 << 10,
             slice_timeout: Duration::from_secs(2),
             pause: Duration::from_secs(30),
@@ -75,7 +81,10 @@ impl RdmaConfig {
             2048..4096 => 4,
             _ => 5,
         });
+        let list = |name: &str| variable(name).map_or_else(Vec::new, |text| names(&text));
         Self {
+            devices: list("MC_TE_FILTERS"),
+            excluded: list("MC_TE_FILTERS_EXCLUDE"),
             port: small("MC_IB_PORT", 1, 255, d.port),
             gid_index: gid.map(|n| n as u8),
             mtu,
@@ -85,6 +94,7 @@ impl RdmaConfig {
             timeout: small("MC_IB_TIMEOUT", 1, 31, d.timeout),
             retries: small("MC_IB_RETRY_CNT", 0, 7, d.retries),
             depth: number("MC_MAX_WR", 16, 1024).map_or(d.depth, |n| n as u32),
+            registration: number("MC_MAX_MR_SIZE", 1 << 20, 1 << 50).unwrap_or(d.registration),
             slice: number("MC_SLICE_SIZE", 4096, 64 << 20).unwrap_or(d.slice),
             slice_timeout: number("MC_SLICE_TIMEOUT", 1, 600)
                 .map_or(d.slice_timeout, Duration::from_secs),
@@ -94,18 +104,26 @@ impl RdmaConfig {
         }
     }
 
-    /// With a comma list of device names, as in `device_name`.
+    /// With a comma list of device names, as in `device_name`; an empty one changes nothing.
     #[must_use]
     pub fn with_devices(mut self, list: &str) -> Self {
-        let names = list.split(',').map(str::trim).filter(|n| !n.is_empty());
-        self.devices = names.map(str::to_owned).collect();
+        let given = names(list);
+        if !given.is_empty() {
+            self.devices = given;
+        }
         self
     }
 
     /// Whether a device may be used.
     pub fn wants(&self, device: &str) -> bool {
-        self.devices.is_empty() || self.devices.iter().any(|d| d == device)
+        let named = |list: &[String]| list.iter().any(|d| d == device);
+        (self.devices.is_empty() || named(&self.devices)) && !named(&self.excluded)
     }
+}
+
+fn names(list: &str) -> Vec<String> {
+    let names = list.split(',').map(str::trim).filter(|n| !n.is_empty());
+    names.map(str::to_owned).collect()
 }
 
 #[cfg(test)]
@@ -121,6 +139,8 @@ mod tests {
                 "MC_IB_TC" => "106",
                 "MC_IB_SL" => "16",
                 "MC_IB_RETRY_CNT" => "x",
+                "MC_TE_FILTERS" => "mlx5_7",
+                "MC_TE_FILTERS_EXCLUDE" => "mlx5_1",
                 _ => return None,
             };
             Some(value.to_owned())
@@ -129,7 +149,9 @@ mod tests {
         assert_eq!((c.mtu, c.gid_index, c.traffic_class), (3, Some(3), 106));
         assert_eq!((c.service_level, c.retries), (0, 6), "nonsense is ignored");
         assert_eq!(c.devices, ["mlx5_0", "mlx5_1"]);
-        assert!(c.wants("mlx5_1") && !c.wants("mlx5_2"));
+        assert!(c.wants("mlx5_0") && !c.wants("mlx5_1") && !c.wants("mlx5_2"));
+        let c = RdmaConfig::from_env(given).with_devices("");
+        assert!(c.wants("mlx5_7") && !c.wants("mlx5_0"));
         assert!(RdmaConfig::default().wants("anything"));
     }
 }

@@ -160,7 +160,8 @@ impl Device {
         // SAFETY: an open context; writes the struct.
         let code = unsafe { (verbs.ibv_query_device)(context, &raw mut device.attributes) };
         returned(&device.name, "query device", code)?;
-        device.mr_max = device.attributes.max_mr_size.max(4096) / 4096 * 4096;
+        device.mr_max = device.attributes.max_mr_size.min(config.registration);
+        device.mr_max = device.mr_max.max(4096) / 4096 * 4096;
         let (state, layer) = device.query_port()?;
         device.ethernet = layer == ETHERNET;
         let addressed = device.choose_gid();

@@ -34,11 +34,14 @@ fn pattern(n: usize) -> Vec<u8> {
 
 impl Pair {
     fn new() -> Self {
-        let config = RdmaConfig {
+        Self::with(RdmaConfig {
             slice_timeout: Duration::from_secs(5),
             retries: 3,
             ..RdmaConfig::default()
-        };
+        })
+    }
+
+    fn with(config: RdmaConfig) -> Self {
         let caller = Fabric::open(&config).unwrap();
         assert_eq!(caller.devices.len(), 2, "{}", caller.summary());
         let node = caller.clone();
@@ -69,25 +72,32 @@ impl Pair {
         }
     }
 
-    fn piece(&self) -> Piece {
-        let address = self.buffer.as_ptr() as u64;
-        let key = |at| self.registration.rkey(at, address).unwrap();
-        Piece {
-            address,
-            length: BYTES as u64,
-            keys: (0..self.ends.len()).map(key).collect(),
+    fn pieces(&self) -> Vec<Piece> {
+        let start = self.buffer.as_ptr() as u64;
+        let mut pieces = Vec::new();
+        let mut done = 0;
+        while done < BYTES as u64 {
+            let address = start + done;
+            let length = self.registration.run(address);
+            let key = |at| self.registration.rkey(at, address).unwrap();
+            pieces.push(Piece {
+                address,
+                length,
+                keys: (0..self.ends.len()).map(key).collect(),
+            });
+            done += length;
         }
+        pieces
     }
 
-    fn carry(&mut self, into_ours: bool, piece: Piece) -> MovedOutcome {
+    fn carry(&mut self, into_ours: bool, pieces: &[Piece]) -> MovedOutcome {
         let ready = self.rails.ready(&self.memory).unwrap();
-        let pieces = [piece];
         let moved = Moved {
             item: 0,
             pointer: self.memory.as_ptr(),
             memory: &ready,
             addressable: true,
-            pieces: &pieces,
+            pieces,
         };
         self.rails.carry(into_ours, &[moved], self.lane.0.as_fd())
     }
@@ -102,13 +112,29 @@ impl Pair {
 #[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
 fn fetches_and_brings_over_both_rails() {
     let mut pair = Pair::new();
-    let piece = pair.piece();
-    let outcome = pair.carry(true, piece.clone());
+    let pieces = pair.pieces();
+    let outcome = pair.carry(true, &pieces);
     assert_eq!((outcome.lost, outcome.failed), (0, vec![]));
     assert!(pair.there() == pattern(BYTES), "fetched");
     pair.buffer.fill(0);
-    let outcome = pair.carry(false, piece);
+    let outcome = pair.carry(false, &pieces);
     assert_eq!((outcome.lost, outcome.failed), (0, vec![]));
+    assert!(pair.buffer == pattern(BYTES), "brought");
+}
+
+#[test]
+#[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
+fn memory_larger_than_a_registration_is_registered_in_parts() {
+    let mut pair = Pair::with(RdmaConfig {
+        registration: 1 << 20,
+        ..RdmaConfig::default()
+    });
+    let pieces = pair.pieces();
+    assert_eq!(pieces.len(), BYTES >> 20);
+    assert!(pair.carry(true, &pieces).failed.is_empty());
+    assert!(pair.there() == pattern(BYTES), "fetched");
+    pair.buffer.fill(0);
+    assert!(pair.carry(false, &pieces).failed.is_empty());
     assert!(pair.buffer == pattern(BYTES), "brought");
 }
 
@@ -117,13 +143,13 @@ fn fetches_and_brings_over_both_rails() {
 fn a_rail_that_is_gone_is_replaced_by_the_other() {
     for into_ours in [true, false] {
         let mut pair = Pair::new();
-        let piece = pair.piece();
-        assert!(pair.carry(true, piece.clone()).failed.is_empty());
+        let pieces = pair.pieces();
+        assert!(pair.carry(true, &pieces).failed.is_empty());
         if !into_ours {
             pair.buffer.fill(0);
         }
         pair.ends[0] = None;
-        let outcome = pair.carry(into_ours, piece);
+        let outcome = pair.carry(into_ours, &pieces);
         assert_eq!(outcome.lost, 1, "{:?}", outcome.reason);
         assert!(outcome.failed.is_empty(), "it went by the other rail");
         if into_ours {
@@ -138,12 +164,12 @@ fn a_rail_that_is_gone_is_replaced_by_the_other() {
 #[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
 fn a_wrong_key_fails_and_reaches_nothing() {
     let mut pair = Pair::new();
-    let mut piece = pair.piece();
-    for key in &mut piece.keys {
+    let mut pieces = pair.pieces();
+    for key in pieces.iter_mut().flat_map(|p| &mut p.keys) {
         *key ^= 0x5A00;
     }
     pair.buffer.fill(9);
-    let outcome = pair.carry(false, piece);
+    let outcome = pair.carry(false, &pieces);
     assert_eq!(outcome.failed, [0]);
     let reason = outcome.reason.unwrap();
     assert!(reason.contains("remote access"), "{reason}");
@@ -154,14 +180,14 @@ fn a_wrong_key_fails_and_reaches_nothing() {
 #[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
 fn a_caller_that_hangs_up_ends_it() {
     let mut pair = Pair::new();
-    let piece = pair.piece();
+    let pieces = pair.pieces();
     pair.ends.clear();
     drop(std::mem::replace(
         &mut pair.lane.1,
         UnixStream::pair().unwrap().0,
     ));
     let start = Instant::now();
-    let outcome = pair.carry(true, piece);
+    let outcome = pair.carry(true, &pieces);
     assert_eq!(outcome.failed, [0]);
     assert!(start.elapsed() < Duration::from_secs(5));
 }

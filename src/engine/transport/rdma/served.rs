@@ -153,7 +153,12 @@ fn connect(fabric: &Arc<Fabric>, their: &End, number: u64) -> Result<(Endpoint, 
     let name = their.name();
     let same = up.iter().find(|at| fabric.devices[**at].name == name);
     let spread = || up.get((number % up.len().max(1) as u64) as usize);
-    let at = *same.or_else(spread).ok_or(RdmaError::NoDevice)?;
+    let at = same.or_else(spread).ok_or_else(|| RdmaError::Device {
+        device: "rdma".to_owned(),
+        reason: "no port is up".to_owned(),
+        code: 0,
+    })?;
+    let at = *at;
     let device = &fabric.devices[at];
     let attempt = || {
         let end = Endpoint::active(device, at, fabric.config.depth)?;
