@@ -254,7 +254,10 @@ pub(crate) fn receive(
         what,
     };
     let socket = lane.socket()?;
+    let since = Instant::now();
+    socket.watch(since);
     socket.need(HEADER_BYTES, until).map_err(io)?;
+    socket.heard(since);
     let mut head = [0; HEADER_BYTES];
     head.copy_from_slice(socket.take(HEADER_BYTES));
     let reply = frame::decode_reply(&head).map_err(wrong)?;

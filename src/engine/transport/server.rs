@@ -359,9 +359,12 @@ impl ServedLane<'_> {
     /// be trusted to be in step.
     fn serve(&mut self) -> io::Result<()> {
         loop {
+            let idle = Instant::now();
+            self.socket.watch(idle);
             if !self.socket.need_or_end(1, Until::Idle)? {
                 return Ok(());
             }
+            self.socket.heard(idle);
             let start = Instant::now();
             let until = Until::Deadline(start + FRAME_TIMEOUT);
             self.socket.need(HEADER_BYTES, until)?;
