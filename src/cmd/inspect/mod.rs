@@ -271,14 +271,14 @@ fn nodes(client: &PoolClient, output: Output) -> anyhow::Result<()> {
     }
     let headings = [
         "NODE",
-        "ADDRESS",
+        "?ADDRESS",
         "STATE",
-        "RELEASE",
-        "PATH",
-        ">SEGMENTS",
+        "?RELEASE",
+        "?PATH",
+        "?>SEGMENTS",
         ">SIZE",
         ">USED",
-        ">OBJECTS",
+        "?>OBJECTS",
     ];
     let mut table = Columns::new(&headings);
     for (s, size, used, objects, count) in &rows {
@@ -311,7 +311,10 @@ fn segments(client: &PoolClient, matches: &ArgMatches, output: Output) -> anyhow
         .map(|s| s.name.clone())
         .collect();
     let api = Api::new(matches)?;
-    let maps = keys::maps(&api, &names, CELLS, MAPS_TIME);
+    let longest = names.iter().map(|n| n.chars().count()).max().unwrap_or(0);
+    // A map is as wide as there is room for beside its name.
+    let cells = print::columns().map_or(CELLS, |c| c.saturating_sub(longest + 4).clamp(8, CELLS));
+    let maps = keys::maps(&api, &names, cells, MAPS_TIME);
     if output == Output::Json {
         let all: Vec<Value> = segments
             .iter()
@@ -332,14 +335,14 @@ fn segments(client: &PoolClient, matches: &ArgMatches, output: Output) -> anyhow
     let headings = [
         "SEGMENT",
         "STATE",
-        "PAGES",
+        "?PAGES",
         ">SIZE",
-        "OCCUPANCY",
+        "?OCCUPANCY",
         ">USED",
-        ">LARGEST FREE",
-        ">FREE RANGES",
+        "?>LARGEST FREE",
+        "?>FREE RANGES",
         ">FRAGMENTED",
-        ">OBJECTS",
+        "?>OBJECTS",
     ];
     let mut table = Columns::new(&headings);
     for s in &segments {
