@@ -13,6 +13,7 @@ use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::sync::Arc;
 
+use mooncake::engine::transport::rdma::Fabric;
 use mooncake::store::client::{PoolClient, PutSession};
 use mooncake::store::master::MasterServer;
 use mooncake::store::model::error::StoreError;
@@ -72,6 +73,8 @@ pub(crate) struct Pool {
     nodes: Mutex<Vec<(String, Node)>>,
     /// The master of an embedded pool.
     embedded: Option<Arc<MasterServer>>,
+    /// RDMA devices, for memory that is lent later.
+    fabric: Option<Arc<Fabric>>,
     hostname: String,
     generation: u32,
     /// Versions that `batch_get_session_start` promised.

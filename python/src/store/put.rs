@@ -404,6 +404,10 @@ impl Store {
         if self.pool().is_err() || !self.buffers.add(address, length) {
             return INVALID_PARAMS;
         }
+        if let (Ok(pool), Some(None)) = (self.pool(), self.buffers.whose(address)) {
+            // SAFETY: memory of this process now; that it stays so until it is unregistered is the caller's promise.
+            py.detach(|| unsafe { pool.client.register(address as *mut u8, length) });
+        }
         let Some(engine) = self.engine.read().clone() else {
             return 0;
         };
@@ -423,6 +427,9 @@ impl Store {
         let Some(length) = self.buffers.take(buffer_ptr.0) else {
             return INVALID_PARAMS;
         };
+        if let Ok(pool) = self.pool() {
+            py.detach(|| pool.client.unregister(buffer_ptr.0 as *mut u8));
+        }
         // What was registered with the engine by others, or is a part of that, is theirs.
         if let Some(engine) = self.engine.read().clone()
             && self.lent.lock().remove(&(buffer_ptr.0, length))

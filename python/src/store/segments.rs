@@ -25,7 +25,14 @@ impl Store {
             let address = mooncake::base::net::join_host_port(&host, 0);
             let listen = mooncake::base::net::resolve_one(&address).map_err(|_| INVALID_PARAMS)?;
             let token = super::lifecycle::token();
-            let node = start_node(pool.client.master(), token, listen, None, lent)?;
+            let node = start_node(
+                pool.client.master(),
+                token,
+                listen,
+                None,
+                lent,
+                pool.fabric.clone(),
+            )?;
             pool.client.add_local(node.host());
             let id = node.name().to_owned();
             pool.nodes.lock().push((id.clone(), node));
