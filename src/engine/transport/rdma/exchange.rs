@@ -260,7 +260,10 @@ impl Exchange<'_> {
         let mut statuses = Vec::new();
         if count > 0 {
             let socket = self.lane.socket()?;
+            let since = Instant::now();
+            socket.watch(since);
             socket.need(HEADER_BYTES, until).map_err(io)?;
+            socket.heard(since);
             let mut head = [0; HEADER_BYTES];
             head.copy_from_slice(socket.take(HEADER_BYTES));
             let reply = frame::decode_reply(&head).map_err(wrong)?;
