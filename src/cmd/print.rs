@@ -117,8 +117,8 @@ pub(crate) fn columns() -> Option<usize> {
 
 /// A table without frames: columns aligned, numbers (as told) to the right.
 ///
-/// When the terminal is too narrow, columns whose heading begins with `?` (before `>`) are left out, the last such first; then what
-/// stands in the first column is cut.
+/// When the terminal is too narrow, columns whose heading begins with `?` (before `>`) are left out, the last such first; in a
+/// frame, what stands in the first column is then cut. Elsewhere it is kept whole: somebody may want to copy a key.
 pub(crate) struct Columns {
     headings: Vec<String>,
     rows: Vec<Vec<String>>,
@@ -171,8 +171,8 @@ impl Columns {
         table.lines().map(|l| l.trim_end().to_owned()).collect()
     }
 
-    /// The lines, made to fit so many columns.
-    fn fitted(&self, columns: usize) -> Vec<String> {
+    /// The lines, made to fit so many columns as far as that goes.
+    fn fitted(&self, columns: usize, cut_names: bool) -> Vec<String> {
         let spare = (0..self.headings.len()).filter(|n| self.headings[*n].starts_with('?'));
         let mut spare: Vec<usize> = spare.collect();
         let mut hidden = Vec::new();
@@ -188,7 +188,7 @@ impl Columns {
             match (width > columns, spare.pop(), first) {
                 (true, Some(index), _) => hidden.push(index),
                 // A name of fewer characters than this says nothing.
-                (true, None, Some(first)) if first > 12 && most == usize::MAX => {
+                (true, None, Some(first)) if cut_names && first > 12 && most == usize::MAX => {
                     most = first.saturating_sub(width - columns).max(12);
                 }
                 _ => return lines,
@@ -197,8 +197,9 @@ impl Columns {
     }
 
     pub(crate) fn print(&self) -> io::Result<()> {
-        let lines = self.fitted(columns().unwrap_or(usize::MAX));
-        if ROOM.load(Ordering::Relaxed) != usize::MAX {
+        let in_frame = ROOM.load(Ordering::Relaxed) != usize::MAX;
+        let lines = self.fitted(columns().unwrap_or(usize::MAX), in_frame);
+        if in_frame {
             return lines.iter().try_for_each(|row| line(row));
         }
         let mut out = io::stdout().lock();
@@ -230,16 +231,16 @@ mod tests {
             "x".into(),
         ]);
         assert_eq!(
-            table.fitted(usize::MAX),
+            table.fitted(usize::MAX, true),
             [
                 "NAME                SIZE  STATE  NOTE",
                 "a-rather-long-name    12  ok     x"
             ]
         );
-        assert_eq!(table.fitted(33)[0], "NAME                SIZE  STATE");
-        assert_eq!(table.fitted(27)[0], "NAME                STATE");
+        assert_eq!(table.fitted(33, true)[0], "NAME                SIZE  STATE");
+        assert_eq!(table.fitted(27, true)[0], "NAME                STATE");
         assert_eq!(
-            table.fitted(21),
+            table.fitted(21, true),
             ["NAME            STATE", "a-rather-long…  ok"]
         );
     }

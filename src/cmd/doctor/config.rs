@@ -152,6 +152,16 @@ fn read(path: &Path, found: &mut Vec<Finding>) -> Option<Map<String, Value>> {
             );
             None
         }
+        Err(_) if text.starts_with('\u{feff}') => {
+            let reason =
+                "begins with a byte order mark, which some editors write and no JSON reader takes";
+            found.push(
+                Finding::fail("file", "file_byte_order_mark", name.clone(), reason)
+                    .remedy("save it as UTF-8 without a byte order mark")
+                    .command(format!("sed -i '1s/^\\xef\\xbb\\xbf//' {name}")),
+            );
+            None
+        }
         Err(e) => {
             let reason = format!("is not JSON: {e}");
             found.push(

@@ -62,6 +62,20 @@ pub(super) fn check(path: &Path) -> Vec<Finding> {
             stat.f_blocks.saturating_mul(stat.f_frsize),
         );
         let shown = format!("{} of {} free", ByteSize(free), ByteSize(all));
+        // File systems that make them as needed say 0.
+        if stat.f_files > 0 && stat.f_favail < stat.f_files / 50 {
+            let shown = format!(
+                "{} of {} files may still be made",
+                stat.f_favail, stat.f_files
+            );
+            let reason =
+                "the file system has no room for more files (inodes), whatever space is free";
+            found.push(
+                Finding::fail("SSD files", "ssd_no_inodes", shown, reason)
+                    .remedy("remove small files there, or name a directory of another file system")
+                    .command(format!("df -i {name}")),
+            );
+        }
         // The share at which file systems become slow.
         if free < all / 20 {
             found.push(
@@ -85,6 +99,8 @@ pub(super) fn check(path: &Path) -> Vec<Finding> {
             Finding::fail(check, "ssd_readonly", name, format!("cannot be written: {e}"))
                 .remedy("mount it for writing; a disk that fails is mounted read-only by itself: dmesg")
         }
+        // Said with the space, or with the files.
+        Some(Err(e)) if e.kind() == std::io::ErrorKind::StorageFull && found.iter().any(|f| !f.cause.is_empty()) => Finding::skipped(check, format!("not written to: {e}")),
         Some(Err(e)) if e.kind() == std::io::ErrorKind::PermissionDenied => {
             Finding::fail(check, "ssd_forbidden", name.clone(), format!("cannot be written: {e}"))
                 .remedy("let this user write there").command(format!("chown $(id -u) {name}"))
@@ -92,7 +108,9 @@ pub(super) fn check(path: &Path) -> Vec<Finding> {
         Some(Err(e)) => Finding::fail(check, "ssd_broken", name, format!("cannot be written: {e}")).remedy("look at the disk: dmesg"),
         Some(Ok((direct, rate))) => {
             let shown = format!("{name}: {:.0} MB/s written{}", rate / 1e6, if direct { ", direct I/O" } else { "" });
-            if !direct {
+            if in_memory(path) {
+                Finding::warn(check, "ssd_in_memory", shown, "this file system lies in memory: what is moved there from memory takes the same memory again").remedy("name a directory on an SSD in ssd_offload_path")
+            } else if !direct {
                 Finding::warn(check, "ssd_no_direct_io", shown, "this file system has no direct I/O: data would be cached twice").remedy("use a directory on ext4 or xfs")
             } else if rate < 50e6 {
                 Finding::warn(check, "ssd_slow", shown, "slower than a network of 1 Gbit/s: reading back would cost more than it saves").remedy("name a directory on an SSD in ssd_offload_path")
@@ -102,6 +120,13 @@ pub(super) fn check(path: &Path) -> Vec<Finding> {
         }
     });
     found
+}
+
+/// Whether a file system keeps its files in memory: tmpfs or ramfs.
+fn in_memory(path: &Path) -> bool {
+    const TMPFS: u32 = 0x0102_1994;
+    const RAMFS: u32 = 0x8584_58F6;
+    rustix::fs::statfs(path).is_ok_and(|s| matches!(s.f_type as u32, TMPFS | RAMFS))
 }
 
 /// Writes a file past the page cache and removes it: whether that was possible, and bytes per second.

@@ -193,8 +193,10 @@ fn examine(matches: &ArgMatches, asked: &Asked) -> Report {
         .or_else(|| wanted.master.clone());
     // An address that is none was named by `config`, or is by `address`.
     let master = named.unwrap_or_else(|| format!("127.0.0.1:{MASTER_PORT}"));
-    let master =
-        split_host_port(&master, MASTER_PORT).map_or(master, |(h, p)| join_host_port(&h, p));
+    let master = match split_host_port(&master, MASTER_PORT) {
+        Ok((host, port)) if address::misspelt(&master).is_none() => join_host_port(&host, port),
+        _ => master,
+    };
     let keys = ClusterKeys::derive(wanted.token.as_ref());
     let peers: Vec<String> = matches
         .get_many::<String>("peer")

@@ -2,6 +2,7 @@
 //!
 //! Owns what each must answer. Refuses to know how a connection fails.
 
+use super::address;
 use super::http::{Unanswered, bearer, http, http_date, request};
 use super::instances;
 use super::reach::{Lane, lane, ms, with_port};
@@ -26,6 +27,13 @@ pub(super) struct MasterSeen {
 pub(super) fn master(target: &str, keys: &ClusterKeys, token: Option<&Token>) -> MasterSeen {
     let mut findings = Vec::new();
     let check = "master";
+    if address::misspelt(target).is_some() {
+        return MasterSeen {
+            findings: vec![Finding::skipped(check, "its address is none")],
+            lane: None,
+            skew: None,
+        };
+    }
     let lane = match lane(target, LaneKind::Control, keys) {
         Ok(lane) => lane,
         Err(fault) => {

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use super::address::misspelt;
 use super::config::{Wanted, closest};
 use super::report::Finding;
 use super::system::Root;
 use crate::base::config::edit_distance;
-use crate::base::net::split_host_port;
 use crate::base::trust::Token;
 use crate::base::units::ByteSize;
 
@@ -99,17 +99,9 @@ pub(super) fn values(map: &Map<String, Value>, in_file: bool, found: &mut Vec<Fi
     }
     let embedded = matches!(master.as_deref(), Some("embedded"));
     if let Some(address) = master.as_deref().filter(|_| !embedded) {
-        if let Err(reason) = split_host_port(address, 50_051) {
+        if let Some((reason, meant)) = misspelt(address) {
             let f = Finding::fail("master_server_address", "bad_address", address, reason);
-            found.push(f.remedy("write \"master_server_address\": \"HOST:50051\""));
-        } else if address.contains("://") {
-            let f = Finding::fail(
-                "master_server_address",
-                "bad_address",
-                address,
-                "is a URL; the master is given as HOST:PORT",
-            );
-            found.push(f.remedy("write \"master_server_address\": \"HOST:50051\""));
+            found.push(f.remedy(format!("write \"master_server_address\": \"{meant}\"")));
         } else if in_file {
             found.push(Finding::ok("master_server_address", address));
         }
@@ -130,7 +122,7 @@ pub(super) fn values(map: &Map<String, Value>, in_file: bool, found: &mut Vec<Fi
         token: None,
         master: master
             .filter(|_| !embedded)
-            .filter(|m| split_host_port(m, 50_051).is_ok() && !m.contains("://")),
+            .filter(|m| misspelt(m).is_none()),
     }
 }
 

@@ -189,7 +189,7 @@ fn configuration() -> Vec<Fault> {
             area,
             "an SSD path that is not used",
             ("ssd_offload_path", "warn", "path_without_offload"),
-            &["ssd_no_direct_io", "ssd_slow"],
+            &["ssd_in_memory", "ssd_no_direct_io", "ssd_slow"],
             |lab| {
                 let path = lab.place();
                 with(lab, &format!(r#""ssd_offload_path":"{}""#, path.display()))
@@ -391,11 +391,11 @@ fn on_disk(lab: &Lab, variable: (&str, &str)) -> Said {
     if !built.is_ok_and(|s| s.success()) {
         return Err("no cc".to_owned());
     }
-    let ssd = place.join("ssd");
-    std::fs::create_dir(&ssd).unwrap();
+    // Not below /tmp, which may lie in memory.
+    let ssd = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let file = format!(
         r#"{{{FILE},"enable_ssd_offload":true,"ssd_offload_path":"{}"}}"#,
-        ssd.display()
+        ssd.path().display()
     );
     std::fs::write(
         place.join("mooncake.json"),

@@ -298,7 +298,7 @@ fn host() -> Vec<Fault> {
             area,
             "io_uring is switched off, and an SSD configured",
             ("io_uring", "warn", "io_uring_off"),
-            &["ssd_no_direct_io", "ssd_slow"],
+            &["ssd_in_memory", "ssd_no_direct_io", "ssd_slow"],
             |lab| {
                 let ssd = lab.place();
                 Tree::host(&lab.place())

@@ -313,7 +313,7 @@ doctor --master $A:50051
             area,
             "the disk of the SSD path is full",
             ("SSD space", "fail", "ssd_full"),
-            &["ssd_no_direct_io", "ssd_broken", "ssd_slow"],
+            &["ssd_in_memory"],
             |lab| {
                 let script = r#"
 A=127.0.0.1 master env

@@ -247,5 +247,68 @@ pub(super) fn all() -> Vec<Fault> {
                 )
             )
         ),
+        fault!(
+            area,
+            "an IPv6 address with a port, and no brackets",
+            ("master's name", "fail", "bad_address"),
+            &[],
+            |lab| doctor(&["--master", "::1:50872"], &[], &lab.place())
+        ),
+        fault!(
+            area,
+            "--master with a path",
+            ("master's name", "fail", "bad_address"),
+            &[],
+            |lab| doctor(
+                &["--master", &format!("{}/", lab.master)],
+                &[],
+                &lab.place()
+            )
+        ),
+        fault!(
+            area,
+            "--master with port 0",
+            ("master's name", "fail", "bad_address"),
+            &[],
+            |lab| doctor(&["--master", "127.0.0.1:0"], &[], &lab.place())
+        ),
+        fault!(
+            area,
+            "mooncake.json begins with a byte order mark",
+            ("file", "fail", "file_byte_order_mark"),
+            &[],
+            |lab| lab.with_file(&format!("\u{feff}{{{FILE}}}"), &["--master", &lab.master])
+        ),
+        fault!(
+            area,
+            "the SSD path lies in memory",
+            ("SSD path", "warn", "ssd_in_memory"),
+            &[],
+            |lab| on_tmpfs(lab, "size=64m", "true")
+        ),
+        fault!(
+            area,
+            "the file system of the SSD path has no inodes left",
+            ("SSD files", "fail", "ssd_no_inodes"),
+            &[],
+            |lab| on_tmpfs(
+                lab,
+                "size=64m,nr_inodes=100",
+                r#"touch "$D"/ssd/{1..99} 2>/dev/null || true"#
+            )
+        ),
     ]
+}
+
+/// An SSD path on a file system of its own, filled by a line of shell.
+fn on_tmpfs(lab: &Lab, options: &str, fill: &str) -> Said {
+    let script = format!(
+        r#"
+A=127.0.0.1 master env
+mkdir "$D/ssd"; mount -t tmpfs -o {options} none "$D/ssd"; {fill}
+echo '{{"local_hostname":"127.0.0.1","metadata_server":"P2PHANDSHAKE","master_server_address":"127.0.0.1:50051","enable_ssd_offload":true,"ssd_offload_path":"'"$D/ssd"'"}}' > "$D/mooncake.json"
+doctor
+"#
+    );
+    super::network::run(lab, &script)
 }
