@@ -432,17 +432,21 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__doctor)
-            opts="-h --config --master --proxy --proxy-key-file --peer --mesh --mesh-timeout --rdma --token-file --fix --output --root --help"
+            opts="-h --master --config --token-file --proxy --proxy-key-file --peer --mesh --mesh-timeout --rdma --fix --output --root --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --master)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --config)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --master)
+                --token-file)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -459,10 +463,6 @@ _mooncake() {
                     return 0
                     ;;
                 --mesh-timeout)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --token-file)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

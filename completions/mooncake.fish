@@ -267,7 +267,7 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fis
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum, and what happened to it'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "tenants" -d 'Tenants with what they hold and their hit rate'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "hot" -d 'What was read most lately: first keys of batches'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "events" -d 'Follow what is stored and removed, as it happens; JSON is one event per line'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "events" -d 'Follow what is stored and removed, as it happens, also over a restart of the master; JSON is one event per line'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "top" -d 'Rates, memory and segments, refreshed like top'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "diff" -d 'What changed between two moments: two files of `inspect --output json`, or now and --interval later'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'
@@ -404,18 +404,18 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum, and what happened to it'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "tenants" -d 'Tenants with what they hold and their hit rate'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "hot" -d 'What was read most lately: first keys of batches'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "events" -d 'Follow what is stored and removed, as it happens; JSON is one event per line'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "events" -d 'Follow what is stored and removed, as it happens, also over a restart of the master; JSON is one event per line'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "top" -d 'Rates, memory and segments, refreshed like top'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "diff" -d 'What changed between two moments: two files of `inspect --output json`, or now and --interval later'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
-complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l proxy -d 'Also check this proxy' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l proxy-key-file -d 'File with the proxy\'s admin key (or ADMIN_API_KEY): what it knows of its instances' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l peer -d 'Also check this data port of a node; may be given several times' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l mesh-timeout -d 'Bound of --mesh; a bare number is seconds' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l output -d 'How to print the result' -r -f -a "text\t'For people'
 json\t'One JSON document'"
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l root -r -F
@@ -474,7 +474,7 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum, and what happened to it'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "tenants" -d 'Tenants with what they hold and their hit rate'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "hot" -d 'What was read most lately: first keys of batches'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "events" -d 'Follow what is stored and removed, as it happens; JSON is one event per line'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "events" -d 'Follow what is stored and removed, as it happens, also over a restart of the master; JSON is one event per line'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "top" -d 'Rates, memory and segments, refreshed like top'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "diff" -d 'What changed between two moments: two files of `inspect --output json`, or now and --interval later'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'

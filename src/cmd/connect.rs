@@ -13,34 +13,34 @@ use crate::base::units::parse_duration;
 use crate::engine::transport::{TransportKind, rdma};
 use crate::store::client::{ClientConfig, PoolClient};
 
+/// The flags that say which pool: `--master`, `--config`, `--token-file`.
+pub(super) fn place() -> [Arg; 3] {
+    [
+        Arg::new("master")
+            .long("master")
+            .value_name("HOST:PORT")
+            .help("Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]"),
+        Arg::new("config")
+            .long("config")
+            .value_name("FILE")
+            .value_parser(clap::value_parser!(PathBuf))
+            .help("mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]"),
+        Arg::new("token-file")
+            .long("token-file")
+            .value_name("FILE")
+            .help("File with the cluster token (or MOONCAKE_TOKEN)"),
+    ]
+}
+
 /// Adds the flags every pool command has.
 pub(super) fn add(command: Command) -> Command {
     command
         .next_help_heading("Connection")
+        .args(place())
         .arg(
-            Arg::new("master")
-                .long("master")
-                .value_name("HOST:PORT")
-                .help("Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]"),
-        )
-        .arg(
-            Arg::new("config")
-                .long("config")
-                .value_name("FILE")
-                .value_parser(clap::value_parser!(PathBuf))
-                .help("mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]"),
-        )
-        .arg(
-            Arg::new("token-file")
-                .long("token-file")
-                .value_name("FILE")
-                .help("File with the cluster token (or MOONCAKE_TOKEN)"),
-        )
-        .arg(
-            Arg::new("tenant")
-                .long("tenant")
-                .value_name("NAME")
-                .help("Namespace of the keys [default: tenant_id of mooncake.json, else `default`]"),
+            Arg::new("tenant").long("tenant").value_name("NAME").help(
+                "Namespace of the keys [default: tenant_id of mooncake.json, else `default`]",
+            ),
         )
         .arg(
             Arg::new("transport")

@@ -260,6 +260,9 @@ impl SegmentHost {
         if !grant.allows(opcode.access(), &self.keys) {
             return Err(TransferError::GrantRefused);
         }
+        if segment.memory.is_lost() {
+            return Err(TransferError::Stale);
+        }
         let word_fits =
             word.is_none_or(|w| w.offset.is_multiple_of(8) && grant.covers(w.offset, 8));
         if !grant.covers(offset, length)

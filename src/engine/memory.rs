@@ -88,6 +88,8 @@ pub struct Memory {
     /// Set for memory of a device: its addresses are not touched here.
     device: Option<Arc<dyn DeviceCopies>>,
     companions: Companions,
+    /// What lay here is gone (a file that was cut): nothing is published here any more.
+    lost: AtomicBool,
 }
 
 // SAFETY: a mapping is not tied to a thread; all access goes through raw pointers and atomics (module header).
@@ -154,7 +156,8 @@ impl Memory {
     }
 
     /// Maps part of a file, whose blocks are all allocated first: a page without one would be a signal. It is not handed to
-    /// other processes, since nothing keeps a file from being cut; who cuts it while it is mapped kills this process.
+    /// other processes, since nothing keeps a file from being cut. Touching what was cut off is SIGBUS: whoever lends files and
+    /// wants to survive that handles the signal, maps something else and calls [`Memory::mark_lost`].
     ///
     /// # Errors
     /// `InvalidInput` for what is not a regular file, a range outside of it or not on page boundaries; from the kernel.
@@ -222,6 +225,7 @@ impl Memory {
             touched: Box::default(),
             device: None,
             companions: Companions::default(),
+            lost: AtomicBool::new(false),
         };
         if pages == PageKind::Small {
             // SAFETY: advice on our own mapping changes no contents.
@@ -245,6 +249,7 @@ impl Memory {
             touched: Box::default(),
             device: None,
             companions: Companions::default(),
+            lost: AtomicBool::new(false),
         }
     }
 
@@ -259,6 +264,7 @@ impl Memory {
             touched: Box::default(),
             device: Some(copies),
             companions: Companions::default(),
+            lost: AtomicBool::new(false),
         }
     }
 
@@ -364,8 +370,22 @@ impl Memory {
             .is_some_and(|w| w.load(Ordering::Acquire) == value)
     }
 
-    /// Publishes `value` at `offset` after every earlier write of this thread.
+    /// Says that the bytes are gone. Async-signal-safe.
+    pub fn mark_lost(&self) {
+        self.lost.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether the bytes are gone.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::SeqCst)
+    }
+
+    /// Publishes `value` at `offset` after every earlier write of this thread; not in memory that is lost, where part of
+    /// what was written may be gone.
     pub fn publish(&self, offset: u64, value: u64) {
+        if self.is_lost() {
+            return;
+        }
         if let Some(word) = self.word(offset) {
             word.store(value, Ordering::Release);
         }

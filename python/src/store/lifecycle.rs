@@ -1,7 +1,9 @@
 //! Opening and closing: a client, the memory this process lends, and for an embedded pool its master.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::hash::{BuildHasher, RandomState};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,7 +20,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyAny, PyDict};
 
-use super::{INVALID_PARAMS, Pool, Store};
+use super::{INVALID_PARAMS, Lending, Pool, Store};
 use crate::args::code;
 use crate::engine;
 use crate::process;
@@ -31,6 +33,9 @@ const IN_SERVICE: Duration = Duration::from_secs(5);
 const DRAIN: Duration = Duration::from_secs(3);
 /// How long calls wait for a master that has gone: a restart fits in, a request is not held up for longer.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Ports that upstream's clients listen on when they are not told one.
+const PORTS: Range<u16> = 12300..14300;
+const PORT_TRIES: u64 = 16;
 const INTERNAL_ERROR: i32 = -1;
 const RPC_FAIL: i32 = -900;
 
@@ -93,7 +98,7 @@ impl Settings {
         }))
     }
 
-    /// Where to listen for data, and what others connect to when that is not it.
+    /// Where to listen for data, and the host that others connect to when it was given by name.
     fn listen(&self) -> Result<(SocketAddr, Option<String>), String> {
         let name = if self.local_hostname.is_empty() {
             "127.0.0.1"
@@ -102,17 +107,28 @@ impl Settings {
         };
         let (host, port) = split_host_port(name, 0)?;
         let address = resolve_one(&join_host_port(&host, port)).map_err(|e| e.to_string())?;
-        if std::net::TcpListener::bind(SocketAddr::new(address.ip(), 0)).is_ok() {
-            let free = std::net::TcpListener::bind(address).is_ok();
-            return Ok((
-                SocketAddr::new(address.ip(), if free { port } else { 0 }),
-                None,
-            ));
+        let advertise = host.parse::<IpAddr>().is_err().then_some(host);
+        let is_ours = TcpListener::bind(SocketAddr::new(address.ip(), 0)).is_ok();
+        if !is_ours {
+            // Not an address of this host (a container's name, say): it was asked for, so others get to use it.
+            let any: IpAddr = Ipv4Addr::UNSPECIFIED.into();
+            let host = advertise.unwrap_or_else(|| address.ip().to_string());
+            return Ok((SocketAddr::new(any, port), Some(host)));
         }
-        // The name is not an address of this host (a container's, say): it was asked for, so others get to use it.
-        let any: IpAddr = Ipv4Addr::UNSPECIFIED.into();
-        Ok((SocketAddr::new(any, port), Some(host)))
+        Ok((SocketAddr::new(address.ip(), free_port(address)), advertise))
     }
+}
+
+/// The port asked for, if it is free, or one of those that upstream chooses from, so that its users' rules let it through;
+/// else 0.
+fn free_port(wanted: SocketAddr) -> u16 {
+    let is_free = |port: &u16| TcpListener::bind(SocketAddr::new(wanted.ip(), *port)).is_ok();
+    if wanted.port() != 0 {
+        return Some(wanted.port()).filter(is_free).unwrap_or(0);
+    }
+    let span = u64::from(PORTS.end - PORTS.start);
+    let chance = |n: u64| PORTS.start + (RandomState::new().hash_one(n) % span) as u16;
+    (0..PORT_TRIES).map(chance).find(is_free).unwrap_or(0)
 }
 
 pub(super) fn token() -> Option<Token> {
@@ -260,7 +276,9 @@ fn open(settings: Settings) -> Result<Pool, i32> {
     let client = PoolClient::open(client_config(&settings, &master, fabric.as_ref()))
         .map_err(|e| code(&e))?;
     let mut nodes = Vec::new();
-    let mut hostname = join_host_port(&listen.ip().to_string(), listen.port());
+    let shown = advertise.clone().unwrap_or_else(|| listen.ip().to_string());
+    let mut hostname = join_host_port(&shown, listen.port());
+    let place = (listen.ip(), advertise.clone());
     if settings.segment_bytes > 0 {
         if settings.token.is_none() && !listen.ip().is_loopback() {
             tracing::warn!(
@@ -278,7 +296,11 @@ fn open(settings: Settings) -> Result<Pool, i32> {
         )?;
         node.name().clone_into(&mut hostname);
         client.add_local(node.host());
-        nodes.push((node.name().to_owned(), node));
+        nodes.push(Lending {
+            id: node.name().to_owned(),
+            node,
+            watch: None,
+        });
     }
     Ok(Pool {
         client: std::mem::ManuallyDrop::new(client),
@@ -286,9 +308,11 @@ fn open(settings: Settings) -> Result<Pool, i32> {
         embedded: server,
         fabric,
         hostname,
+        place,
         generation: process::generation(),
         readers: parking_lot::Mutex::default(),
         writers: parking_lot::Mutex::default(),
+        small: super::SmallOperations::default(),
     })
 }
 
@@ -446,9 +470,9 @@ impl Store {
                     engine.unregister(address);
                 }
             }
-            let nodes: Vec<(String, Node)> = pool.nodes.lock().drain(..).collect();
+            let nodes: Vec<Lending> = pool.nodes.lock().drain(..).collect();
             let deadline = Instant::now() + DRAIN;
-            for (_, node) in &nodes {
+            for Lending { node, .. } in &nodes {
                 stop_node(node, deadline.saturating_duration_since(Instant::now()));
             }
             drop(pool);

@@ -271,14 +271,14 @@ fn nodes(client: &PoolClient, output: Output) -> anyhow::Result<()> {
     }
     let mut headings = vec![
         "NODE",
-        "ADDRESS",
+        "?ADDRESS",
         "STATE",
-        "RELEASE",
-        "PATH",
-        ">SEGMENTS",
+        "?RELEASE",
+        "?PATH",
+        "?>SEGMENTS",
         ">SIZE",
         ">USED",
-        ">OBJECTS",
+        "?>OBJECTS",
     ];
     // Where no node has moved a byte by RDMA, a column about it says nothing.
     let by_rdma = rows.iter().any(|r| moved(r.0, "rdma") > 0);
@@ -338,7 +338,10 @@ fn segments(client: &PoolClient, matches: &ArgMatches, output: Output) -> anyhow
         .map(|s| s.name.clone())
         .collect();
     let api = Api::new(matches)?;
-    let maps = keys::maps(&api, &names, CELLS, MAPS_TIME);
+    let longest = names.iter().map(|n| n.chars().count()).max().unwrap_or(0);
+    // A map is as wide as there is room for beside its name.
+    let cells = print::columns().map_or(CELLS, |c| c.saturating_sub(longest + 4).clamp(8, CELLS));
+    let maps = keys::maps(&api, &names, cells, MAPS_TIME);
     if output == Output::Json {
         let all: Vec<Value> = segments
             .iter()
@@ -359,14 +362,14 @@ fn segments(client: &PoolClient, matches: &ArgMatches, output: Output) -> anyhow
     let headings = [
         "SEGMENT",
         "STATE",
-        "PAGES",
+        "?PAGES",
         ">SIZE",
-        "OCCUPANCY",
+        "?OCCUPANCY",
         ">USED",
-        ">LARGEST FREE",
-        ">FREE RANGES",
+        "?>LARGEST FREE",
+        "?>FREE RANGES",
         ">FRAGMENTED",
-        ">OBJECTS",
+        "?>OBJECTS",
     ];
     let mut table = Columns::new(&headings);
     for s in &segments {

@@ -2,7 +2,7 @@
 //! the time of a bare echo, which is what lets a put and its commit share one round trip.
 
 use std::io;
-use std::net::TcpStream;
+use std::net::{IpAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use prost::Message;
 
 use super::{Master, operations};
-use crate::base::handshake::{self, LaneKind};
+use crate::base::handshake::{self, HandshakeError, LaneKind};
 use crate::base::id::Id128;
 use crate::engine::transport::control::ControlSocket;
 use crate::store::wire::{BATCH_BYTES_MAX, OperationBatch};
@@ -39,16 +39,18 @@ impl ControlLanes {
 
     /// Serves a connection whose first bytes announced a lane.
     pub(crate) fn serve(self: &Arc<Self>, stream: TcpStream) {
-        self.spawn(move || ControlSocket::new(stream));
+        let peer = stream.peer_addr().ok().map(|a| a.ip());
+        self.spawn(peer, move || ControlSocket::new(stream));
     }
 
     /// Serves a connection of this host.
     pub(crate) fn serve_unix(self: &Arc<Self>, stream: UnixStream) {
-        self.spawn(move || ControlSocket::from_unix(stream));
+        self.spawn(None, move || ControlSocket::from_unix(stream));
     }
 
     fn spawn(
         self: &Arc<Self>,
+        peer: Option<IpAddr>,
         socket: impl FnOnce() -> io::Result<ControlSocket> + Send + 'static,
     ) {
         let lanes = self.clone();
@@ -58,7 +60,7 @@ impl ControlLanes {
             .spawn(move || {
                 let busy = lanes.open.fetch_add(1, Ordering::AcqRel) >= lanes.most;
                 let _counted = Counted(&lanes.open);
-                if let Err(error) = socket().and_then(|socket| lanes.run(socket, busy)) {
+                if let Err(error) = socket().and_then(|socket| lanes.run(socket, peer, busy)) {
                     tracing::debug!(%error, "a control lane ended");
                 }
             });
@@ -67,7 +69,8 @@ impl ControlLanes {
         }
     }
 
-    fn run(&self, mut socket: ControlSocket, busy: bool) -> io::Result<()> {
+    /// `peer`: `None` for one of this host over a Unix socket.
+    fn run(&self, mut socket: ControlSocket, peer: Option<IpAddr>, busy: bool) -> io::Result<()> {
         let greeting = handshake::accept(
             &mut socket.timed(Instant::now() + HANDSHAKE_TIMEOUT),
             LaneKind::Control,
@@ -77,6 +80,9 @@ impl ControlLanes {
         )
         .map_err(|error| {
             tracing::info!(%error, "control lane refused");
+            if matches!(error, HandshakeError::Token) {
+                self.master.refused.note(peer);
+            }
             io::Error::other(error)
         })?;
         let _client = ClientLane::new(&self.master, greeting.peer);

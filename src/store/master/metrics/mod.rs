@@ -15,6 +15,7 @@ use exposition::Writer;
 use upstream::Kind;
 
 use super::Master;
+use super::state::PUT_FAILURES;
 use crate::base::histogram::{Counted, Histogram, NANOSECONDS};
 use crate::store::wire;
 pub(crate) use rpc::Rpc;
@@ -242,6 +243,11 @@ impl Metrics {
             ("puts", "Objects completed", load(&c.puts)),
             ("removed", "Objects removed", load(&c.removed)),
             (
+                "refused_tokens",
+                "Connections and requests with a missing or wrong token",
+                master.refused.count(),
+            ),
+            (
                 "evicted_unread",
                 "Objects evicted that nobody had read",
                 load(&c.evicted_unread),
@@ -259,6 +265,11 @@ impl Metrics {
         ] {
             let name = format!("mooncake_master_{name}_total");
             w.single(&name, "counter", help, value);
+        }
+        let name = "mooncake_master_put_failures_total";
+        w.head(name, "counter", "Puts that got no place, by reason");
+        for (reason, count) in PUT_FAILURES.iter().zip(&c.put_failures_by) {
+            w.series(name, &[("reason", reason)], load(count));
         }
         w.single(
             "mooncake_master_eviction_hold_max_nanoseconds",
