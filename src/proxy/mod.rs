@@ -6,6 +6,7 @@
 //! over; `handoff` a request's way; `relay` the answer's. Depends on `base` alone; knows no command line.
 
 mod access_log;
+pub mod address;
 mod admin;
 mod admission;
 mod breaker;
@@ -16,13 +17,19 @@ mod handoff;
 mod health;
 mod http;
 mod kv;
+mod line;
+mod list;
 mod load;
+mod mask;
+mod merge;
 mod metrics;
 mod openai;
 pub mod policy;
+mod registrations;
 mod registry;
 mod relay;
 mod reply;
+mod role;
 mod server;
 pub mod splice;
 mod state_file;
@@ -44,6 +51,7 @@ use admission::{Gate, RetryBudget};
 use config::{EventsRule, InstanceAddress, ProxyConfig, Role};
 use handoff::places::Handoffs;
 use kv::Kv;
+use line::Line;
 use metrics::Metrics;
 use policy::Policy;
 use registry::{AddError, Instance, NewInstance, Origin, Registry};
@@ -60,6 +68,8 @@ pub(crate) struct App {
     pub(crate) access_log: Option<AccessLog>,
     pub(crate) kv: Arc<Kv>,
     pub(crate) handoffs: Arc<Handoffs>,
+    /// Who waits for a busy instance, per role.
+    lines: [Line; 2],
     pub(crate) admin_keys: Option<ClusterKeys>,
     prefill_policy: Box<dyn Policy>,
     decode_policy: Box<dyn Policy>,
@@ -74,6 +84,10 @@ impl App {
             Role::Decode => self.decode_policy.as_ref(),
             _ => self.prefill_policy.as_ref(),
         }
+    }
+
+    pub(crate) fn line(&self, role: Role) -> &Line {
+        &self.lines[usize::from(role == Role::Decode)]
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
@@ -118,7 +132,11 @@ impl App {
         if before.is_none() {
             tokio::spawn(health::watch(self.clone(), instance.clone()));
             if let Some(events) = instance.events.clone() {
-                tokio::spawn(kv::source::watch(self.clone(), instance.clone(), events));
+                let told = kv::source::Told {
+                    app: self.clone(),
+                    instance: instance.clone(),
+                };
+                tokio::spawn(kv::source::watch(self.clone(), Arc::new(told), events));
             }
         }
         self.changed();
@@ -221,6 +239,7 @@ impl Proxy {
             releases: AtomicUsize::new(0),
             kv,
             handoffs: Arc::default(),
+            lines: Default::default(),
             config,
         });
         let proxy = Self { app };
@@ -307,6 +326,10 @@ pub fn fuzz(input: &[u8]) {
     splice::fuzz(input);
     kv::fuzz(input);
     let bytes = bytes::Bytes::copy_from_slice(input);
+    let _ = list::elements(input, 64);
+    if let Some(part) = merge::PromptPart::of(&bytes, true, true) {
+        let _ = part.merged_with(&bytes);
+    }
     let _ = http::head::request(bytes.clone());
     let _ = http::head::reply(bytes, false);
     let whole = scan_pieces(input, input.len());

@@ -54,6 +54,8 @@ pub(crate) enum Origin {
     Added,
     /// A source of `--discover`.
     Discovered,
+    /// It has registered itself.
+    Registered,
 }
 
 impl Origin {
@@ -62,6 +64,7 @@ impl Origin {
             Self::Named => "named",
             Self::Added => "added",
             Self::Discovered => "discovered",
+            Self::Registered => "registered",
         }
     }
 }
@@ -81,6 +84,8 @@ pub(crate) struct Link {
     /// The engines behind a bootstrap server.
     pub(crate) engines: Arc<[Engine]>,
     pub(crate) bootstrap_port: u16,
+    /// Data-parallel ranks behind a bootstrap server (SGLang).
+    pub(crate) ranks: u32,
     /// The kind was told, so it is not found out anew.
     pub(crate) told: bool,
 }
@@ -93,7 +98,10 @@ pub(crate) struct Instance {
     pub(crate) address: InstanceAddress,
     /// For connecting.
     pub(crate) target: (String, u16),
+    /// As people and clients are told.
     pub(crate) name: String,
+    /// `Host` of requests to it.
+    pub(crate) authority: String,
     pub(crate) weight: f64,
     pub(crate) group: String,
     pub(crate) origin: Origin,
@@ -105,6 +113,8 @@ pub(crate) struct Instance {
     role: AtomicU8,
     health: AtomicU8,
     draining: AtomicBool,
+    /// Its role is being changed: no new requests until that is done.
+    pub(crate) switching: AtomicBool,
     pub(crate) breaker: Breaker,
     pub(crate) pool: ConnPool,
     pub(crate) link: RwLock<Link>,
@@ -187,6 +197,7 @@ impl Instance {
         self.role().does(role)
             && self.health() == Health::Up
             && !self.is_draining()
+            && !self.switching.load(Ordering::Relaxed)
             && self.breaker.admits(now)
     }
 
@@ -225,7 +236,7 @@ impl Leg {
     /// The instance answered.
     pub(crate) fn succeeded(&mut self) {
         if let Some(pass) = self.pass.take() {
-            self.instance.breaker.succeeded(pass);
+            self.instance.breaker.succeeded(pass, Millis::now());
             self.instance.served.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -326,6 +337,15 @@ impl Registry {
         all.iter().find(|i| i.address.is_same(address)).cloned()
     }
 
+    /// The instances an address names: one, or all ranks of a server.
+    pub(crate) fn named(&self, address: &InstanceAddress) -> Candidates {
+        let all = self.all.read();
+        all.iter()
+            .filter(|i| address.covers(&i.address))
+            .cloned()
+            .collect()
+    }
+
     /// Adds an instance. One address may be there once per role, and a second role makes it `both`.
     pub(crate) fn add(&self, new: NewInstance) -> Result<Arc<Instance>, AddError> {
         let mut all = self.all.write();
@@ -336,6 +356,11 @@ impl Registry {
             old.set_role(Role::Both);
             return Ok(old.clone());
         }
+        // A server is there as a whole or by its ranks.
+        let overlaps = |i: &InstanceAddress| i.covers(&new.address) || new.address.covers(i);
+        if all.iter().any(|i| overlaps(&i.address)) {
+            return Err(AddError::Exists);
+        }
         if all.len() >= INSTANCES_MAX {
             return Err(AddError::Full);
         }
@@ -343,6 +368,7 @@ impl Registry {
             number: self.next.fetch_add(1, Ordering::Relaxed),
             target: (new.address.host.clone(), new.address.port),
             name: new.address.to_string(),
+            authority: new.address.authority(),
             address: new.address,
             weight: new.weight,
             group: new.group,
@@ -353,6 +379,7 @@ impl Registry {
             role: AtomicU8::new(new.role as u8),
             health: AtomicU8::new(Health::Unknown as u8),
             draining: AtomicBool::new(false),
+            switching: AtomicBool::new(false),
             breaker: Breaker::default(),
             pool: ConnPool::default(),
             link: RwLock::new(Link {

@@ -4,9 +4,44 @@
 //! Owns finding the number in a reply and writing another in its place without changing the length of anything: a shorter
 //! number is followed by blanks, which JSON allows; a longer one is not written. Every other byte stays.
 
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
 use super::splice::scan;
 
+/// How long an answer waits for a count that prefill has not told yet.
+const LATE_MAX: Duration = Duration::from_millis(100);
+
 const NAME: &[u8] = b"\"cached_tokens\":";
+
+/// Prefill's count, as far as it is known when decode's answer begins.
+#[derive(Debug)]
+pub(crate) enum Cached {
+    Known(u64),
+    /// Legs that run at once: prefill's reply may follow.
+    Late(oneshot::Receiver<u64>),
+}
+
+impl Cached {
+    /// The count; waits a moment for one that is on its way. Cancel-safe.
+    pub(crate) async fn count(&mut self) -> Option<u64> {
+        if let Self::Late(told) = self {
+            *self = Self::Known(timeout(LATE_MAX, told).await.ok()?.ok()?);
+        }
+        match self {
+            Self::Known(count) => Some(*count),
+            Self::Late(_) => None,
+        }
+    }
+}
+
+/// Whether a piece of a reply holds a usage object with the number.
+pub(crate) fn tells(piece: &[u8]) -> bool {
+    let usage = memchr::memmem::rfind(piece, b"\"usage\":");
+    usage.is_some_and(|at| memchr::memmem::find(&piece[at..], NAME).is_some())
+}
 
 /// The number in a complete reply of prefill.
 pub(crate) fn cached_tokens(reply: &[u8]) -> Option<u64> {

@@ -9,8 +9,8 @@ use tokio::time::timeout;
 use super::super::http::upstream::LegError;
 use super::super::kv::text::{self, Known};
 use super::super::registry::Instance;
-use super::super::splice;
-use super::{HandOff, Job};
+use super::super::{openai, splice};
+use super::HandOff;
 
 /// Bound of a question for tokens.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(5);
@@ -19,14 +19,22 @@ const QUESTION_BYTES_MAX: usize = 1 << 20;
 /// Largest answer that is read.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 
-impl Job {
-    /// The prompt as it is written in the body.
-    pub(super) fn prompt(&self) -> &[u8] {
-        self.body.get(self.facts.prompt.clone()).unwrap_or_default()
-    }
-}
-
 impl HandOff {
+    /// The prompt as it is written in the body; of several the one this is about.
+    pub(super) fn prompt(&self) -> &[u8] {
+        let job = &self.job;
+        let range = self.part.clone().unwrap_or(job.facts.prompt.clone());
+        job.body.get(range).unwrap_or_default()
+    }
+
+    /// Its length in tokens, estimated.
+    pub(super) fn tokens(&self) -> u64 {
+        match self.part {
+            Some(_) => openai::estimate(self.prompt(), true),
+            None => self.job.facts.tokens,
+        }
+    }
+
     /// What is known of the prompt's tokens.
     pub(super) fn known(&self) -> Option<&Known> {
         if !self.app.wants_tokens() {
@@ -35,9 +43,9 @@ impl HandOff {
         let (kv, job) = (&self.app.kv, &self.job);
         let look = || {
             kv.texts
-                .known(&kv.index, job.prompt(), job.facts.seed, self.adapter())
+                .known(&kv.index, self.prompt(), job.facts.seed, self.adapter())
         };
-        job.known.get_or_init(look).as_ref()
+        self.known.get_or_init(look).as_ref()
     }
 
     /// The adapter a request names in the place of the model; its blocks are not the model's.
@@ -61,7 +69,8 @@ impl HandOff {
             && app.kv.index.knows_sizes()
             && !instance.is_mute.load(Ordering::Relaxed)
             && job.body.len() <= QUESTION_BYTES_MAX
-            && app.kv.texts.wants(job.prompt(), self.known());
+            && self.part.is_none()
+            && app.kv.texts.wants(self.prompt(), self.known());
         if !is_asked || app.kv.questions.available_permits() == 0 {
             return;
         }
@@ -97,8 +106,10 @@ impl HandOff {
             };
             if let Some(tokens) = members.get(&answer, "tokens").and_then(text::ids) {
                 let kv = &app.kv;
+                let prompt = job.body.get(job.facts.prompt.clone());
+                let prompt = prompt.unwrap_or_default();
                 kv.texts
-                    .learn(&kv.index, job.prompt(), job.facts.seed, &adapter, &tokens);
+                    .learn(&kv.index, prompt, job.facts.seed, &adapter, &tokens);
                 app.metrics.tokenized.add();
             }
         });

@@ -219,7 +219,7 @@ impl UpstreamConn {
         }
     }
 
-    /// Reads a body to its end. Cancel-safe when called again with the same arguments.
+    /// Reads a body to its end, keeping its first `kept_max` bytes. Cancel-safe when called again with the same arguments.
     pub(crate) async fn read_body(
         &mut self,
         body: &mut BodyScanner,
@@ -232,9 +232,8 @@ impl UpstreamConn {
         loop {
             let progress = body
                 .advance(&self.inbox, |data| {
-                    if kept.len() + data.len() <= kept_max {
-                        kept.extend_from_slice(data);
-                    }
+                    let room = kept_max.saturating_sub(kept.len());
+                    kept.extend_from_slice(&data[..data.len().min(room)]);
                 })
                 .map_err(|_| LegError::Malformed)?;
             let _ = self.inbox.split_to(progress.consumed);

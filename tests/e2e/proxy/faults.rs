@@ -139,6 +139,10 @@ async fn prefill_is_tried_elsewhere() {
                 .await,
             4
         );
+        for (cause, count) in [("busy", 1), ("status", 3), ("connect", 0)] {
+            let name = format!("mooncake_proxy_retry_causes_total{{cause=\"{cause}\"}}");
+            assert_eq!(rig.metric(&name).await, count);
+        }
         rig.settled().await;
     }
 }
@@ -208,6 +212,34 @@ async fn dead_and_silent_instances() {
     assert_eq!(reply.status, 504);
     assert!(!reply.text().contains("127.0.0.1"));
     rig.settled().await;
+}
+
+#[tokio::test]
+async fn silence_has_a_bound_in_every_phase() {
+    for dialect in ALL {
+        let rig = Rig::with(dialect, 1, 1, |c| {
+            c.prefill_timeout = Duration::from_millis(250);
+            c.first_token_timeout = Duration::from_millis(250);
+            c.idle_timeout = Duration::from_millis(250);
+            c.health_interval = Duration::from_secs(30);
+        })
+        .await;
+        assert_eq!(rig.complete("").await.status, 200);
+        rig.prefill[0].hang.store(true, Ordering::SeqCst);
+        let reply = rig.complete(STREAM).await;
+        assert_eq!(reply.status, 504, "{dialect:?} {}", reply.text());
+        rig.prefill[0].hang.store(false, Ordering::SeqCst);
+        rig.settled().await;
+        // In the middle of an answer: no clean end.
+        rig.decode[0].itl.store(2_000_000, Ordering::SeqCst);
+        let text = rig.complete(STREAM).await.text();
+        assert!(
+            text.contains(r#"{"token":0}"#) && text.contains(r#"data: {"error":"#),
+            "{text}"
+        );
+        assert!(!text.contains("[DONE]"), "{text}");
+        rig.settled().await;
+    }
 }
 
 #[tokio::test]

@@ -118,6 +118,7 @@ async fn mooncake_is_found_out_runs_both_at_once_and_survives_a_restart() {
 #[tokio::test]
 async fn what_takes_one_leg() {
     let rig = Rig::new(Dialect::Store, 1, 1).await;
+    // Nothing is known of the connector yet.
     for more in [
         r#","n":2"#,
         r#","echo":true"#,
