@@ -300,14 +300,21 @@ async fn add(app: &Arc<App>, request: &Value) -> Result<LocalReply, LocalReply> 
     ))
 }
 
-/// Sends nobody there any more and takes the instance out when it is idle, or at the deadline.
+/// Sends nobody there any more and takes the instance out when it is idle, or at the deadline. The last deadline counts.
 fn drain(app: &Arc<App>, instance: &Arc<Instance>, deadline: Duration) {
     instance.set_draining(true);
     app.changed();
+    let end = tokio::time::Instant::now() + deadline;
+    if instance.drained_by.lock().replace(end).is_some() {
+        return;
+    }
     let (app, instance) = (app.clone(), instance.clone());
     tokio::spawn(async move {
-        let end = tokio::time::Instant::now() + deadline;
-        while instance.inflight_all() > 0 && tokio::time::Instant::now() < end {
+        let is_late = || {
+            let end = *instance.drained_by.lock();
+            end.is_none_or(|end| tokio::time::Instant::now() >= end)
+        };
+        while instance.inflight_all() > 0 && app.has(&instance) && !is_late() {
             let changed = app.registry.changed.notified();
             // Looked at again now and then: a leg may have ended just before.
             let _ = tokio::time::timeout(Duration::from_millis(200), changed).await;

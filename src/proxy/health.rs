@@ -251,7 +251,7 @@ pub(crate) fn forget(app: &App, instance: &Instance) {
     let told = app.config.connector;
     let mut link = instance.link.write();
     if told.is_none() && !link.told {
-        link.kind = None;
+        link.before = link.kind.take().or(link.before);
     }
     drop(link);
     instance.is_mute.store(false, Ordering::Relaxed);
@@ -261,6 +261,7 @@ pub(crate) fn forget(app: &App, instance: &Instance) {
 }
 
 async fn check(app: &App, instance: &Instance) -> Result<(), ProbeError> {
+    instance.pool.prune();
     is_alive(app, instance).await?;
     if instance.health() != Health::Up {
         check_models(app, instance).await?;

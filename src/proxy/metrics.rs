@@ -277,6 +277,10 @@ pub(crate) fn page(app: &App) -> String {
         "Requests waiting for a place",
     );
     let _ = writeln!(out, "mooncake_proxy_waiting {}", app.gate.waiting());
+    let name = "mooncake_proxy_bytes_per_token";
+    let help = "Bytes of a prompt per token, learnt";
+    family(&mut out, name, "gauge", help);
+    let _ = writeln!(out, "{name} {}", app.bytes_per_token.get());
     instances(app, &mut out);
     out
 }

@@ -56,6 +56,7 @@ use metrics::Metrics;
 use policy::Policy;
 use registry::{AddError, Instance, NewInstance, Origin, Registry};
 pub use state_file::StateFileError;
+use usage::BytesPerToken;
 
 /// Everything the rooms share.
 pub(crate) struct App {
@@ -64,6 +65,7 @@ pub(crate) struct App {
     pub(crate) metrics: Metrics,
     pub(crate) gate: Gate,
     pub(crate) budget: RetryBudget,
+    pub(crate) bytes_per_token: BytesPerToken,
     pub(crate) connections: Arc<Semaphore>,
     pub(crate) access_log: Option<AccessLog>,
     pub(crate) kv: Arc<Kv>,
@@ -226,6 +228,7 @@ impl Proxy {
             metrics: Metrics::default(),
             gate: Gate::new(config.inflight_max, config.queue_max, config.queue_timeout),
             budget: RetryBudget::new(),
+            bytes_per_token: BytesPerToken::default(),
             connections: Arc::new(Semaphore::new(config.connections_max)),
             access_log: access_log.transpose().map_err(StartError::AccessLog)?,
             admin_keys: config

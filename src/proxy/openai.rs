@@ -45,6 +45,8 @@ pub(crate) struct Special {
     pub(crate) no_output: bool,
     /// More than one prompt.
     pub(crate) batch: bool,
+    /// It goes on with a response that only the decode instance that made it knows.
+    pub(crate) stateful: bool,
 }
 
 impl Special {
@@ -57,6 +59,7 @@ impl Special {
             (self.beam, "beam search"),
             (self.no_output, "no output"),
             (self.batch, "batch of prompts"),
+            (self.stateful, "goes on with a response"),
         ];
         all.into_iter().find_map(|(is, name)| is.then_some(name))
     }
@@ -101,16 +104,16 @@ fn prompts(prompt: &[u8]) -> Option<usize> {
 }
 
 /// Tokens of a prompt as it is written; `is_plain`: a list is one of token ids, not of messages.
-pub(crate) fn estimate(prompt: &[u8], is_plain: bool) -> u64 {
+pub(crate) fn estimate(prompt: &[u8], is_plain: bool, bytes_per_token: f64) -> u64 {
     if is_plain && prompt.first() == Some(&b'[') {
         memchr::memchr_iter(b',', prompt).count() as u64 + 1
     } else {
-        prompt.len() as u64 / 4
+        (prompt.len() as f64 / bytes_per_token) as u64
     }
 }
 
 /// Reads the facts.
-pub(crate) fn facts(body: &[u8], members: &Members, limit: &str) -> Facts {
+pub(crate) fn facts(body: &[u8], members: &Members, limit: &str, bytes_per_token: f64) -> Facts {
     let get = |name| members.get(body, name);
     let truthy = |name| get(name).is_some_and(|v| v == b"true");
     let above_one = |name| get(name).and_then(number).is_some_and(|n| n > 1.0);
@@ -127,13 +130,15 @@ pub(crate) fn facts(body: &[u8], members: &Members, limit: &str) -> Facts {
         beam: truthy("use_beam_search"),
         no_output: get(limit).and_then(number).is_some_and(|n| n < 1.0),
         batch: listed.is_some_and(|count| count > 1),
+        stateful: is_set("previous_response_id"),
     };
     let choices = || {
         let n = get("messages").and_then(|_| get("n")).and_then(number)?;
         (n > 1.0).then_some((n as usize).min(PROMPTS_MAX + 1))
     };
     let count = listed.or_else(choices);
-    let tokens = estimate(&body[prompt.clone()], get("prompt").is_some());
+    let is_plain = get("prompt").is_some();
+    let tokens = estimate(&body[prompt.clone()], is_plain, bytes_per_token);
     let session = ["session_id", "conversation_id", "prompt_cache_key", "user"]
         .into_iter()
         .find_map(get)
@@ -174,6 +179,7 @@ mod tests {
             text.as_bytes(),
             &scan(text.as_bytes()).unwrap(),
             "max_tokens",
+            4.0,
         )
     }
 
@@ -192,6 +198,8 @@ mod tests {
             (r#"{"prompt":["a","b"]}"#, true),
             (r#"{"prompt":[1,2,3]}"#, false),
             (r#"{"prompt":[[1],[2]]}"#, true),
+            (r#"{"input":"a","previous_response_id":"resp_1"}"#, true),
+            (r#"{"input":"a","previous_response_id":null}"#, false),
             (r#"{"messages":[{"role":"user","content":"a"}]}"#, false),
         ] {
             assert_eq!(of(body).special.name().is_some(), alone, "{body}");

@@ -81,6 +81,8 @@ pub(crate) struct Engine {
 pub(crate) struct Link {
     /// `None`: not found out yet.
     pub(crate) kind: Option<ConnectorKind>,
+    /// What it was before the instance was down.
+    pub(crate) before: Option<ConnectorKind>,
     /// The engines behind a bootstrap server.
     pub(crate) engines: Arc<[Engine]>,
     pub(crate) bootstrap_port: u16,
@@ -113,6 +115,8 @@ pub(crate) struct Instance {
     role: AtomicU8,
     health: AtomicU8,
     draining: AtomicBool,
+    /// When a drain that is under way gives up waiting.
+    pub(crate) drained_by: Mutex<Option<tokio::time::Instant>>,
     /// Its role is being changed: no new requests until that is done.
     pub(crate) switching: AtomicBool,
     pub(crate) breaker: Breaker,
@@ -379,6 +383,7 @@ impl Registry {
             role: AtomicU8::new(new.role as u8),
             health: AtomicU8::new(Health::Unknown as u8),
             draining: AtomicBool::new(false),
+            drained_by: Mutex::default(),
             switching: AtomicBool::new(false),
             breaker: Breaker::default(),
             pool: ConnPool::default(),

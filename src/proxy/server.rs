@@ -294,7 +294,7 @@ fn understand(
         return Err(LocalReply::detail(415, text));
     }
     let members = splice::scan(&job.body).map_err(|e| LocalReply::error(400, &e.to_string()))?;
-    let facts = openai::facts(&job.body, &members, limit);
+    let facts = openai::facts(&job.body, &members, limit, app.bytes_per_token.get());
     if let Some(model) = &facts.model
         && !app.serves_model(model)
     {

@@ -57,7 +57,11 @@ pub(crate) fn takes(kind: Option<ConnectorKind>, facts: &Facts) -> bool {
     let asks_of_prompt = special.echo || special.prompt_logprobs;
     let one = !special.batch && !special.choices;
     let streams_prompt = special.prompt_logprobs && facts.stream;
-    if special.beam || special.no_output || asks_of_prompt && (!one || streams_prompt) {
+    if special.beam
+        || special.no_output
+        || special.stateful
+        || asks_of_prompt && (!one || streams_prompt)
+    {
         return false;
     }
     match kind {
@@ -80,6 +84,10 @@ pub(crate) fn prefill_edits(limit: &'static str) -> Vec<Edit> {
     ];
     if limit == "max_tokens" {
         edits.push(Edit::Replace("max_completion_tokens", one));
+    } else {
+        // The responses API: nothing to be kept or computed beside the answer.
+        edits.push(Edit::Replace("store", Bytes::from_static(b"false")));
+        edits.push(Edit::Replace("background", Bytes::from_static(b"false")));
     }
     edits
 }

@@ -14,7 +14,7 @@ use super::super::openai::PROMPTS_MAX;
 use super::super::registry::{Instance, Leg, Link};
 use super::super::reply::LocalReply;
 use super::super::splice::{Edit, Pieces};
-use super::super::usage::{self, Cached};
+use super::super::usage::Cached;
 use super::leg::{Failure, Tried};
 use super::{Attempts, Cause, HandOff, Owner, Served};
 
@@ -159,7 +159,8 @@ impl HandOff {
                 }
             };
             app.metrics.prefill.record(started.elapsed());
-            if let Some(count) = result.as_deref().ok().and_then(usage::cached_tokens) {
+            let told = result.as_deref().ok().map(|reply| other.told_counts(reply));
+            if let Some(count) = told.and_then(|told| told.cached) {
                 let _ = tell.send(count);
             }
             result

@@ -291,7 +291,9 @@ impl HandOff {
         }
         let prefill = match self.pick(Role::Prefill, &[], None).await {
             Ok(Some(leg)) => leg,
-            Err(reply) if self.app.config.prefill_down == PrefillDown::Refuse => {
+            Err(reply)
+                if self.app.config.prefill_down == PrefillDown::Refuse || self.needs_prefill() =>
+            {
                 return Served::local(reply);
             }
             _ => {
@@ -359,6 +361,24 @@ impl HandOff {
             .filter(|i| i.role().does(Role::Prefill))
             .map(|i| i.link.read().kind);
         kinds.any(|kind| connector::takes(kind, &self.job.facts))
+    }
+
+    /// Whether decode instances cannot compute a prompt: their connector says so.
+    fn needs_prefill(&self) -> bool {
+        let all = self.app.registry.all();
+        let mut kinds = all
+            .iter()
+            .filter(|i| i.role().does(Role::Prefill))
+            .filter_map(|i| {
+                let link = i.link.read();
+                link.kind.or(link.before)
+            });
+        kinds.any(|kind| !connector::is_optional(kind))
+            || self
+                .app
+                .config
+                .connector
+                .is_some_and(|kind| !connector::is_optional(kind))
     }
 
     /// Why a request does not take a leg to a prefill instance that has been chosen.

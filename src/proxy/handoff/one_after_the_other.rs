@@ -9,7 +9,7 @@ use super::super::config::{ConnectorKind, Role};
 use super::super::connector::{self, nixl};
 use super::super::registry::{Health, Instance, Leg};
 use super::super::reply::LocalReply;
-use super::super::usage::{self, Cached};
+use super::super::usage::Cached;
 use super::leg::{Failure, Tried};
 use super::{Attempts, Cause, HandOff, Served};
 
@@ -130,7 +130,7 @@ impl HandOff {
                     let reply = Bytes::from(reply);
                     let params = pins.then(|| nixl::params(&reply)).flatten();
                     self.told = self.prompt_part(&reply);
-                    self.cached = usage::cached_tokens(&reply).map(Cached::Known);
+                    self.cached = self.told_counts(&reply).cached.map(Cached::Known);
                     if kind.is_none() && !self.owner.is_gone() {
                         let found = if params.is_some() {
                             ConnectorKind::Nixl

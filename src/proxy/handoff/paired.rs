@@ -7,7 +7,7 @@ use super::super::config::Role;
 use super::super::connector::{self, p2p, store};
 use super::super::registry::Leg;
 use super::super::reply::LocalReply;
-use super::super::usage::{self, Cached};
+use super::super::usage::Cached;
 use super::leg::{Failure, Tried};
 use super::{Attempts, Cause, HandOff, Served};
 
@@ -74,7 +74,7 @@ impl HandOff {
         };
         self.app.metrics.prefill.record(started.elapsed());
         self.app.metrics.handoffs.add();
-        self.cached = usage::cached_tokens(&reply).map(Cached::Known);
+        self.cached = self.told_counts(&reply).cached.map(Cached::Known);
         // From here on the KV lies at the decode instance and waits for this request.
         let body = if self.owner.is_gone() {
             self.splice(&connector::release_edits(limit))

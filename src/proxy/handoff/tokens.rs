@@ -9,6 +9,7 @@ use tokio::time::timeout;
 use super::super::http::upstream::LegError;
 use super::super::kv::text::{self, Known};
 use super::super::registry::Instance;
+use super::super::usage::{self, Told};
 use super::super::{openai, splice};
 use super::HandOff;
 
@@ -20,6 +21,17 @@ const QUESTION_BYTES_MAX: usize = 1 << 20;
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 
 impl HandOff {
+    /// Takes in what prefill's reply counts.
+    pub(super) fn told_counts(&self, reply: &[u8]) -> Told {
+        let told = usage::told(reply);
+        let prompt = self.prompt();
+        // A list of token ids says nothing about texts.
+        if !text::is_ids(prompt) {
+            self.app.bytes_per_token.learn(prompt.len(), told.prompt);
+        }
+        told
+    }
+
     /// The prompt as it is written in the body; of several the one this is about.
     pub(super) fn prompt(&self) -> &[u8] {
         let job = &self.job;
@@ -30,7 +42,7 @@ impl HandOff {
     /// Its length in tokens, estimated.
     pub(super) fn tokens(&self) -> u64 {
         match self.part {
-            Some(_) => openai::estimate(self.prompt(), true),
+            Some(_) => openai::estimate(self.prompt(), true, self.app.bytes_per_token.get()),
             None => self.job.facts.tokens,
         }
     }

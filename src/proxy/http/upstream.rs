@@ -89,6 +89,15 @@ impl ConnPool {
         }
     }
 
+    /// Closes what has been idle for too long to be used again.
+    pub(crate) fn prune(&self) {
+        let old = |(since, _): &(Instant, UpstreamConn)| since.elapsed() > IDLE_AGE_MAX;
+        // Given back one after the other: the oldest come first.
+        let mut idle = self.idle.lock();
+        let count = idle.iter().take_while(|c| old(c)).count();
+        idle.drain(..count);
+    }
+
     /// Closes all idle connections: the worker restarted or leaves.
     pub(crate) fn clear(&self) {
         self.idle.lock().clear();

@@ -1,12 +1,10 @@
 //! p2p and SGLang: what each leg is told, who is tried again, and that nothing is left behind; ranks of a server.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use super::mock::{Dialect, Worker};
 use super::{Rig, address, request};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 
 const STREAM: &str = r#","stream":true,"max_tokens":20"#;
 
@@ -156,57 +154,6 @@ async fn errors_of_sglang_are_passed_on_and_tried_elsewhere() {
         assert_eq!(rig.complete(STREAM).await.status, 200);
     }
     rig.settled().await;
-}
-
-async fn leave_after(rig: &Rig, pause: Duration) {
-    let mut stream = TcpStream::connect(&rig.address).await.unwrap();
-    let body = format!(r#"{{"prompt":"hello"{STREAM}}}"#);
-    stream
-        .write_all(&request("/v1/completions", &body))
-        .await
-        .unwrap();
-    let _ = tokio::time::timeout(pause, async {
-        let mut buffer = [0; 256];
-        while matches!(stream.read(&mut buffer).await, Ok(n) if n > 0) {}
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn clients_that_leave_leave_nothing_behind() {
-    for dialect in [Dialect::P2p, Dialect::Sglang] {
-        let rig = Rig::new(dialect, 2, 2).await;
-        for worker in rig.prefill.iter().chain(&rig.decode) {
-            worker.ttft.store(3_000, Ordering::SeqCst);
-            worker.itl.store(300, Ordering::SeqCst);
-            worker.keep_seen.store(false, Ordering::SeqCst);
-        }
-        for round in 0..10u64 {
-            let one = |n: u64| leave_after(&rig, Duration::from_micros((round * 8 + n) * 150));
-            tokio::join!(
-                one(0),
-                one(1),
-                one(2),
-                one(3),
-                one(4),
-                one(5),
-                one(6),
-                one(7)
-            );
-        }
-        rig.settled().await;
-        assert_eq!(
-            rig.metric("mooncake_proxy_handoffs_orphaned_total").await,
-            0,
-            "{dialect:?}"
-        );
-        assert_eq!(rig.complete("").await.status, 200);
-        let all = rig.prefill.iter().chain(&rig.decode);
-        assert_eq!(
-            all.map(|w| w.astray.load(Ordering::SeqCst)).sum::<usize>(),
-            0
-        );
-    }
 }
 
 #[tokio::test]

@@ -167,6 +167,9 @@ async fn added_instances_survive_a_restart() {
     config.prefill = vec![address(&rig.prefill[0].address)];
     let again = Proxy::start(config.clone()).unwrap();
     assert!(format!("{again:?}").contains("2 instances"));
+    let mut device = config.clone();
+    device.state_file = Some("/dev/zero".into());
+    assert!(Proxy::start(device).is_err(), "what never ends is not read");
     std::fs::write(&path, "{}").unwrap();
     assert!(
         Proxy::start(config).is_err(),

@@ -263,8 +263,14 @@ async fn the_breaker_opens_and_closes_again() {
 
 #[tokio::test]
 async fn a_prefill_pool_that_is_down() {
-    for (down, status) in [("refuse", 503), ("decode", 200)] {
-        let rig = Rig::with(Dialect::Store, 1, 1, |c| {
+    for (dialect, down, status) in [
+        (Dialect::Store, "refuse", 503),
+        (Dialect::Store, "decode", 200),
+        // Their decode engines cannot.
+        (Dialect::Sglang, "decode", 503),
+        (Dialect::P2p, "decode", 503),
+    ] {
+        let rig = Rig::with(dialect, 1, 1, |c| {
             if down == "decode" {
                 c.prefill_down = mooncake::proxy::config::PrefillDown::Decode;
             }
@@ -372,7 +378,7 @@ async fn leave(address: &str, n: usize) {
 
 #[tokio::test]
 async fn random_disconnects_leave_no_orphan_and_no_count() {
-    for dialect in ALL {
+    for dialect in ALL.into_iter().chain([Dialect::P2p, Dialect::Sglang]) {
         let rig = Rig::new(dialect, 2, 2).await;
         for worker in rig.prefill.iter().chain(&rig.decode) {
             worker.ttft.store(3_000, Ordering::SeqCst);
@@ -398,6 +404,9 @@ async fn random_disconnects_leave_no_orphan_and_no_count() {
         for line in page.lines().filter(|l| l.contains("_inflight")) {
             assert!(line.starts_with('#') || line.ends_with(" 0"), "{line}");
         }
+        let workers = rig.prefill.iter().chain(&rig.decode);
+        let astray = workers.map(|w| w.astray.load(Ordering::SeqCst));
+        assert_eq!(astray.sum::<usize>(), 0, "{dialect:?}");
         assert_eq!(rig.complete("").await.status, 200);
     }
 }
