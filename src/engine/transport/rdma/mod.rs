@@ -76,13 +76,17 @@ pub struct DeviceCheck {
 pub const BUILT: bool = cfg!(feature = "rdma");
 
 /// The devices as a configuration asks for them: `protocol` rdma (said when it cannot be had), empty or auto (used where
-/// there is one), anything else not at all. `devices` is a comma list, empty for all.
+/// there is one), anything else not at all, nor with upstream's `MC_FORCE_TCP`. `devices` is a comma list, empty for all.
 pub fn select(protocol: &str, devices: &str) -> Option<Arc<Fabric>> {
     let asked = match protocol.to_ascii_lowercase().as_str() {
         "rdma" => true,
         "" | "auto" => false,
         _ => return None,
     };
+    let forced = std::env::var("MC_FORCE_TCP").unwrap_or_default();
+    if !matches!(forced.as_str(), "" | "0") {
+        return None;
+    }
     let mut config = RdmaConfig::from_env(|name| std::env::var(name).ok()).with_devices(devices);
     config.at_once = asked;
     match Fabric::open(&config) {
