@@ -17,12 +17,11 @@ import re
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
 
-from mooncake.mooncake_config import MooncakeConfig, _flag, _parse_segment_size
-from mooncake.store import MooncakeDistributedStore
+from mooncake.async_store import MooncakeDistributedStoreAsync as MooncakeDistributedStore
+from mooncake.mooncake_config import MooncakeConfig, _parse_bool, _parse_segment_size
 
 BODY_LIMIT = 100 << 20
 GRACE_LIMIT = 3600
@@ -32,7 +31,9 @@ KEY_NOT_FOUND = -704
 OBJECT_HAS_LEASE = -706
 # aiohttp's default pattern leaves out keys with braces.
 KEY = "{key:[^/]+}"
-DATA_THREADS = 32
+# Keys of a page.
+PAGE_DEFAULT = 100
+PAGE_LIMIT = 1000
 RETRY_FIRST = 0.25
 RETRY_LONGEST = 2.0
 # How long requests under way may take once the service is told to stop.
@@ -165,12 +166,12 @@ def _range_of(header, size):
     return start, length
 
 
-def _read_range(store, key, start, length):
-    """`length` bytes of an object from `start`, or None."""
-    target = bytearray(length)
-    view = (ctypes.c_char * length).from_buffer(target)
-    read = store.get_into_ranges([ctypes.addressof(view)], [[key]], [[[0]]], [[[start]]], [[[length]]])
-    return target if read == [[[length]]] else None
+def _number(request, name, default, limit):
+    """A number of the query."""
+    text = request.query.get(name, str(default))
+    if not re.fullmatch(r"\d{1,20}", text, re.ASCII) or int(text) > limit:
+        raise _Refused(400, f"Invalid {name}, must be an integer from 0 to {limit}")
+    return int(text)
 
 
 def _token():
@@ -224,7 +225,7 @@ def _override(config, key, text):
     if key.endswith("_size"):
         value = _parse_segment_size(text)
     elif isinstance(now, bool):
-        value = _flag(text)
+        value = _parse_bool(text)
     elif isinstance(now, int):
         value = int(text)
     else:
@@ -235,8 +236,6 @@ def _override(config, key, text):
 class MooncakeStoreService:
     """A store and its REST API."""
 
-    # Data calls have threads of their own: mounts and unmounts may wait for long and must not take them.
-    _data_threads = ThreadPoolExecutor(DATA_THREADS, "store-data")
     _runner = None
 
     def __init__(self, config_path=None, cli_config=None):
@@ -318,6 +317,7 @@ class MooncakeStoreService:
                 web.put("/api/put/" + KEY, self.handle_put_raw),
                 web.get("/api/get/" + KEY, self._get_or_range, allow_head=False),
                 web.head("/api/get/" + KEY, self.handle_head),
+                web.get("/api/keys", self.handle_keys),
                 web.get("/api/exist/" + KEY, self.handle_exist),
                 web.delete("/api/remove/" + KEY, self.handle_remove),
                 web.delete("/api/remove_all", self.handle_remove_all),
@@ -351,13 +351,18 @@ class MooncakeStoreService:
         else:
             _log.info("store closed")
 
-    async def _data(self, function, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self._data_threads, function, *arguments)
+    async def _data(self, name, *arguments):
+        """A call about objects, by the store's own threads. Mounts, which may wait for long, do not take those."""
+        natively = getattr(self.store, "async_" + name, None)
+        if natively is not None:
+            return await natively(*arguments)
+        # A stand-in that knows the plain calls only.
+        return await asyncio.to_thread(getattr(self.store, name), *arguments)
 
     # Objects
 
     async def _store_value(self, key, value):
-        code = await self._data(self.store.put, key, value)
+        code = await self._data("put", key, value)
         if code != 0:
             raise _Refused(500, "PUT operation failed", ret=code)
         return _success()
@@ -379,14 +384,14 @@ class MooncakeStoreService:
         return await self._store_value(key, await request.read())
 
     async def _must_exist(self, key):
-        exists = await self._data(self.store.is_exist, key)
+        exists = await self._data("is_exist", key)
         if exists < 0:
             raise _Refused(500, "Exist check failed", ret=exists)
         if not exists:
             raise _Refused(404, "Key not found")
 
     async def _size_of(self, key):
-        size = await self._data(self.store.get_size, key)
+        size = await self._data("get_size", key)
         if size == KEY_NOT_FOUND:
             raise _Refused(404, "Key not found")
         if size < 0:
@@ -401,7 +406,7 @@ class MooncakeStoreService:
     @_answers
     async def handle_get(self, request):
         key = request.match_info["key"]
-        value = await self._data(self.store.get, key)
+        value = await self._data("get", key)
         if value is None:
             raise _Refused(500, "GET operation failed")
         if value == b"":
@@ -413,6 +418,14 @@ class MooncakeStoreService:
             body=value, content_type="application/octet-stream", headers={"Accept-Ranges": "bytes"}
         )
 
+    async def _read_range(self, key, start, length):
+        """`length` bytes of an object from `start`, or None."""
+        target = bytearray(length)
+        view = (ctypes.c_char * length).from_buffer(target)
+        address = ctypes.addressof(view)
+        read = await self._data("get_into_ranges", [address], [[key]], [[[0]]], [[[start]]], [[[length]]])
+        return target if read == [[[length]]] else None
+
     @_answers
     async def handle_range(self, request):
         key = request.match_info["key"]
@@ -420,7 +433,8 @@ class MooncakeStoreService:
         wanted = _range_of(request.headers["Range"], size)
         if wanted is None:
             return await self.handle_get(request)
-        value = await self._data(_read_range, self.store, key, *wanted)
+        # Shielded, since the memory must stay until the store has done with it, whoever stops waiting.
+        value = await asyncio.shield(asyncio.ensure_future(self._read_range(key, *wanted)))
         if value is None:
             raise _Refused(500, "GET operation failed")
         first, length = wanted
@@ -435,8 +449,20 @@ class MooncakeStoreService:
         )
 
     @_answers
+    async def handle_keys(self, request):
+        limit = max(1, _number(request, "limit", PAGE_DEFAULT, PAGE_LIMIT))
+        cursor = _number(request, "cursor", 0, 2**64 - 1)
+        page = await asyncio.to_thread(self.store._page, request.query.get("prefix", ""), cursor, limit)
+        if isinstance(page, int):
+            raise _Refused(500, "Listing keys failed", ret=page)
+        keys, following = page
+        # As text: a script's numbers may be too narrow for it.
+        cursor = str(following) if following else None
+        return _json(200, {"keys": [{"key": key, "size": size} for key, size in keys], "next_cursor": cursor})
+
+    @_answers
     async def handle_exist(self, request):
-        exists = await self._data(self.store.is_exist, request.match_info["key"])
+        exists = await self._data("is_exist", request.match_info["key"])
         if exists < 0:
             raise _Refused(500, "Exist check failed")
         return _json(200, {"exists": exists > 0})
@@ -444,7 +470,7 @@ class MooncakeStoreService:
     @_answers
     async def handle_remove(self, request):
         force = request.query.get("force", "").lower() in ("1", "true", "yes")
-        code = await self._data(self.store.remove, request.match_info["key"], force)
+        code = await self._data("remove", request.match_info["key"], force)
         if code == OBJECT_HAS_LEASE:
             raise _Refused(409, "the object is leased by a reader: try later, or with ?force=true", ret=code)
         if code != 0:
@@ -453,14 +479,14 @@ class MooncakeStoreService:
 
     @_answers
     async def handle_remove_all(self, request):
-        removed = await self._data(self.store.remove_all)
+        removed = await self._data("remove_all")
         if removed < 0:
             raise _Refused(500, "RemoveAll operation failed", ret=removed)
         return _json(200, {"status": f"success removed {removed} keys"})
 
     @_answers
     async def handle_health(self, request):
-        code = await self._data(self.store.health_check)
+        code = await self._data("health_check")
         return _json(200, {"status": "ok"}) if code == 0 else _json(503, {"error": "the pool does not answer"})
 
     # Segments

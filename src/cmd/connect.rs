@@ -10,7 +10,7 @@ use super::{UsageError, serve, settings};
 use crate::base::mooncake_json::MooncakeJson;
 use crate::base::telemetry::{self, LogFormat};
 use crate::base::units::parse_duration;
-use crate::engine::transport::TransportKind;
+use crate::engine::transport::{TransportKind, rdma};
 use crate::store::client::{ClientConfig, PoolClient};
 
 /// The flags that say which pool: `--master`, `--config`, `--token-file`.
@@ -46,8 +46,8 @@ pub(super) fn add(command: Command) -> Command {
             Arg::new("transport")
                 .long("transport")
                 .value_name("NAME")
-                .value_parser(["shm", "tcp"])
-                .help("Use only this transport for data"),
+                .value_parser(["shm", "rdma", "tcp"])
+                .help("Use only this transport for data; rdma: TCP where RDMA fails"),
         )
         .arg(
             Arg::new("timeout")
@@ -89,11 +89,12 @@ pub(super) fn config(matches: &ArgMatches) -> anyhow::Result<ClientConfig> {
     config.checksum = true;
     match given("transport") {
         Some("shm") => config.transports = vec![TransportKind::Shm],
-        Some(_) => config.transports = vec![TransportKind::Tcp],
-        None if json.protocol == "rdma" => {
-            tracing::warn!("protocol rdma is not in this build: using shared memory and TCP");
+        Some("rdma") => {
+            config.transports = vec![TransportKind::Rdma, TransportKind::Tcp];
+            config.fabric = rdma::select("rdma", &json.device_name);
         }
-        None => {}
+        Some(_) => config.transports = vec![TransportKind::Tcp],
+        None => config.fabric = rdma::select(&json.protocol, &json.device_name),
     }
     Ok(config)
 }

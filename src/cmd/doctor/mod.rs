@@ -34,6 +34,7 @@ mod sockets;
 mod stranger;
 mod system;
 mod values;
+mod verbs;
 mod way;
 
 use std::path::{Path, PathBuf};
@@ -234,7 +235,13 @@ fn examine(matches: &ArgMatches, asked: &Asked) -> Report {
                 Vec::new()
             }
         });
-        let fabric = s.spawn(|| rdma::check(&root, &fabric));
+        let fabric = s.spawn(|| {
+            let mut found = rdma::check(&root, &fabric);
+            if root.is_real() {
+                found.extend(verbs::check(&root, wanted.rdma, &wanted.devices));
+            }
+            found
+        });
         let listings = s.spawn(|| root.is_real().then(firewall::listings));
 
         let network = network.join().ok();

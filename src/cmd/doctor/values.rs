@@ -206,7 +206,7 @@ pub(super) fn contradictions(
                 "this host has no RDMA device",
             );
             found.push(f.remedy("write \"protocol\": \"tcp\", or install the NIC's driver"));
-        } else {
+        } else if !crate::engine::transport::rdma::BUILT {
             let f = Finding::warn(
                 "protocol",
                 "rdma_not_built",

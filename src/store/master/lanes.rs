@@ -5,7 +5,7 @@ use std::io;
 use std::net::{IpAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use prost::Message;
@@ -18,8 +18,6 @@ use crate::store::wire::{BATCH_BYTES_MAX, OperationBatch};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const FRAME_TIMEOUT: Duration = Duration::from_secs(30);
-/// Pauses up to this are waited for without sleeping: to be woken up takes as long.
-const POLL: Duration = Duration::from_micros(100);
 /// Replies gathered before they are sent in any case.
 const REPLY_BUFFER: usize = 64 << 10;
 
@@ -28,8 +26,6 @@ pub(crate) struct ControlLanes {
     master: Arc<Master>,
     open: AtomicUsize,
     most: usize,
-    /// Whether a lane is looking for its next batch without sleeping.
-    polled: AtomicBool,
 }
 
 impl ControlLanes {
@@ -38,7 +34,6 @@ impl ControlLanes {
             master,
             open: AtomicUsize::new(0),
             most,
-            polled: AtomicBool::new(false),
         })
     }
 
@@ -91,23 +86,17 @@ impl ControlLanes {
             io::Error::other(error)
         })?;
         let _client = ClientLane::new(&self.master, greeting.peer);
-        self.batches(&mut socket, peer.is_none())
+        self.batches(&mut socket)
     }
 
     /// Answers batches in order. Replies to batches that lay ready together leave together: a pipelining client costs
     /// one write per wake-up, not one per batch.
-    fn batches(&self, socket: &mut ControlSocket, local: bool) -> io::Result<()> {
+    fn batches(&self, socket: &mut ControlSocket) -> io::Result<()> {
         let mut out = Vec::new();
-        let mut answered: Option<Instant> = None;
-        let mut pause = Duration::MAX;
         loop {
-            if local && pause < POLL {
-                self.poll(socket);
-            }
             let Some(frame) = socket.receive_idle(BATCH_BYTES_MAX, FRAME_TIMEOUT)? else {
                 return Ok(());
             };
-            pause = answered.map_or(Duration::MAX, |at| at.elapsed());
             let batch = OperationBatch::decode(frame).map_err(io::Error::other)?;
             let reply = operations::execute(&self.master, batch);
             let length = reply.encoded_len() as u32;
@@ -119,16 +108,6 @@ impl ControlLanes {
             socket.send(&out, Instant::now() + FRAME_TIMEOUT)?;
             out.clear();
             out.shrink_to(REPLY_BUFFER);
-            answered = Some(Instant::now());
-        }
-    }
-
-    /// Looks for the next batch of a client of this host that has sent its last ones at short intervals. One lane at a
-    /// time: what it costs is at most one processor, and that only as long as nobody else wants it.
-    fn poll(&self, socket: &ControlSocket) {
-        if !self.polled.swap(true, Ordering::AcqRel) {
-            socket.spin(POLL);
-            self.polled.store(false, Ordering::Release);
         }
     }
 }

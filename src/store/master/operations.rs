@@ -729,6 +729,7 @@ pub(crate) fn segment_view(
         node_segment: s.node_segment,
         page_kind: s.page_kind.clone(),
         build: s.node.build.get().cloned().unwrap_or_default(),
+        served: s.node.served.lock().bytes.clone(),
     }
 }
 

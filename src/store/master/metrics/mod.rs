@@ -379,6 +379,25 @@ fn nodes(master: &Master, w: &mut Writer) {
             w.series(name, &[("node", node)], of(beat));
         }
     }
+    let name = "mooncake_node_transport_bytes_total";
+    let help = "Bytes through the data lanes of a node, by the way they took";
+    w.head(name, "counter", help);
+    for (node, beat) in &beats {
+        for transport in ["tcp", "unix", "rdma"] {
+            for operation in ["read", "write"] {
+                let told = beat
+                    .bytes
+                    .iter()
+                    .find(|b| b.transport == transport && b.operation == operation);
+                let labels = [
+                    ("node", node.as_str()),
+                    ("transport", transport),
+                    ("operation", operation),
+                ];
+                w.series(name, &labels, told.map_or(0, |b| b.bytes));
+            }
+        }
+    }
     let name = "mooncake_node_request_seconds";
     let help = "Time of a request at a node, from its first byte to the last of the answer";
     w.head(name, "histogram", help);
@@ -388,6 +407,8 @@ fn nodes(master: &Master, w: &mut Writer) {
             ("tcp", "write"),
             ("unix", "read"),
             ("unix", "write"),
+            ("rdma", "read"),
+            ("rdma", "write"),
         ] {
             let told = beat.times.iter().find(|t| {
                 t.transport == transport
