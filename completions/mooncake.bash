@@ -505,7 +505,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -569,7 +569,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1011,7 +1011,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1057,7 +1057,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1115,7 +1115,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1325,7 +1325,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1375,7 +1375,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1433,7 +1433,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1475,7 +1475,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1547,7 +1547,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1597,7 +1597,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1647,7 +1647,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1705,7 +1705,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1950,7 +1950,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__node)
-            opts="-h --config --print-config --output --master --memory --segments --bind --port --advertise --name --populate --token-file --max-lanes --drain-timeout --log-format --metadata-server --protocol --device-name --threads --tenant-id --local-buffer-size --logtostderr --v --help"
+            opts="-h --config --print-config --output --master --memory --segments --bind --port --advertise --name --populate --token-file --max-lanes --drain-timeout --log-format --protocol --device-name --metadata-server --threads --tenant-id --local-buffer-size --logtostderr --v --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2012,15 +2012,15 @@ _mooncake() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --metadata-server)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 --protocol)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --device-name)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --metadata-server)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -2301,7 +2301,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -2347,7 +2347,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -2389,7 +2389,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)

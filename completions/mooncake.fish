@@ -111,9 +111,9 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l token-file -d
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l max-lanes -d 'Data lanes open at once [default: 4096]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l drain-timeout -d 'How long a stop may take; a bare number is seconds [default: 10s]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l log-format -d 'How log lines look: text, json [default: text]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l protocol -d 'Whether callers may have bytes moved by RDMA; auto = where there is a device: auto, rdma, tcp [default: auto]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l device-name -d 'RDMA devices to use, a comma list [default: all]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l metadata-server -d '' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l protocol -d '' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l device-name -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l threads -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l tenant-id -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l local-buffer-size -d '' -r
@@ -177,7 +177,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l master -d 'Mas
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -190,7 +191,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l master -d 'Mas
 complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -200,7 +202,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l master -d 'M
 complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -212,7 +215,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l master -d 'Mast
 complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -224,7 +228,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l master -d 'Mast
 complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -236,7 +241,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l master -d 'Ma
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -248,7 +254,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fis
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -269,7 +276,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -281,7 +289,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -301,7 +310,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -311,7 +321,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -321,7 +332,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -333,7 +345,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -349,7 +362,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -359,7 +373,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -372,7 +387,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l output -d 'How to print the result' -r -f -a "text\t'For people'

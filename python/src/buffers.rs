@@ -68,6 +68,11 @@ impl Registered {
         end.is_some_and(|end| self.find(address, end).is_some())
     }
 
+    /// Whose memory the range is that begins there: the host's (`Some(None)`) or a device's.
+    pub(crate) fn whose(&self, address: usize) -> Option<Option<Device>> {
+        Some(self.ranges.read().get(&address)?.1)
+    }
+
     /// Gives a range back; false when it is not registered.
     pub(crate) fn remove(&self, address: usize) -> bool {
         self.take(address).is_some()

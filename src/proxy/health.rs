@@ -144,6 +144,8 @@ async fn read_gauges(app: &App, instance: &Instance) {
     instance
         .kv_usage
         .store((usage * 1000.0) as u64, Ordering::Relaxed);
+    let cache = gauges.cache_tokens.unwrap_or(0);
+    instance.cache_tokens.store(cache, Ordering::Relaxed);
 }
 
 async fn is_alive(app: &App, instance: &Instance) -> Result<(), ProbeError> {
@@ -205,6 +207,7 @@ fn forget(app: &App, instance: &Instance) {
     drop(link);
     instance.is_mute.store(false, Ordering::Relaxed);
     instance.has_no_gauges.store(false, Ordering::Relaxed);
+    instance.tells_cached.store(false, Ordering::Relaxed);
     instance.others.store(0, Ordering::Relaxed);
     app.forget_cache(instance.number);
 }

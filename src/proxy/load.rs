@@ -1,7 +1,7 @@
 //! What instances say about their own load: vLLM's gauges, read with the health checks.
 //!
-//! Owns reading three numbers from a metrics page. They are seconds old, so they only correct the proxy's own exact counts:
-//! what an instance runs beyond the requests of this proxy is others' load.
+//! Owns reading a few numbers from a metrics page. They are seconds old, so they only correct the proxy's own exact counts:
+//! what an instance runs beyond the requests of this proxy is others' load. The size of its cache does not change.
 
 /// The gauges of a page; what it does not have is `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -10,6 +10,8 @@ pub(crate) struct Gauges {
     pub(crate) requests: Option<f64>,
     /// Share of the KV cache in use, 0 to 1.
     pub(crate) kv_usage: Option<f64>,
+    /// Tokens its KV cache has room for.
+    pub(crate) cache_tokens: Option<u64>,
 }
 
 /// Reads a page. Several engines (data-parallel ranks) are summed; of their cache use the largest counts.
@@ -25,6 +27,16 @@ pub(crate) fn gauges(page: &str) -> Gauges {
             "vllm:num_requests_running" | "vllm:num_requests_waiting" => {
                 found.requests = Some(found.requests.unwrap_or(0.0) + value);
             }
+            "vllm:cache_config_info" => {
+                let number = |label| labelled(line, label);
+                let blocks = number("num_gpu_blocks=\"").zip(number("block_size=\""));
+                let tokens = blocks.and_then(|(count, size)| count.checked_mul(size));
+                // Data-parallel ranks have a cache each.
+                if let Some(tokens) = tokens {
+                    found.cache_tokens =
+                        Some(found.cache_tokens.unwrap_or(0).saturating_add(tokens));
+                }
+            }
             "vllm:kv_cache_usage_perc" | "vllm:gpu_cache_usage_perc" => {
                 found.kv_usage = Some(found.kv_usage.unwrap_or(0.0).max(value));
             }
@@ -34,18 +46,31 @@ pub(crate) fn gauges(page: &str) -> Gauges {
     found
 }
 
+/// The number in a label of a line: `name` with its `="`.
+fn labelled(line: &str, name: &str) -> Option<u64> {
+    // Not the end of a longer name.
+    let is_whole =
+        |at: &usize| matches!(line.as_bytes().get(at.wrapping_sub(1)), Some(b'{' | b','));
+    let mut places = line.match_indices(name).map(|(at, _)| at);
+    let value = &line[places.find(is_whole)? + name.len()..];
+    value.split('"').next()?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn three_numbers_of_many() {
+    fn a_few_numbers_of_many() {
         let page = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine=\"0\"} 3.0\n\
             vllm:num_requests_running{engine=\"1\"} 1\nvllm:num_requests_waiting{engine=\"0\"} 2\n\
-            vllm:num_requests_waiting_by_reason{engine=\"0\"} 7\nvllm:kv_cache_usage_perc{engine=\"0\"} 0.25\n";
+            vllm:num_requests_waiting_by_reason{engine=\"0\"} 7\nvllm:kv_cache_usage_perc{engine=\"0\"} 0.25\n\
+            vllm:cache_config_info{block_size=\"16\",engine=\"0\",num_cpu_blocks=\"7\",num_gpu_blocks=\"100\",num_gpu_blocks_override=\"None\"} 1.0\n\
+            vllm:cache_config_info{block_size=\"16\",engine=\"1\",num_gpu_blocks=\"None\"} 1.0\n";
         let wanted = Gauges {
             requests: Some(6.0),
             kv_usage: Some(0.25),
+            cache_tokens: Some(1600),
         };
         assert_eq!(gauges(page), wanted);
         assert_eq!(

@@ -12,6 +12,7 @@ mod breaker;
 pub mod config;
 mod connector;
 pub mod discover;
+pub mod fuzz;
 mod handoff;
 mod health;
 mod http;
@@ -43,6 +44,7 @@ use access_log::AccessLog;
 use admission::{Gate, RetryBudget};
 use config::{EventsRule, InstanceAddress, ProxyConfig, Role};
 use handoff::places::Handoffs;
+use http::bodies::Bodies;
 use kv::Kv;
 use metrics::Metrics;
 use policy::Policy;
@@ -57,6 +59,7 @@ pub(crate) struct App {
     pub(crate) gate: Gate,
     pub(crate) budget: RetryBudget,
     pub(crate) connections: Arc<Semaphore>,
+    pub(crate) bodies: Arc<Bodies>,
     pub(crate) access_log: Option<AccessLog>,
     pub(crate) kv: Arc<Kv>,
     pub(crate) handoffs: Arc<Handoffs>,
@@ -209,6 +212,7 @@ impl Proxy {
             gate: Gate::new(config.inflight_max, config.queue_max, config.queue_timeout),
             budget: RetryBudget::new(),
             connections: Arc::new(Semaphore::new(config.connections_max)),
+            bodies: Arc::default(),
             access_log: access_log.transpose().map_err(StartError::AccessLog)?,
             admin_keys: config
                 .admin_key
@@ -300,34 +304,6 @@ impl Proxy {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
-}
-
-/// For the fuzzer: no bytes from a client or a worker panic, and a body read in pieces is the body read at once.
-pub fn fuzz(input: &[u8]) {
-    splice::fuzz(input);
-    kv::fuzz(input);
-    let bytes = bytes::Bytes::copy_from_slice(input);
-    let _ = http::head::request(bytes.clone());
-    let _ = http::head::reply(bytes, false);
-    let whole = scan_pieces(input, input.len());
-    debug_assert_eq!(whole, scan_pieces(input, 1));
-    debug_assert_eq!(whole, scan_pieces(input, 7));
-}
-
-/// Payload and bytes consumed of a chunked body that comes in pieces of `step`.
-fn scan_pieces(input: &[u8], step: usize) -> Option<(Vec<u8>, usize)> {
-    let mut scanner = http::chunked::ChunkScanner::new();
-    let (mut payload, mut consumed) = (Vec::new(), 0);
-    for piece in input.chunks(step.max(1)) {
-        let progress = scanner
-            .advance(piece, |d| payload.extend_from_slice(d))
-            .ok()?;
-        consumed += progress.consumed;
-        if progress.done {
-            break;
-        }
-    }
-    Some((payload, consumed))
 }
 
 /// A listener whose port several threads may share.

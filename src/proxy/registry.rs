@@ -125,6 +125,10 @@ pub(crate) struct Instance {
     pub(crate) others: AtomicU64,
     /// Its KV cache in use, in thousandths.
     pub(crate) kv_usage: AtomicU64,
+    /// Tokens its KV cache has room for; 0 = not told.
+    pub(crate) cache_tokens: AtomicU64,
+    /// Its replies tell how much of a prompt was cached.
+    pub(crate) tells_cached: AtomicBool,
     /// It has no such gauges.
     pub(crate) has_no_gauges: AtomicBool,
 }
@@ -371,6 +375,8 @@ impl Registry {
             model_len: AtomicU64::new(0),
             others: AtomicU64::new(0),
             kv_usage: AtomicU64::new(0),
+            cache_tokens: AtomicU64::new(0),
+            tells_cached: AtomicBool::new(false),
             has_no_gauges: AtomicBool::new(false),
         });
         let mut next = all.as_ref().clone();

@@ -63,7 +63,7 @@ async fn serve(app: Arc<App>, stream: TcpStream) {
         stall: app.config.client_timeout,
         body_bytes_max: app.config.body_bytes_max,
     };
-    let mut client = Downstream::new(stream, limits);
+    let mut client = Downstream::new(stream, limits, app.bodies.clone());
     loop {
         let head = tokio::select! {
             biased;

@@ -16,6 +16,13 @@ pub(crate) fn cached_tokens(reply: &[u8]) -> Option<u64> {
     serde_json::from_slice(number).ok()
 }
 
+/// The length of the prompt in a complete reply of prefill.
+pub(crate) fn prompt_tokens(reply: &[u8]) -> Option<u64> {
+    let usage = scan(reply).ok()?.get(reply, "usage")?;
+    let number = scan(usage).ok()?.get(usage, "prompt_tokens")?;
+    serde_json::from_slice(number).ok()
+}
+
 /// Replaces the number in a piece of a reply that holds the whole usage object. Says whether it did.
 pub(crate) fn patch(piece: &mut [u8], cached: u64) -> bool {
     let Some(usage) = memchr::memmem::rfind(piece, b"\"usage\":") else {
@@ -60,6 +67,7 @@ mod tests {
     fn only_the_number_changes_and_no_length() {
         let reply = r#"{"choices":[{"text":"say \"usage\": {\"cached_tokens\": 9}"}],"usage":{"prompt_tokens":5,"prompt_tokens_details":{"cached_tokens":1024}}}"#;
         assert_eq!(cached_tokens(reply.as_bytes()), Some(1024));
+        assert_eq!(prompt_tokens(reply.as_bytes()), Some(5));
         let wanted = reply.replace("1024", "16  ");
         assert_eq!(patched(reply, 16), wanted);
         assert_eq!(cached_tokens(wanted.as_bytes()), Some(16));

@@ -11,6 +11,7 @@ mod doors;
 mod events;
 mod http;
 mod inspect;
+mod monitoring;
 mod objects;
 mod pool;
 mod recovery;

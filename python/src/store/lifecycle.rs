@@ -1,17 +1,16 @@
 //! Opening and closing: a client, the memory this process lends, and for an embedded pool its master.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, RandomState};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
-use std::ops::Range;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mooncake::base::net::{join_host_port, resolve_one, split_host_port};
+use mooncake::base::net::join_host_port;
 use mooncake::base::trust::{ClusterKeys, Token};
 use mooncake::base::units::ByteSize;
 use mooncake::engine::peer::about;
 use mooncake::engine::transport::TransportKind;
+use mooncake::engine::transport::rdma::{self, Fabric};
 use mooncake::store::client::{ClientConfig, PoolClient};
 use mooncake::store::master::{Master, MasterConfig, MasterServer};
 use mooncake::store::node::{FileRange, Node, NodeConfig, NodePhase};
@@ -19,7 +18,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyAny, PyDict};
 
-use super::{INVALID_PARAMS, Lending, Pool, Store};
+use super::{INVALID_PARAMS, Lending, Pool, Store, place};
 use crate::args::code;
 use crate::engine;
 use crate::process;
@@ -32,9 +31,6 @@ const IN_SERVICE: Duration = Duration::from_secs(5);
 const DRAIN: Duration = Duration::from_secs(3);
 /// How long calls wait for a master that has gone: a restart fits in, a request is not held up for longer.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Ports that upstream's clients listen on when they are not told one.
-const PORTS: Range<u16> = 12300..14300;
-const PORT_TRIES: u64 = 16;
 const INTERNAL_ERROR: i32 = -1;
 const RPC_FAIL: i32 = -900;
 
@@ -44,6 +40,7 @@ struct Settings {
     master: String,
     segment_bytes: u64,
     protocol: String,
+    devices: String,
     tenant: String,
     token: Option<Token>,
 }
@@ -90,42 +87,11 @@ impl Settings {
             master: text(&["master_server_addr", "master_server_address"]).unwrap_or_default(),
             segment_bytes: segment,
             protocol: text(&["protocol"]).unwrap_or_else(|| "tcp".to_owned()),
+            devices: text(&["rdma_devices", "device_name"]).unwrap_or_default(),
             tenant: text(&["tenant_id"]).unwrap_or_else(|| "default".to_owned()),
             token: token(),
         }))
     }
-
-    /// Where to listen for data, and the host that others connect to when it was given by name.
-    fn listen(&self) -> Result<(SocketAddr, Option<String>), String> {
-        let name = if self.local_hostname.is_empty() {
-            "127.0.0.1"
-        } else {
-            self.local_hostname.as_str()
-        };
-        let (host, port) = split_host_port(name, 0)?;
-        let address = resolve_one(&join_host_port(&host, port)).map_err(|e| e.to_string())?;
-        let advertise = host.parse::<IpAddr>().is_err().then_some(host);
-        let is_ours = TcpListener::bind(SocketAddr::new(address.ip(), 0)).is_ok();
-        if !is_ours {
-            // Not an address of this host (a container's name, say): it was asked for, so others get to use it.
-            let any: IpAddr = Ipv4Addr::UNSPECIFIED.into();
-            let host = advertise.unwrap_or_else(|| address.ip().to_string());
-            return Ok((SocketAddr::new(any, port), Some(host)));
-        }
-        Ok((SocketAddr::new(address.ip(), free_port(address)), advertise))
-    }
-}
-
-/// The port asked for, if it is free, or one of those that upstream chooses from, so that its users' rules let it through;
-/// else 0.
-fn free_port(wanted: SocketAddr) -> u16 {
-    let is_free = |port: &u16| TcpListener::bind(SocketAddr::new(wanted.ip(), *port)).is_ok();
-    if wanted.port() != 0 {
-        return Some(wanted.port()).filter(is_free).unwrap_or(0);
-    }
-    let span = u64::from(PORTS.end - PORTS.start);
-    let chance = |n: u64| PORTS.start + (RandomState::new().hash_one(n) % span) as u16;
-    (0..PORT_TRIES).map(chance).find(is_free).unwrap_or(0)
 }
 
 pub(super) fn token() -> Option<Token> {
@@ -134,14 +100,16 @@ pub(super) fn token() -> Option<Token> {
         .and_then(|t| Token::new(&t))
 }
 
-fn client_config(settings: &Settings, master: &str) -> ClientConfig {
+fn client_config(settings: &Settings, master: &str, fabric: Option<&Arc<Fabric>>) -> ClientConfig {
     let mut config = ClientConfig::new(master);
     config.token = settings.token.clone();
     config.tenant.clone_from(&settings.tenant);
     config.master_patience = PATIENCE;
+    config.fabric = fabric.cloned();
     match std::env::var("MOONCAKE_TRANSPORT").as_deref() {
         Ok("tcp") => config.transports = vec![TransportKind::Tcp],
         Ok("shm") => config.transports = vec![TransportKind::Shm],
+        Ok("rdma") => config.transports = vec![TransportKind::Rdma, TransportKind::Tcp],
         _ => {}
     }
     config
@@ -180,6 +148,7 @@ pub(super) fn start_node(
     listen: SocketAddr,
     advertise: Option<String>,
     lent: Lent,
+    fabric: Option<Arc<Fabric>>,
 ) -> Result<Node, i32> {
     let refused = |error: std::io::Error| {
         tracing::warn!("no memory lent to the pool: {error}");
@@ -205,6 +174,7 @@ pub(super) fn start_node(
         files,
         populate: true,
         lanes_max: 4096,
+        fabric,
     })
     .map_err(refused)?;
     if runtime.block_on(node.wait_for(NodePhase::InService, IN_SERVICE)) {
@@ -239,10 +209,10 @@ fn shared_engine(given: &Bound<'_, PyAny>) -> PyResult<Arc<engine::Shared>> {
 
 fn open(settings: Settings) -> Result<Pool, i32> {
     match settings.protocol.to_ascii_lowercase().as_str() {
-        "tcp" | "" => {}
-        "rdma" => tracing::warn!("protocol rdma is not in this build: using shared memory and TCP"),
+        "tcp" | "" | "rdma" => {}
         other => tracing::warn!("protocol `{other}` is unknown: using shared memory and TCP"),
     }
+    let fabric = rdma::select(&settings.protocol, &settings.devices);
     let embedded = matches!(settings.master.as_str(), "" | "embedded");
     let (server, master) = if embedded {
         let (server, address) = start_master(&settings).map_err(|error| {
@@ -254,7 +224,7 @@ fn open(settings: Settings) -> Result<Pool, i32> {
         (None, settings.master.clone())
     };
     // A first look with little patience: a master that is not there is said at once.
-    let mut config = client_config(&settings, &master);
+    let mut config = client_config(&settings, &master, None);
     config.master_patience = Duration::from_millis(200);
     config.timeout = Duration::from_secs(3);
     let looked = PoolClient::open(config).and_then(|client| client.overview());
@@ -262,11 +232,12 @@ fn open(settings: Settings) -> Result<Pool, i32> {
         tracing::warn!("setup: {error}");
         return Err(code(&error));
     }
-    let (listen, advertise) = settings.listen().map_err(|what| {
+    let (listen, advertise) = place::listen(&settings.local_hostname).map_err(|what| {
         tracing::warn!("setup: local_hostname: {what}");
         INVALID_PARAMS
     })?;
-    let client = PoolClient::open(client_config(&settings, &master)).map_err(|e| code(&e))?;
+    let client = PoolClient::open(client_config(&settings, &master, fabric.as_ref()))
+        .map_err(|e| code(&e))?;
     let mut nodes = Vec::new();
     let shown = advertise.clone().unwrap_or_else(|| listen.ip().to_string());
     let mut hostname = join_host_port(&shown, listen.port());
@@ -284,6 +255,7 @@ fn open(settings: Settings) -> Result<Pool, i32> {
             listen,
             advertise,
             Lent::Fresh(settings.segment_bytes),
+            fabric.clone(),
         )?;
         node.name().clone_into(&mut hostname);
         client.add_local(node.host());
@@ -297,6 +269,7 @@ fn open(settings: Settings) -> Result<Pool, i32> {
         client: std::mem::ManuallyDrop::new(client),
         nodes: parking_lot::Mutex::new(nodes),
         embedded: server,
+        fabric,
         hostname,
         place,
         generation: process::generation(),
@@ -342,7 +315,7 @@ impl Store {
         config: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<i32> {
         // Staging memory is not needed here: accepted as upstream's.
-        let _ = (rdma_devices, ssd_offload_path, client_http_port);
+        let _ = (ssd_offload_path, client_http_port);
         let engine = match engine.filter(|e| !e.is_none()) {
             None => None,
             Some(given) => Some(shared_engine(given)?),
@@ -375,6 +348,7 @@ impl Store {
                 master: master_server_addr.unwrap_or_default().to_owned(),
                 segment_bytes: global_segment_size.map_or(Ok(SIZE_DEFAULT), size)?,
                 protocol: protocol.unwrap_or("tcp").to_owned(),
+                devices: rdma_devices.unwrap_or_default().to_owned(),
                 tenant: tenant_id.to_owned(),
                 token: token(),
             }
@@ -403,12 +377,12 @@ impl Store {
         device_name: &str,
         mount_segment_size: u64,
     ) -> i32 {
-        let _ = device_name;
         let settings = Settings {
             local_hostname: "127.0.0.1".to_owned(),
             master: std::env::var("MOONCAKE_MASTER").unwrap_or_default(),
             segment_bytes: mount_segment_size,
             protocol: protocol.to_owned(),
+            devices: device_name.to_owned(),
             tenant: "default".to_owned(),
             token: token(),
         };
@@ -436,6 +410,7 @@ impl Store {
             master,
             segment_bytes: 0,
             protocol: "tcp".to_owned(),
+            devices: String::new(),
             tenant: "default".to_owned(),
             token,
         };

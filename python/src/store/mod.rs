@@ -5,6 +5,8 @@ mod fresh;
 mod get;
 mod keys;
 mod lifecycle;
+mod memory;
+mod place;
 mod put;
 mod segments;
 mod sessions;
@@ -15,6 +17,7 @@ use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 
+use mooncake::engine::transport::rdma::Fabric;
 use mooncake::store::client::{PoolClient, PutSession};
 use mooncake::store::master::MasterServer;
 use mooncake::store::model::error::StoreError;
@@ -88,6 +91,8 @@ pub(crate) struct Pool {
     nodes: Mutex<Vec<Lending>>,
     /// The master of an embedded pool.
     embedded: Option<Arc<MasterServer>>,
+    /// RDMA devices, for memory that is lent later.
+    fabric: Option<Arc<Fabric>>,
     hostname: String,
     /// Where further segments are lent from: the address to listen on, and the name others use for it.
     place: (IpAddr, Option<String>),

@@ -31,7 +31,14 @@ impl Store {
             let (address, name) = pool.place.clone();
             let listen = SocketAddr::new(address, 0);
             let token = super::lifecycle::token();
-            let node = start_node(pool.client.master(), token, listen, name, lent)?;
+            let node = start_node(
+                pool.client.master(),
+                token,
+                listen,
+                name,
+                lent,
+                pool.fabric.clone(),
+            )?;
             pool.client.add_local(node.host());
             let id = node.name().to_owned();
             let watch = if is_file { watch(&node)? } else { None };

@@ -231,7 +231,8 @@ impl HandOff {
                 let tokens = self.uncached(&ask, &free[chosen]);
                 if let Some(leg) = app.registry.enter(&free[chosen], role, tokens) {
                     app.policy(role).routed(&ask, &leg.instance);
-                    if role == Role::Prefill || self.app.config.aggregated {
+                    let computes = role == Role::Prefill || self.app.config.aggregated;
+                    if computes && !leg.instance.tells_cached.load(Ordering::Relaxed) {
                         self.learn_tokens(&leg.instance);
                     }
                     return Ok(Some(leg));

@@ -121,10 +121,12 @@ impl HandOff {
                 edits.push(nixl::prefill_edit());
             }
             let body = self.splice(&edits);
+            let uncached = leg.tokens();
             let (last, _) = match self.prefill_once(leg, &body, pins, None).await {
                 Ok(reply) => {
                     let params = pins.then(|| nixl::params(&reply)).flatten();
                     self.cached = usage::cached_tokens(&reply);
+                    self.learn_if_wrong(&instance, uncached, &reply);
                     if kind.is_none() && !self.owner.is_gone() {
                         let found = if params.is_some() {
                             ConnectorKind::Nixl

@@ -10,12 +10,15 @@ use super::super::http::upstream::LegError;
 use super::super::kv::text::{self, Known};
 use super::super::registry::Instance;
 use super::super::splice;
+use super::super::usage;
 use super::{HandOff, Job};
 
 /// Bound of a question for tokens.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest body that is sent to `/tokenize`.
 const QUESTION_BYTES_MAX: usize = 1 << 20;
+/// A prompt of which this many tokens more or less were cached than thought, and an eighth of it, is worth a question.
+const WRONG_TOKENS_MIN: f64 = 320.0;
 /// Largest answer that is read.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 
@@ -47,6 +50,25 @@ impl HandOff {
             return b"";
         }
         model.as_bytes()
+    }
+
+    /// Asks for the tokens of a text of which not as much was cached as thought (`uncached`: what was thought to be left to
+    /// compute). As long as that is right nobody needs to know its tokens.
+    pub(super) fn learn_if_wrong(&self, instance: &Arc<Instance>, uncached: u64, reply: &[u8]) {
+        if !self.app.wants_tokens() {
+            return;
+        }
+        let (Some(cached), Some(prompt)) = (self.cached, usage::prompt_tokens(reply)) else {
+            return;
+        };
+        instance.tells_cached.store(true, Ordering::Relaxed);
+        let estimated = self.job.facts.tokens.max(1) as f64;
+        let prompt = prompt as f64;
+        let thought = (1.0 - uncached as f64 / estimated) * prompt;
+        let error = (thought - cached as f64).abs();
+        if error > WRONG_TOKENS_MIN.max(prompt / 8.0) {
+            self.learn_tokens(instance);
+        }
     }
 
     /// Asks a worker for the tokens of a text that is new, for the next request that begins alike. Nobody waits for it,

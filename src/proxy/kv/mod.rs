@@ -10,7 +10,7 @@ pub(crate) mod master;
 mod msgpack;
 pub(crate) mod source;
 pub(crate) mod text;
-mod zmtp;
+pub(crate) mod zmtp;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -66,6 +66,36 @@ pub(crate) struct Socket {
     bytes: usize,
 }
 
+/// A whole frame from what has come, taken off it.
+pub(crate) fn next_frame(inbox: &mut BytesMut) -> Result<Option<(u8, Bytes)>, ZmtpError> {
+    let Some(&flags) = inbox.first() else {
+        return Ok(None);
+    };
+    if flags & !FLAGS != 0 {
+        return Err(ZmtpError::Malformed);
+    }
+    let (head, length) = if flags & LONG == 0 {
+        let Some(&length) = inbox.get(1) else {
+            return Ok(None);
+        };
+        (2, usize::from(length))
+    } else {
+        let Some(length) = inbox.get(1..9).and_then(|l| l.try_into().ok()) else {
+            return Ok(None);
+        };
+        let length = usize::try_from(u64::from_be_bytes(length));
+        (9, length.map_err(|_| ZmtpError::Malformed)?)
+    };
+    if length > MESSAGE_BYTES_MAX {
+        return Err(ZmtpError::Malformed);
+    }
+    if inbox.len() < head + length {
+        return Ok(None);
+    }
+    inbox.advance(head);
+    Ok(Some((flags, inbox.split_to(length).freeze())))
+}
+
 impl Socket {
     /// Connects and shakes hands.
     ///
@@ -105,7 +135,7 @@ impl Socket {
         wire::check_greeting(&theirs)?;
         self.stream.write_all(&wire::ready(kind.name())).await?;
         loop {
-            if let Some((flags, body)) = self.next_frame()? {
+            if let Some((flags, body)) = next_frame(&mut self.inbox)? {
                 return if flags & COMMAND != 0 && body.starts_with(b"\x05READY") {
                     Ok(())
                 } else {
@@ -122,36 +152,6 @@ impl Socket {
             0 => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
             _ => Ok(()),
         }
-    }
-
-    /// A whole frame from what has come.
-    fn next_frame(&mut self) -> Result<Option<(u8, Bytes)>, ZmtpError> {
-        let Some(&flags) = self.inbox.first() else {
-            return Ok(None);
-        };
-        if flags & !FLAGS != 0 {
-            return Err(ZmtpError::Malformed);
-        }
-        let (head, length) = if flags & LONG == 0 {
-            let Some(&length) = self.inbox.get(1) else {
-                return Ok(None);
-            };
-            (2, usize::from(length))
-        } else {
-            let Some(length) = self.inbox.get(1..9).and_then(|l| l.try_into().ok()) else {
-                return Ok(None);
-            };
-            let length = usize::try_from(u64::from_be_bytes(length));
-            (9, length.map_err(|_| ZmtpError::Malformed)?)
-        };
-        if length > MESSAGE_BYTES_MAX {
-            return Err(ZmtpError::Malformed);
-        }
-        if self.inbox.len() < head + length {
-            return Ok(None);
-        }
-        self.inbox.advance(head);
-        Ok(Some((flags, self.inbox.split_to(length).freeze())))
     }
 
     /// Subscribes to messages whose first frame begins with `topic`.
@@ -183,7 +183,7 @@ impl Socket {
     /// When the connection is broken or a message is malformed.
     pub(crate) async fn receive(&mut self) -> Result<Message, ZmtpError> {
         loop {
-            while let Some((flags, body)) = self.next_frame()? {
+            while let Some((flags, body)) = next_frame(&mut self.inbox)? {
                 if flags & COMMAND != 0 {
                     self.command(&body).await?;
                     continue;

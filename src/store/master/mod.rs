@@ -22,6 +22,7 @@ mod operations;
 pub mod placement;
 mod puts;
 mod rebuild;
+mod refused;
 mod removal;
 mod segments;
 mod server;
@@ -74,7 +75,8 @@ pub struct Master {
     pub(crate) control_socket: OnceLock<String>,
     pub(crate) mesh: mesh::Mesh,
     pub(crate) dashboard: dashboard::Dashboard,
-    pub(crate) census: http::Census,
+    pub(crate) surveyor: survey::Surveyor,
+    pub(crate) refused: refused::Refused,
     pub(crate) slow_log: Duration,
     pub(crate) slow_lines: slow::SlowLog,
     pub(crate) subscribers: Arc<stream::Subscribers>,
@@ -97,7 +99,8 @@ impl Master {
             control_socket: OnceLock::new(),
             mesh: mesh::Mesh::default(),
             dashboard: dashboard::Dashboard::default(),
-            census: http::Census::default(),
+            surveyor: survey::Surveyor::default(),
+            refused: refused::Refused::default(),
             slow_log,
             slow_lines: slow::SlowLog::default(),
             subscribers: Arc::default(),

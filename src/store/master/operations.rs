@@ -241,7 +241,7 @@ impl Call<'_> {
             size_bytes: object.size,
             version: object.version,
             checksum: object.checksum,
-            has_checksum: object.has_checksum,
+            has_checksum: object.put_with.has_checksum(),
             lease_ms: lease.as_millis() as u32,
             replicas: replicas.into_iter().map(|(_, r)| r).collect(),
         }
@@ -281,6 +281,7 @@ impl Call<'_> {
                         what: "data_type is 0 to 255".to_owned(),
                     }
                 })?,
+                replicas: 0,
             },
             preferred: config.preferred_segments,
             host_id: config.host_id,
@@ -377,7 +378,7 @@ impl Call<'_> {
                 }
                 Err(error) => {
                     if error != StoreError::Exists {
-                        add(&state.counters.put_failures, 1);
+                        state.counters.put_failed(&error);
                     }
                     return Err(error);
                 }
@@ -644,7 +645,7 @@ impl Call<'_> {
             size_bytes: o.size,
             version: o.version,
             checksum: o.checksum().unwrap_or(0),
-            has_checksum: o.has_checksum,
+            has_checksum: o.put_with.has_checksum(),
             lease_left_ms: o.leased_until().since(self.now),
             soft_pin_left_ms: o.soft_pin_until.since(self.now),
             hard_pin: o.hard_pin,
@@ -728,6 +729,7 @@ pub(crate) fn segment_view(
         node_segment: s.node_segment,
         page_kind: s.page_kind.clone(),
         build: s.node.build.get().cloned().unwrap_or_default(),
+        served: s.node.served.lock().bytes.clone(),
     }
 }
 

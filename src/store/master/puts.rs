@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use parking_lot::Mutex;
 
 use super::eviction::Access;
-use super::object::{Attributes, Group, Object, Replica, Replicas};
+use super::object::{Attributes, Group, Object, PutWith, Replica, Replicas};
 use super::placement::candidates;
 use super::segments::{Drop, FreeRange, SegmentState, SegmentsView};
 use super::state::{MasterState, PENDING_SHARDS, add};
@@ -214,7 +214,10 @@ impl MasterState {
             key: qualified.into(),
             size,
             replicas: replicas.clone(),
-            attributes: options.attributes.clone(),
+            attributes: Attributes {
+                replicas: options.replica_num.min(usize::from(u8::MAX)) as u8,
+                ..options.attributes.clone()
+            },
             replaces: match (upsert, options.if_version) {
                 (false, _) => Replaces::Nothing,
                 (true, 0) => Replaces::Anything,
@@ -497,7 +500,7 @@ impl MasterState {
             },
             replicas,
             checksum: written.checksum.unwrap_or(0),
-            has_checksum: written.checksum.is_some(),
+            put_with: PutWith::new(attributes.replicas, written.checksum.is_some()),
             hard_pin: attributes.hard_pin,
             read: false,
             data_type: attributes.data_type,

@@ -244,7 +244,8 @@ impl Worker {
         if ttft > 0 {
             tokio::time::sleep(Duration::from_micros(ttft)).await;
         }
-        let mut answer = json!({"id": "cmpl-1", "choices": [{"index": 0, "text": " tok"}], "usage": {"prompt_tokens": 5}});
+        let tokens = body["prompt"].as_str().map_or(5, |p| p.len() / 4 + 1);
+        let mut answer = json!({"id": "cmpl-1", "choices": [{"index": 0, "text": " tok"}], "usage": {"prompt_tokens": tokens}});
         if is_prefill && self.dialect == Dialect::Nixl {
             let id = format!("req-{}", self.world.next.fetch_add(1, Ordering::SeqCst));
             answer["kv_transfer_params"] = json!({

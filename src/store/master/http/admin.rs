@@ -239,7 +239,7 @@ async fn segment_status(State(master): Shared, Query(params): Params) -> Respons
 
 /// What tenants hold. There are no policies here: the effective quota of each is the capacity.
 async fn tenant_quotas(State(master): Shared, Query(params): Params) -> Response {
-    let (holds, _) = census::census(&master).await;
+    let (holds, _) = census::tenants(&master).await;
     let (capacity, _) = master.state.capacity();
     let row = |tenant: &str, charged: u64| {
         json!({
