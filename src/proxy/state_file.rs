@@ -69,7 +69,9 @@ pub(crate) fn load(path: &Path) -> Result<Vec<NewInstance>, StateFileError> {
         Ok(found) if !found.is_file() || found.len() > BYTES_MAX => {
             return Err(StateFileError::Malformed);
         }
-        other => drop(other?),
+        other => {
+            other?;
+        }
     }
     let text = std::fs::read(path)?;
     let value: Value = serde_json::from_slice(&text).map_err(|_| StateFileError::Malformed)?;
