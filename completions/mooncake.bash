@@ -2052,7 +2052,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__proxy)
-            opts="-m -p -d -h --config --print-config --output --bind --port --scheduling --prefill-scheduling --decode-scheduling --connector --kv-events --master --token-file --tokenize --store-barrier --agg --prefill-down --prefill-min-tokens --upstream-auth --admin-key-file --prefill-timeout --first-token-timeout --idle-timeout --client-timeout --queue-timeout --max-inflight --max-queue --max-per-instance --max-handoffs --max-handoffs-per-pair --discover --max-connections --max-body --retries --health-interval --state-file --access-log --debug-headers --threads --drain-timeout --log-format --model --prefill --decode --help"
+            opts="-m -p -d -h --config --print-config --output --data-parallel-size --bind --port --scheduling --prefill-scheduling --decode-scheduling --connector --kv-events --master --token-file --tokenize --store-barrier --agg --prefill-down --prefill-min-tokens --upstream-auth --admin-key-file --prefill-timeout --first-token-timeout --idle-timeout --client-timeout --queue-timeout --max-inflight --max-queue --max-per-instance --max-handoffs --max-handoffs-per-pair --discover --max-connections --max-body --retries --continue --health-interval --state-file --access-log --debug-headers --threads --drain-timeout --log-format --model --prefill --decode --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2064,6 +2064,10 @@ _mooncake() {
                     ;;
                 --output)
                     COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --data-parallel-size)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --bind)
@@ -2183,6 +2187,10 @@ _mooncake() {
                     return 0
                     ;;
                 --retries)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --continue)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

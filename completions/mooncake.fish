@@ -124,12 +124,13 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand node" -s h -l help -d 
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l config -d 'Read settings from a TOML or JSON file' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l output -d 'How to print the result' -r -f -a "text\t'For people'
 json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l data-parallel-size -d 'Data-parallel ranks of every instance: each is routed to by itself (X-data-parallel-rank) and has its own KV events port [default: 1]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l bind -d 'Address to listen on; beyond loopback only when told so [default: 127.0.0.1]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l port -d 'Port; 0 = any free one [default: 8000]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l scheduling -d 'Who gets a request: round_robin, random, least_loaded, p2c, session, prefix, cost, kv [default: round_robin]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-scheduling -d 'The same for prefill only [default: --scheduling]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l decode-scheduling -d 'The same for decode only [default: --scheduling]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l connector -d 'How KV gets from prefill to decode; auto finds out per instance: auto, store, mooncake, nixl, none [default: auto]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l connector -d 'How KV gets from prefill to decode; auto finds out per instance (not p2p): auto, store, mooncake, nixl, sglang, p2p, none [default: auto]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l kv-events -d 'Where instances publish KV events: [INSTANCE=]PORT[/REPLAY_PORT], a list; without INSTANCE= for all others' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l master -d 'HOST:PORT of the pool\'s master: its object events tell what is in the pool' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l token-file -d 'File with the cluster token for the master (or MOONCAKE_TOKEN)' -r
@@ -150,10 +151,11 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-queue -d
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-per-instance -d 'Requests under way per instance and role; 0 = no limit [default: 0]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-handoffs -d 'Hand-offs under way per prefill instance, from prefill\'s start to decode\'s first byte; 0 = no limit [default: 0]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-handoffs-per-pair -d 'The same per pair of a prefill and a decode instance [default: 0]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l discover -d 'Where more instances are found, looked at every 5 s: [ROLE=]dns:NAME:PORT, file:PATH (JSON), a list' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l discover -d 'Where more instances are found, looked at every 5 s: [ROLE=]dns:NAME:PORT, file:PATH (JSON), a list; or zmq:IP:PORT, where they register (P2pNcclConnector)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-connections -d 'Client connections [default: 16384]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-body -d 'Largest request body [default: 64MiB]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l retries -d 'Retries per leg, within the retry budget [default: 2]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l continue -d 'When a decode instance dies in a streamed completion, let another go on from what the client has [default: false]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l health-interval -d 'Between health checks [default: 2s]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l state-file -d 'File that remembers added instances across restarts' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l access-log -d 'File for a JSON line per request; - = standard error' -r

@@ -5,18 +5,25 @@ use bytes::{Bytes, BytesMut};
 
 use super::http::chunked::ChunkScanner;
 use super::http::head;
-use super::{kv, load, openai, splice, usage};
+use super::{kv, list, load, merge, openai, splice, usage};
+
+/// Bound of a frame.
+const FRAME_BYTES_MAX: usize = 64 << 20;
 
 /// A request's body, a reply's body.
 pub fn body(input: &[u8]) {
     splice::fuzz(input);
     if let Ok(members) = splice::scan(input) {
-        let facts = openai::facts(input, &members, "max_tokens");
+        let facts = openai::facts(input, &members, "max_tokens", 4.0);
         debug_assert!(input.get(facts.prompt.clone()).is_some(), "{facts:?}");
     }
     let _ = kv::text::ids(input);
-    let _ = usage::cached_tokens(input);
-    let _ = usage::prompt_tokens(input);
+    let _ = usage::told(input);
+    let _ = list::elements(input, 64);
+    let bytes = Bytes::copy_from_slice(input);
+    if let Some(part) = merge::PromptPart::of(&bytes, true, true) {
+        let _ = part.merged_with(&bytes);
+    }
     let mut patched = input.to_vec();
     if usage::patch(&mut patched, 7) {
         let changed = |(a, b): &(&u8, &u8)| a != b;
@@ -40,7 +47,7 @@ pub fn http(input: &[u8]) {
     }
     let _ = head::request(bytes.clone());
     let _ = head::reply(bytes, false);
-    let _ = load::gauges(&String::from_utf8_lossy(input));
+    let _ = load::gauges(&String::from_utf8_lossy(input), None);
     let at_once = chunks(input, input.len());
     for step in [1, 7] {
         debug_assert_eq!(at_once, chunks(input, step));
@@ -78,7 +85,7 @@ fn frames(input: &[u8], step: usize) -> (Vec<(u8, Bytes)>, bool) {
     for piece in input.chunks(step.max(1)) {
         inbox.extend_from_slice(piece);
         loop {
-            match kv::zmtp::next_frame(&mut inbox) {
+            match kv::zmtp::next_frame(&mut inbox, FRAME_BYTES_MAX) {
                 Ok(Some(frame)) => found.push(frame),
                 Ok(None) => break,
                 Err(_) => return (found, true),

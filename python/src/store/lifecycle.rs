@@ -1,13 +1,11 @@
 //! Opening and closing: a client, the memory this process lends, and for an embedded pool its master.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, RandomState};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
-use std::ops::Range;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mooncake::base::net::{join_host_port, resolve_one, split_host_port};
+use mooncake::base::net::join_host_port;
 use mooncake::base::trust::{ClusterKeys, Token};
 use mooncake::base::units::ByteSize;
 use mooncake::engine::peer::about;
@@ -20,7 +18,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyAny, PyDict};
 
-use super::{INVALID_PARAMS, Lending, Pool, Store};
+use super::{INVALID_PARAMS, Lending, Pool, Store, place};
 use crate::args::code;
 use crate::engine;
 use crate::process;
@@ -33,9 +31,6 @@ const IN_SERVICE: Duration = Duration::from_secs(5);
 const DRAIN: Duration = Duration::from_secs(3);
 /// How long calls wait for a master that has gone: a restart fits in, a request is not held up for longer.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Ports that upstream's clients listen on when they are not told one.
-const PORTS: Range<u16> = 12300..14300;
-const PORT_TRIES: u64 = 16;
 const INTERNAL_ERROR: i32 = -1;
 const RPC_FAIL: i32 = -900;
 
@@ -97,38 +92,6 @@ impl Settings {
             token: token(),
         }))
     }
-
-    /// Where to listen for data, and the host that others connect to when it was given by name.
-    fn listen(&self) -> Result<(SocketAddr, Option<String>), String> {
-        let name = if self.local_hostname.is_empty() {
-            "127.0.0.1"
-        } else {
-            self.local_hostname.as_str()
-        };
-        let (host, port) = split_host_port(name, 0)?;
-        let address = resolve_one(&join_host_port(&host, port)).map_err(|e| e.to_string())?;
-        let advertise = host.parse::<IpAddr>().is_err().then_some(host);
-        let is_ours = TcpListener::bind(SocketAddr::new(address.ip(), 0)).is_ok();
-        if !is_ours {
-            // Not an address of this host (a container's name, say): it was asked for, so others get to use it.
-            let any: IpAddr = Ipv4Addr::UNSPECIFIED.into();
-            let host = advertise.unwrap_or_else(|| address.ip().to_string());
-            return Ok((SocketAddr::new(any, port), Some(host)));
-        }
-        Ok((SocketAddr::new(address.ip(), free_port(address)), advertise))
-    }
-}
-
-/// The port asked for, if it is free, or one of those that upstream chooses from, so that its users' rules let it through;
-/// else 0.
-fn free_port(wanted: SocketAddr) -> u16 {
-    let is_free = |port: &u16| TcpListener::bind(SocketAddr::new(wanted.ip(), *port)).is_ok();
-    if wanted.port() != 0 {
-        return Some(wanted.port()).filter(is_free).unwrap_or(0);
-    }
-    let span = u64::from(PORTS.end - PORTS.start);
-    let chance = |n: u64| PORTS.start + (RandomState::new().hash_one(n) % span) as u16;
-    (0..PORT_TRIES).map(chance).find(is_free).unwrap_or(0)
 }
 
 pub(super) fn token() -> Option<Token> {
@@ -269,7 +232,7 @@ fn open(settings: Settings) -> Result<Pool, i32> {
         tracing::warn!("setup: {error}");
         return Err(code(&error));
     }
-    let (listen, advertise) = settings.listen().map_err(|what| {
+    let (listen, advertise) = place::listen(&settings.local_hostname).map_err(|what| {
         tracing::warn!("setup: local_hostname: {what}");
         INVALID_PARAMS
     })?;

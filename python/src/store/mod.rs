@@ -5,6 +5,8 @@ mod fresh;
 mod get;
 mod keys;
 mod lifecycle;
+mod memory;
+mod place;
 mod put;
 mod segments;
 mod sessions;

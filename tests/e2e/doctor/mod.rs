@@ -132,7 +132,12 @@ fn redacted(text: &str) -> String {
         (r"\d+ refusals", "N refusals"),
         (r"MiB used \(\d+ %\), \d+ objects", "MiB used, N objects"),
         (r"about \d+ needed", "about N needed"),
-        (r"of \d+ looked at: \d+ only", "of N looked at: N only"),
+        (r"of \d+: \d+ only on lost", "of N: N only on lost"),
+        (
+            r"[\d.]+ MiB free, largest range [\d.]+ KiB",
+            "SIZE free, largest range SIZE",
+        ),
+        (r"[\d.]+ MiB of 16 MiB used", "SIZE of 16 MiB used"),
         (r"\d+ objects, [\d.]+ \w+ since", "N objects, SIZE since"),
         (r"\d+ since the master", "N since the master"),
         (r"replaced every \w+", "replaced every TIME"),
@@ -234,6 +239,13 @@ fn doctor_names_every_fault_as_itself() {
                     let strange: Vec<_> = found
                         .iter()
                         .filter(|(_, c)| !one_kernel || c["cause"] != "same_host_tcp")
+                        // A busy machine is slow here and there; what is about speed is looked for by name.
+                        .filter(|(_, c)| {
+                            let found = c["cause"].as_str().unwrap_or_default();
+                            let of_speed =
+                                |c: &str| c.starts_with("mesh_slow") || c.starts_with("mesh_far");
+                            of_speed(cause) || !of_speed(found)
+                        })
                         .filter(|(_, c)| {
                             c["cause"] != cause && !fault.also.iter().any(|a| c["cause"] == *a)
                         })

@@ -213,7 +213,7 @@ pub(super) fn all() -> Vec<Fault> {
             ("objects at risk", "warn", "under_replicated"),
             &[],
             |lab| {
-                let mut pool = Pool::start(2, "16MiB", &["--client-ttl", "1s"]);
+                let mut pool = Pool::start(2, "16MiB", &["--client-ttl", "4s"]);
                 let client = pool.client();
                 for n in 0..40u64 {
                     let key = format!("k{n}");
@@ -222,7 +222,7 @@ pub(super) fn all() -> Vec<Fault> {
                         .unwrap();
                 }
                 pool.nodes[0].kill();
-                let limit = Duration::from_secs(20);
+                let limit = Duration::from_secs(30);
                 eventually("the master unmounts it", limit, || {
                     client.segments().is_ok_and(|all| all.len() == 1)
                 });
@@ -242,13 +242,13 @@ pub(super) fn all() -> Vec<Fault> {
             &[],
             |lab| {
                 // More than anybody would look through: the master counts.
-                let mut pool = Pool::start(2, "32MiB", &["--client-ttl", "1s"]);
+                let mut pool = Pool::start(2, "32MiB", &["--client-ttl", "4s"]);
                 let client = pool.client();
                 client
                     .put_bytes(b"twice", &pattern(1000, 1), &copies(2))
                     .unwrap();
                 pool.nodes[1].kill();
-                let limit = Duration::from_secs(20);
+                let limit = Duration::from_secs(30);
                 eventually("the master unmounts it", limit, || {
                     client.segments().is_ok_and(|all| all.len() == 1)
                 });
