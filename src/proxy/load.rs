@@ -49,6 +49,10 @@ pub(crate) fn gauges(page: &str, rank: Option<u32>) -> Gauges {
                         Some(found.cache_tokens.unwrap_or(0).saturating_add(tokens));
                 }
             }
+            "sglang:max_total_num_tokens" => {
+                let before = found.cache_tokens.unwrap_or(0);
+                found.cache_tokens = Some(before.saturating_add(value as u64));
+            }
             "vllm:kv_cache_usage_perc" | "vllm:gpu_cache_usage_perc" | "sglang:token_usage" => {
                 found.kv_usage = Some(found.kv_usage.unwrap_or(0.0).max(value));
             }
@@ -98,6 +102,8 @@ mod tests {
         };
         assert_eq!(gauges(sglang, Some(0)), first);
         assert_eq!(gauges(sglang, None).kv_usage, Some(0.5));
+        let room = gauges("sglang:max_total_num_tokens{dp_rank=\"0\"} 1e6\n", None);
+        assert_eq!(room.cache_tokens, Some(1_000_000));
         assert_eq!(
             gauges("vllm:num_requests_running NaN\nx 1\n", None),
             Gauges::default()

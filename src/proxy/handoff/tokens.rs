@@ -74,7 +74,7 @@ impl HandOff {
     /// Asks for the tokens of a text of which not as much was cached as thought (`uncached`: what was thought to be left to
     /// compute). As long as that is right nobody needs to know its tokens.
     pub(super) fn learn_if_wrong(&self, instance: &Arc<Instance>, uncached: u64, told: Told) {
-        if !self.app.wants_tokens() {
+        if !self.app.wants_tokens() || self.part.is_some() {
             return;
         }
         let (Some(cached), Some(prompt)) = (told.cached, told.prompt) else {

@@ -125,7 +125,7 @@ fn rank(request: &Value) -> Result<u32, ConductorError> {
     rank.ok_or(ConductorError::Field("dp_rank"))
 }
 
-/// `u32`s of a field.
+/// The numbers of a field.
 fn numbers<T: TryFrom<u64>>(
     request: &Value,
     field: &'static str,
