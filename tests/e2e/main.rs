@@ -8,11 +8,13 @@ mod capacity;
 mod dashboard;
 mod doctor;
 mod doors;
+mod drain;
 mod events;
 mod http;
 mod inspect;
 mod objects;
 mod pool;
+mod quotas;
 mod recovery;
 mod rest;
 
