@@ -438,17 +438,21 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__doctor)
-            opts="-h --config --master --proxy --proxy-key-file --peer --mesh --mesh-timeout --rdma --token-file --fix --output --root --help"
+            opts="-h --master --config --token-file --proxy --proxy-key-file --peer --mesh --mesh-timeout --rdma --fix --output --root --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --master)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --config)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --master)
+                --token-file)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -465,10 +469,6 @@ _mooncake() {
                     return 0
                     ;;
                 --mesh-timeout)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --token-file)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -569,7 +569,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -633,7 +633,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1089,7 +1089,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1135,7 +1135,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1193,7 +1193,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1403,7 +1403,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1453,7 +1453,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1511,7 +1511,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1553,7 +1553,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1625,7 +1625,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1675,7 +1675,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1725,7 +1725,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -1783,7 +1783,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -2028,7 +2028,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__node)
-            opts="-h --config --print-config --output --master --memory --segments --bind --port --advertise --name --populate --token-file --max-lanes --drain-timeout --log-format --metadata-server --protocol --device-name --threads --tenant-id --local-buffer-size --logtostderr --v --help"
+            opts="-h --config --print-config --output --master --memory --segments --bind --port --advertise --name --populate --token-file --max-lanes --drain-timeout --log-format --protocol --device-name --metadata-server --threads --tenant-id --local-buffer-size --logtostderr --v --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2090,15 +2090,15 @@ _mooncake() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --metadata-server)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 --protocol)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --device-name)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --metadata-server)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -2130,7 +2130,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__proxy)
-            opts="-m -p -d -h --config --print-config --output --bind --port --scheduling --prefill-scheduling --decode-scheduling --connector --kv-events --master --token-file --tokenize --store-barrier --agg --prefill-down --prefill-min-tokens --upstream-auth --admin-key-file --prefill-timeout --first-token-timeout --idle-timeout --client-timeout --queue-timeout --max-inflight --max-queue --max-per-instance --max-handoffs --max-handoffs-per-pair --discover --max-connections --max-body --retries --health-interval --state-file --access-log --debug-headers --threads --drain-timeout --log-format --model --prefill --decode --help"
+            opts="-m -p -d -h --config --print-config --output --data-parallel-size --bind --port --scheduling --prefill-scheduling --decode-scheduling --connector --kv-events --master --token-file --tokenize --store-barrier --agg --prefill-down --prefill-min-tokens --upstream-auth --admin-key-file --prefill-timeout --first-token-timeout --idle-timeout --client-timeout --queue-timeout --max-inflight --max-queue --max-per-instance --max-handoffs --max-handoffs-per-pair --discover --max-connections --max-body --retries --continue --health-interval --state-file --access-log --debug-headers --threads --drain-timeout --log-format --model --prefill --decode --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2142,6 +2142,10 @@ _mooncake() {
                     ;;
                 --output)
                     COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --data-parallel-size)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --bind)
@@ -2264,6 +2268,10 @@ _mooncake() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --continue)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --health-interval)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -2379,7 +2387,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -2425,7 +2433,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)
@@ -2467,7 +2475,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)

@@ -112,9 +112,9 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l token-file -d
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l max-lanes -d 'Data lanes open at once [default: 4096]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l drain-timeout -d 'How long a stop moves objects that lie only here to other nodes; 0 = not at all; a bare number is seconds [default: 10s]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l log-format -d 'How log lines look: text, json [default: text]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l protocol -d 'Whether callers may have bytes moved by RDMA; auto = where there is a device: auto, rdma, tcp [default: auto]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l device-name -d 'RDMA devices to use, a comma list [default: all]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l metadata-server -d '' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l protocol -d '' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l device-name -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l threads -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l tenant-id -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l local-buffer-size -d '' -r
@@ -125,12 +125,13 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand node" -s h -l help -d 
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l config -d 'Read settings from a TOML or JSON file' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l output -d 'How to print the result' -r -f -a "text\t'For people'
 json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l data-parallel-size -d 'Data-parallel ranks of every instance: each is routed to by itself (X-data-parallel-rank) and has its own KV events port [default: 1]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l bind -d 'Address to listen on; beyond loopback only when told so [default: 127.0.0.1]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l port -d 'Port; 0 = any free one [default: 8000]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l scheduling -d 'Who gets a request: round_robin, random, least_loaded, p2c, session, prefix, cost, kv [default: round_robin]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l prefill-scheduling -d 'The same for prefill only [default: --scheduling]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l decode-scheduling -d 'The same for decode only [default: --scheduling]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l connector -d 'How KV gets from prefill to decode; auto finds out per instance: auto, store, mooncake, nixl, none [default: auto]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l connector -d 'How KV gets from prefill to decode; auto finds out per instance (not p2p): auto, store, mooncake, nixl, sglang, p2p, none [default: auto]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l kv-events -d 'Where instances publish KV events: [INSTANCE=]PORT[/REPLAY_PORT], a list; without INSTANCE= for all others' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l master -d 'HOST:PORT of the pool\'s master: its object events tell what is in the pool' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l token-file -d 'File with the cluster token for the master (or MOONCAKE_TOKEN)' -r
@@ -151,10 +152,11 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-queue -d
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-per-instance -d 'Requests under way per instance and role; 0 = no limit [default: 0]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-handoffs -d 'Hand-offs under way per prefill instance, from prefill\'s start to decode\'s first byte; 0 = no limit [default: 0]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-handoffs-per-pair -d 'The same per pair of a prefill and a decode instance [default: 0]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l discover -d 'Where more instances are found, looked at every 5 s: [ROLE=]dns:NAME:PORT, file:PATH (JSON), a list' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l discover -d 'Where more instances are found, looked at every 5 s: [ROLE=]dns:NAME:PORT, file:PATH (JSON), a list; or zmq:IP:PORT, where they register (P2pNcclConnector)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-connections -d 'Client connections [default: 16384]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-body -d 'Largest request body [default: 64MiB]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l retries -d 'Retries per leg, within the retry budget [default: 2]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l continue -d 'When a decode instance dies in a streamed completion, let another go on from what the client has [default: false]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l health-interval -d 'Between health checks [default: 2s]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l state-file -d 'File that remembers added instances across restarts' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l access-log -d 'File for a JSON line per request; - = standard error' -r
@@ -178,7 +180,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l master -d 'Mas
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand put" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -191,7 +194,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l master -d 'Mas
 complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand get" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -201,7 +205,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l master -d 'M
 complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand exist" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -213,7 +218,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l master -d 'Mast
 complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand ls" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -225,7 +231,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l master -d 'Mast
 complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand rm" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -237,7 +244,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l master -d 'Ma
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand stat" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -249,7 +257,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fis
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -261,7 +270,7 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fis
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum, and what happened to it'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "tenants" -d 'Tenants with what they hold and their hit rate'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "hot" -d 'What was read most lately: first keys of batches'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "events" -d 'Follow what is stored and removed, as it happens; JSON is one event per line'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "events" -d 'Follow what is stored and removed, as it happens, also over a restart of the master; JSON is one event per line'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "top" -d 'Rates, memory and segments, refreshed like top'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "diff" -d 'What changed between two moments: two files of `inspect --output json`, or now and --interval later'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and not __fish_seen_subcommand_from nodes segments keys key tenants hot events top diff proxy help" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'
@@ -270,7 +279,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from nodes" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -282,7 +292,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -302,7 +313,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -312,7 +324,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from key" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -322,7 +335,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from tenants" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -334,7 +348,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from hot" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -350,7 +365,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from events" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -360,7 +376,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from top" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -373,7 +390,8 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from diff" -l output -d 'How to print the result' -r -f -a "text\t'For people'
@@ -389,7 +407,7 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum, and what happened to it'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "tenants" -d 'Tenants with what they hold and their hit rate'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "hot" -d 'What was read most lately: first keys of batches'
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "events" -d 'Follow what is stored and removed, as it happens; JSON is one event per line'
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "events" -d 'Follow what is stored and removed, as it happens, also over a restart of the master; JSON is one event per line'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "top" -d 'Rates, memory and segments, refreshed like top'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "diff" -d 'What changed between two moments: two files of `inspect --output json`, or now and --interval later'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'
@@ -411,11 +429,12 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l cancel -d 'C
 complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l proxy -d 'Also check this proxy' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l proxy-key-file -d 'File with the proxy\'s admin key (or ADMIN_API_KEY): what it knows of its instances' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l peer -d 'Also check this data port of a node; may be given several times' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l mesh-timeout -d 'Bound of --mesh; a bare number is seconds' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l output -d 'How to print the result' -r -f -a "text\t'For people'
 json\t'One JSON document'"
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l root -r -F
@@ -475,7 +494,7 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "key" -d 'One key: replicas, lease, pins, version, checksum, and what happened to it'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "tenants" -d 'Tenants with what they hold and their hit rate'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "hot" -d 'What was read most lately: first keys of batches'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "events" -d 'Follow what is stored and removed, as it happens; JSON is one event per line'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "events" -d 'Follow what is stored and removed, as it happens, also over a restart of the master; JSON is one event per line'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "top" -d 'Rates, memory and segments, refreshed like top'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "diff" -d 'What changed between two moments: two files of `inspect --output json`, or now and --interval later'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'

@@ -1,5 +1,12 @@
 //! Replays the seeds of the fuzz targets as an ordinary test, whole, truncated and with single bytes changed.
 
+fn proxy(bytes: &[u8]) {
+    use mooncake::proxy::fuzz;
+    for target in [fuzz::body, fuzz::http, fuzz::events] {
+        target(bytes);
+    }
+}
+
 #[test]
 fn proxy_messages_and_their_neighbours() {
     for text in [
@@ -9,13 +16,13 @@ fn proxy_messages_and_their_neighbours() {
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n",
     ] {
         for end in 0..=text.len() {
-            mooncake::proxy::fuzz(&text[..end]);
+            proxy(&text[..end]);
         }
         for at in 0..text.len() {
             for value in 0..=255 {
                 let mut changed = text.to_vec();
                 changed[at] = value;
-                mooncake::proxy::fuzz(&changed);
+                proxy(&changed);
             }
         }
     }

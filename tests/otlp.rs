@@ -160,7 +160,11 @@ fn a_trace_goes_from_the_command_through_the_master_to_the_node() {
         "2222222222222222",
         &with(&["rm", "k", "--force"], &over)
     ));
-    assert!(!run(&endpoint, "3333333333333333", &with(&["get", "k"], &over)));
+    assert!(!run(
+        &endpoint,
+        "3333333333333333",
+        &with(&["get", "k"], &over)
+    ));
     let mut all: Vec<Span> = Vec::new();
     let end = Instant::now() + Duration::from_secs(15);
     let found = |all: &[Span], service: &str, name: &str| -> Option<Span> {

@@ -207,6 +207,7 @@ fn unsafe_code_is_where_memory_is_shared() {
         "store/client/arena_put.rs",
         "store/client/arenas.rs",
         "store/client/get.rs",
+        "store/client/mod.rs",
         "store/client/put.rs",
         "store/client/put_session.rs",
         "store/client/replicas.rs",

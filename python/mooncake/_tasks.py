@@ -101,15 +101,23 @@ class TaskMethods:
             return _NOBODY, int(size)
         return self._task_list().start(kind, run)
 
+    def _are_segments(self, names):
+        known = self._segment_names()
+        # A master that does not answer says so to the task.
+        return known is None or set(names) <= set(known)
+
     def create_copy_task(self, key, targets):
-        """Begins to put further replicas of an object on segments: `(task id, 0)`, or `((0, 0), negative code)`."""
+        """Begins to put further replicas of an object on segments: `(task id, 0)`, or `((0, 0), negative code)`: -600 for
+        a segment that does not exist."""
         targets = list(targets)
-        if not targets:
+        if not targets or not self._are_segments(targets):
             return _NOBODY, _INVALID_PARAMS
         return self._start_task(TaskType.REPLICA_COPY, key, lambda: self._copy_replicas(key, targets))
 
     def create_move_task(self, key, source, target):
         """Begins to move an object's replica from one segment to another: like `create_copy_task`."""
+        if source == target or not self._are_segments([source, target]):
+            return _NOBODY, _INVALID_PARAMS
         return self._start_task(TaskType.REPLICA_MOVE, key, lambda: self._move_replica(key, source, target))
 
     def query_task(self, task_id):

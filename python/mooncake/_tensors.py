@@ -9,7 +9,7 @@ Header, 304 bytes, little endian, as upstream since its #1389:
 - 128 bytes: four axes of kind, index, rank, size, split dimension, expert or stage (i32 each) and size of the split
   dimension in the part (i64).
 
-`_parallel_tensors.py` has the calls that store and read shards.
+`_shards.py` knows what shards are, `_parallel_tensors.py` has the calls that store and read them.
 """
 
 import ctypes

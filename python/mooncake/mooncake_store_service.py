@@ -7,212 +7,50 @@ Loopback only unless `--host` says otherwise. With MOONCAKE_TOKEN set, every req
 import argparse
 import asyncio
 import ctypes
-import functools
-import hmac
 import ipaddress
-import json
 import logging
-import os
-import re
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
 
-from mooncake.mooncake_config import MooncakeConfig, _flag, _parse_segment_size
-from mooncake.store import MooncakeDistributedStore
+from mooncake._store_requests import (
+    BODY_LIMIT,
+    _Refused,
+    _answers,
+    _encoded,
+    _errors_as_json,
+    _grace,
+    _guard,
+    _json,
+    _number,
+    _object,
+    _offset,
+    _range_of,
+    _segment_ids,
+    _shm_name_to_path,
+    _size,
+    _success,
+    _text,
+    _token,
+)
+from mooncake.async_store import MooncakeDistributedStoreAsync as MooncakeDistributedStore
+from mooncake.mooncake_config import MooncakeConfig, _parse_bool, _parse_segment_size
 
-BODY_LIMIT = 100 << 20
-GRACE_LIMIT = 3600
-# Sizes and offsets are 64 bits wide in the store; half of that keeps their sum within.
-SIZE_LIMIT = 1 << 63
 KEY_NOT_FOUND = -704
 OBJECT_HAS_LEASE = -706
 # aiohttp's default pattern leaves out keys with braces.
 KEY = "{key:[^/]+}"
-DATA_THREADS = 32
+# Keys of a page.
+PAGE_DEFAULT = 100
+PAGE_LIMIT = 1000
 RETRY_FIRST = 0.25
 RETRY_LONGEST = 2.0
 # How long requests under way may take once the service is told to stop.
 STOP_PATIENCE = 5.0
 
 _log = logging.getLogger(__name__)
-_RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})", re.ASCII)
-
-
-class _Refused(Exception):
-    """Ends a request with an error reply."""
-
-    def __init__(self, status, error, **more):
-        super().__init__(error)
-        self.status = status
-        self.body = {"error": error, **more}
-
-
-def _json(status, body, **more):
-    return web.Response(status=status, text=json.dumps(body), content_type="application/json", **more)
-
-
-def _success(**more):
-    return _json(200, {"status": "success", **more})
-
-
-def _answers(handler):
-    """Turns what a handler raises into a JSON reply."""
-
-    @functools.wraps(handler)
-    async def answered(self, request):
-        try:
-            return await handler(self, request)
-        except _Refused as refused:
-            return _json(refused.status, refused.body)
-        except web.HTTPException:
-            raise
-        except Exception as error:
-            _log.exception("%s failed", handler.__name__)
-            return _json(500, {"error": str(error)})
-
-    return answered
-
-
-async def _object(request):
-    """The JSON object of a request."""
-    try:
-        data = await request.json()
-    # An unknown charset is a LookupError, a body nested too deeply a RecursionError.
-    except (ValueError, LookupError, RecursionError):
-        raise _Refused(400, "Malformed JSON body") from None
-    if not isinstance(data, dict):
-        raise _Refused(400, "Request body must be a JSON object")
-    return data
-
-
-def _text(data, name, default):
-    value = data.get(name, default)
-    if not isinstance(value, str):
-        raise _Refused(400, f"Invalid {name}, must be a string")
-    return value
-
-
-def _integer(data, name, lowest, limit, what, default=None):
-    value = data.get(name, default)
-    # A bool is an int to isinstance.
-    if type(value) is not int or not lowest <= value <= limit:
-        raise _Refused(400, f"Invalid {name}, must be {what}")
-    return value
-
-
-def _size(data):
-    return _integer(data, "size", 1, SIZE_LIMIT - 1, "a positive integer")
-
-
-def _offset(data):
-    return _integer(data, "offset", 0, SIZE_LIMIT - 1, "a non-negative integer", 0)
-
-
-def _grace(data):
-    what = f"a non-negative integer no greater than {GRACE_LIMIT}"
-    return _integer(data, "grace_period_seconds", 0, GRACE_LIMIT, what, 0)
-
-
-def _segment_ids(data):
-    ids = data.get("segment_ids", [])
-    if isinstance(ids, str) and ids:
-        ids = [ids]
-    if not ids:
-        raise _Refused(400, "Missing segment_ids")
-    if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
-        raise _Refused(400, "Invalid segment_ids, must be strings")
-    return ids
-
-
-def _encoded(text, what):
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        # JSON can spell half a surrogate pair, which is no text.
-        raise _Refused(400, f"Invalid {what}, not valid Unicode") from None
-
-
-def _shm_name_to_path(name):
-    """The file of a POSIX shared memory name, or None. shm_open's leading slash is allowed, no other is."""
-    if not isinstance(name, str):
-        return None
-    name = name.removeprefix("/")
-    if name in ("", ".", "..") or "/" in name or "\0" in name:
-        return None
-    return f"/dev/shm/{name}"
-
-
-def _range_of(header, size):
-    """(first, length) of a Range header; None: send everything; refused when nothing of it exists."""
-    found = _RANGE.fullmatch(header.replace(" ", ""))
-    if found is None or found.groups() == ("", ""):
-        return None
-    first, last = found.groups()
-    if not first:
-        length = min(int(last), size)
-        start = size - length
-    else:
-        start = int(first)
-        if last and int(last) < start:
-            return None
-        length = min(int(last) + 1, size) - start if last else size - start
-    if length <= 0:
-        raise web.HTTPRequestRangeNotSatisfiable(headers={"Content-Range": f"bytes */{size}"})
-    return start, length
-
-
-def _read_range(store, key, start, length):
-    """`length` bytes of an object from `start`, or None."""
-    target = bytearray(length)
-    view = (ctypes.c_char * length).from_buffer(target)
-    read = store.get_into_ranges([ctypes.addressof(view)], [[key]], [[[0]]], [[[start]]], [[[length]]])
-    return target if read == [[[length]]] else None
-
-
-def _token():
-    # The pool strips it too.
-    return os.environ.get("MOONCAKE_TOKEN", "").strip()
-
-
-def _authorized(header, token):
-    scheme, _, given = header.partition(" ")
-    if scheme.lower() != "bearer":
-        return False
-    # Header bytes that are no UTF-8 arrive as surrogates.
-    return hmac.compare_digest(given.strip().encode(errors="surrogateescape"), token.encode(errors="surrogateescape"))
-
-
-@web.middleware
-async def _errors_as_json(request, handler):
-    try:
-        return await handler(request)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        kept = {k: error.headers[k] for k in ("Allow", "Content-Range") if k in error.headers}
-        return _json(error.status, {"error": error.reason}, headers=kept)
-    except Exception:
-        _log.exception("%s %s failed", request.method, request.rel_url.path)
-        return _json(500, {"error": "internal error"})
-
-
-def _guard(token):
-    """Refuses strangers, and bodies that say themselves that they are too large, before reading."""
-
-    @web.middleware
-    async def guarded(request, handler):
-        health = request.method in ("GET", "HEAD") and request.path == "/health"
-        if token and not health and not _authorized(request.headers.get("Authorization", ""), token):
-            return _json(401, {"error": "Unauthorized"}, headers={"WWW-Authenticate": "Bearer"})
-        if (request.content_length or 0) > BODY_LIMIT:
-            raise web.HTTPRequestEntityTooLarge(BODY_LIMIT, request.content_length)
-        return await handler(request)
-
-    return guarded
 
 
 def _override(config, key, text):
@@ -224,7 +62,7 @@ def _override(config, key, text):
     if key.endswith("_size"):
         value = _parse_segment_size(text)
     elif isinstance(now, bool):
-        value = _flag(text)
+        value = _parse_bool(text)
     elif isinstance(now, int):
         value = int(text)
     else:
@@ -235,8 +73,6 @@ def _override(config, key, text):
 class MooncakeStoreService:
     """A store and its REST API."""
 
-    # Data calls have threads of their own: mounts and unmounts may wait for long and must not take them.
-    _data_threads = ThreadPoolExecutor(DATA_THREADS, "store-data")
     _runner = None
 
     def __init__(self, config_path=None, cli_config=None):
@@ -318,6 +154,7 @@ class MooncakeStoreService:
                 web.put("/api/put/" + KEY, self.handle_put_raw),
                 web.get("/api/get/" + KEY, self._get_or_range, allow_head=False),
                 web.head("/api/get/" + KEY, self.handle_head),
+                web.get("/api/keys", self.handle_keys),
                 web.get("/api/exist/" + KEY, self.handle_exist),
                 web.delete("/api/remove/" + KEY, self.handle_remove),
                 web.delete("/api/remove_all", self.handle_remove_all),
@@ -351,13 +188,18 @@ class MooncakeStoreService:
         else:
             _log.info("store closed")
 
-    async def _data(self, function, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self._data_threads, function, *arguments)
+    async def _data(self, name, *arguments):
+        """A call about objects, by the store's own threads. Mounts, which may wait for long, do not take those."""
+        natively = getattr(self.store, "async_" + name, None)
+        if natively is not None:
+            return await natively(*arguments)
+        # A stand-in that knows the plain calls only.
+        return await asyncio.to_thread(getattr(self.store, name), *arguments)
 
     # Objects
 
     async def _store_value(self, key, value):
-        code = await self._data(self.store.put, key, value)
+        code = await self._data("put", key, value)
         if code != 0:
             raise _Refused(500, "PUT operation failed", ret=code)
         return _success()
@@ -379,14 +221,14 @@ class MooncakeStoreService:
         return await self._store_value(key, await request.read())
 
     async def _must_exist(self, key):
-        exists = await self._data(self.store.is_exist, key)
+        exists = await self._data("is_exist", key)
         if exists < 0:
             raise _Refused(500, "Exist check failed", ret=exists)
         if not exists:
             raise _Refused(404, "Key not found")
 
     async def _size_of(self, key):
-        size = await self._data(self.store.get_size, key)
+        size = await self._data("get_size", key)
         if size == KEY_NOT_FOUND:
             raise _Refused(404, "Key not found")
         if size < 0:
@@ -401,7 +243,7 @@ class MooncakeStoreService:
     @_answers
     async def handle_get(self, request):
         key = request.match_info["key"]
-        value = await self._data(self.store.get, key)
+        value = await self._data("get", key)
         if value is None:
             raise _Refused(500, "GET operation failed")
         if value == b"":
@@ -413,6 +255,14 @@ class MooncakeStoreService:
             body=value, content_type="application/octet-stream", headers={"Accept-Ranges": "bytes"}
         )
 
+    async def _read_range(self, key, start, length):
+        """`length` bytes of an object from `start`, or None."""
+        target = bytearray(length)
+        view = (ctypes.c_char * length).from_buffer(target)
+        address = ctypes.addressof(view)
+        read = await self._data("get_into_ranges", [address], [[key]], [[[0]]], [[[start]]], [[[length]]])
+        return target if read == [[[length]]] else None
+
     @_answers
     async def handle_range(self, request):
         key = request.match_info["key"]
@@ -420,7 +270,8 @@ class MooncakeStoreService:
         wanted = _range_of(request.headers["Range"], size)
         if wanted is None:
             return await self.handle_get(request)
-        value = await self._data(_read_range, self.store, key, *wanted)
+        # Shielded, since the memory must stay until the store has done with it, whoever stops waiting.
+        value = await asyncio.shield(asyncio.ensure_future(self._read_range(key, *wanted)))
         if value is None:
             raise _Refused(500, "GET operation failed")
         first, length = wanted
@@ -435,8 +286,20 @@ class MooncakeStoreService:
         )
 
     @_answers
+    async def handle_keys(self, request):
+        limit = max(1, _number(request, "limit", PAGE_DEFAULT, PAGE_LIMIT))
+        cursor = _number(request, "cursor", 0, 2**64 - 1)
+        page = await asyncio.to_thread(self.store._page, request.query.get("prefix", ""), cursor, limit)
+        if isinstance(page, int):
+            raise _Refused(500, "Listing keys failed", ret=page)
+        keys, following = page
+        # As text: a script's numbers may be too narrow for it.
+        cursor = str(following) if following else None
+        return _json(200, {"keys": [{"key": key, "size": size} for key, size in keys], "next_cursor": cursor})
+
+    @_answers
     async def handle_exist(self, request):
-        exists = await self._data(self.store.is_exist, request.match_info["key"])
+        exists = await self._data("is_exist", request.match_info["key"])
         if exists < 0:
             raise _Refused(500, "Exist check failed")
         return _json(200, {"exists": exists > 0})
@@ -444,7 +307,7 @@ class MooncakeStoreService:
     @_answers
     async def handle_remove(self, request):
         force = request.query.get("force", "").lower() in ("1", "true", "yes")
-        code = await self._data(self.store.remove, request.match_info["key"], force)
+        code = await self._data("remove", request.match_info["key"], force)
         if code == OBJECT_HAS_LEASE:
             raise _Refused(409, "the object is leased by a reader: try later, or with ?force=true", ret=code)
         if code != 0:
@@ -453,14 +316,14 @@ class MooncakeStoreService:
 
     @_answers
     async def handle_remove_all(self, request):
-        removed = await self._data(self.store.remove_all)
+        removed = await self._data("remove_all")
         if removed < 0:
             raise _Refused(500, "RemoveAll operation failed", ret=removed)
         return _json(200, {"status": f"success removed {removed} keys"})
 
     @_answers
     async def handle_health(self, request):
-        code = await self._data(self.store.health_check)
+        code = await self._data("health_check")
         return _json(200, {"status": "ok"}) if code == 0 else _json(503, {"error": "the pool does not answer"})
 
     # Segments

@@ -19,7 +19,8 @@ from mooncake._native import (
     Store as _Store,
     bind_to_numa_node,
 )
-from mooncake._parallel_tensors import ParallelAxis, ParallelTensorMethods, ReadTarget, TensorParallelism
+from mooncake._parallel_tensors import ParallelTensorMethods
+from mooncake._shards import ParallelAxis, ReadTarget, TensorParallelism
 from mooncake._tasks import QueryTaskResponse, TaskMethods
 from mooncake._tensors import _deserialize_tensor, _serialize_tensor, _tensor_metadata_size
 from mooncake.buffer_pool import BufferPool, RegisteredBufferPool

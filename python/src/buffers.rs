@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use pyo3::exceptions::PyValueError;
@@ -64,6 +66,11 @@ impl Registered {
     pub(crate) fn covers(&self, address: usize, length: usize) -> bool {
         let end = address.checked_add(length);
         end.is_some_and(|end| self.find(address, end).is_some())
+    }
+
+    /// Whose memory the range is that begins there: the host's (`Some(None)`) or a device's.
+    pub(crate) fn whose(&self, address: usize) -> Option<Option<Device>> {
+        Some(self.ranges.read().get(&address)?.1)
     }
 
     /// Gives a range back; false when it is not registered.
@@ -158,6 +165,87 @@ impl BufferHandle {
         } else {
             Err(PyErr::fetch(slf.py()))
         }
+    }
+}
+
+/// Memory that a Python object has lent out, and the views of it.
+#[pyclass(module = "mooncake._native", frozen)]
+pub(crate) struct LentMemory {
+    address: usize,
+    length: usize,
+    views: Arc<AtomicUsize>,
+}
+
+#[pymethods]
+impl LentMemory {
+    /// The owner of the memory must keep it for as long as there are views.
+    #[new]
+    fn new(address: Word, length: Word) -> Self {
+        Self {
+            address: address.0,
+            length: length.0,
+            views: Arc::default(),
+        }
+    }
+
+    /// Something to make a `memoryview` of, which keeps `owner`.
+    fn view(&self, owner: Py<PyAny>) -> LentView {
+        LentView {
+            address: self.address,
+            length: self.length,
+            views: self.views.clone(),
+            _owner: owner,
+        }
+    }
+
+    /// Views there are.
+    fn views(&self) -> usize {
+        self.views.load(Ordering::Acquire)
+    }
+}
+
+/// A view of lent memory.
+#[pyclass(module = "mooncake._native", frozen)]
+pub(crate) struct LentView {
+    address: usize,
+    length: usize,
+    views: Arc<AtomicUsize>,
+    _owner: Py<PyAny>,
+}
+
+#[pymethods]
+impl LentView {
+    // SAFETY: `FillInfo` takes a reference to `slf`, which keeps the owner of the memory.
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        if view.is_null() {
+            return Err(PyValueError::new_err("no view"));
+        }
+        let this = slf.get();
+        // SAFETY: as above.
+        let code = unsafe {
+            ffi::PyBuffer_FillInfo(
+                view,
+                slf.as_ptr(),
+                this.address as *mut std::ffi::c_void,
+                ffi::Py_ssize_t::try_from(this.length)?,
+                0,
+                flags,
+            )
+        };
+        if code != 0 {
+            return Err(PyErr::fetch(slf.py()));
+        }
+        this.views.fetch_add(1, Ordering::AcqRel);
+        Ok(())
+    }
+
+    // SAFETY: called once for each view that was filled in.
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
+        self.views.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

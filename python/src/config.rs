@@ -4,7 +4,7 @@ use mooncake::store::client::PutOptions;
 use pyo3::prelude::*;
 use pyo3::types::PyAny;
 
-use crate::args::List;
+use crate::args::{List, Word};
 
 /// Half an hour, upstream's soft-pin time when a pin is switched on without one.
 const SOFT_PIN_DEFAULT_MS: u64 = 30 * 60 * 1000;
@@ -22,8 +22,8 @@ pub(crate) struct ReplicateConfig {
     dfs_replica_num: u32,
     /// 0 PRESERVE, 1 ENABLE, 2 DISABLE (`SoftPinAction`).
     soft_pin_action: i32,
-    /// Milliseconds; None = 30 minutes when enabled.
-    #[pyo3(get, set)]
+    /// Milliseconds; None = 30 minutes when enabled. Only an enabled pin may have one.
+    #[pyo3(get)]
     soft_pin_ttl_ms: Option<u64>,
     #[pyo3(get, set)]
     with_hard_pin: bool,
@@ -65,6 +65,10 @@ impl ReplicateConfig {
         }
     }
 
+    #[setter]
+    fn set_soft_pin_ttl_ms(&mut self, value: Option<Word>) {
+        self.soft_pin_ttl_ms = value.map(|w| w.0 as u64);
+    }
     #[setter]
     fn set_preferred_segments(&mut self, value: List<String>) {
         self.preferred_segments = value.0;
@@ -133,6 +137,11 @@ impl ReplicateConfig {
             preferred.push(self.preferred_segment.clone());
         }
         preferred
+    }
+
+    /// Whether the pool is asked for something that means something: upstream refuses a time without an enabled pin.
+    pub(crate) fn is_valid(&self) -> bool {
+        self.soft_pin_action == 1 || self.soft_pin_ttl_ms.is_none()
     }
 
     pub(crate) fn options(&self, upsert: bool) -> PutOptions {

@@ -5,6 +5,7 @@
 //! peers. Streams are ordinary ones: like `cudaMemcpy`, a copy waits for what the caller has begun on the default stream.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,9 @@ const ATTRIBUTE_RANGE_START: c_int = 11;
 const ATTRIBUTE_RANGE_SIZE: c_int = 12;
 const MEMORY_TYPE_DEVICE: c_uint = 2;
 const HOST_ALLOC_PORTABLE: c_uint = 1;
+/// `CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD`.
+const HANDLE_DMA_BUF: c_int = 1;
+const HOST_PAGE: usize = 4096;
 
 /// The driver's functions, by the names that its header gives them.
 struct Driver {
@@ -50,6 +54,8 @@ struct Driver {
     stream_wait: unsafe extern "C" fn(Stream) -> Code,
     download: unsafe extern "C" fn(*mut c_void, u64, usize, Stream) -> Code,
     upload: unsafe extern "C" fn(u64, *const c_void, usize, Stream) -> Code,
+    /// Absent before CUDA 11.7.
+    export: Option<unsafe extern "C" fn(*mut c_void, u64, usize, c_int, u64) -> Code>,
 }
 
 /// Why a copy was not done.
@@ -95,7 +101,12 @@ impl Driver {
                 unsafe { std::mem::transmute_copy(&found) }
             }};
         }
+        // SAFETY: a handle of dlopen and a terminated name.
+        let export =
+            unsafe { libc::dlsym(library, c"cuMemGetHandleForAddressRange".as_ptr().cast()) };
         let driver = Self {
+            // SAFETY: the driver's header gives the function under this name this type; null is none.
+            export: unsafe { std::mem::transmute_copy(&export) },
             init: function!(c"cuInit"),
             attribute: function!(c"cuPointerGetAttribute"),
             device_get: function!(c"cuDeviceGet"),
@@ -522,5 +533,28 @@ impl DeviceCopies for DeviceRange {
     ) -> std::io::Result<()> {
         self.copy(address, source.cast_mut(), length, true)
             .map_err(std::io::Error::other)
+    }
+
+    fn export(&self, address: usize, length: usize) -> std::io::Result<(OwnedFd, u64)> {
+        let unsupported = || std::io::Error::from(std::io::ErrorKind::Unsupported);
+        let driver = Driver::get().ok_or_else(unsupported)?;
+        let export = driver.export.ok_or_else(unsupported)?;
+        // The driver exports whole pages of the host's size.
+        let page = HOST_PAGE;
+        let start = address / page * page;
+        let end = address.checked_add(length).ok_or_else(unsupported)?;
+        let whole = end.next_multiple_of(page) - start;
+        let mut fd: c_int = -1;
+        let exported = driver.within(self.0, || {
+            // SAFETY: writes one descriptor; the driver checks the range.
+            check(unsafe { export((&raw mut fd).cast(), start as u64, whole, HANDLE_DMA_BUF, 0) })
+        });
+        exported.map_err(std::io::Error::other)?;
+        if fd < 0 {
+            return Err(unsupported());
+        }
+        // SAFETY: a descriptor the driver has just made for us.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok((fd, (address - start) as u64))
     }
 }

@@ -5,7 +5,9 @@
 //! around everything that can block; calls run in the caller's thread, those of an event loop on native threads.
 
 mod args;
+mod batches;
 mod buffers;
+mod bus_guard;
 mod config;
 mod descriptors;
 mod device;
@@ -30,6 +32,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<engine::Engine>()?;
     m.add_class::<engine::TransferNotify>()?;
     m.add_class::<buffers::BufferHandle>()?;
+    m.add_class::<buffers::LentMemory>()?;
     m.add_class::<buffers::HostMemoryAllocator>()?;
     m.add_class::<config::ReplicateConfig>()?;
     m.add_class::<descriptors::ReplicaDescriptor>()?;

@@ -1,8 +1,9 @@
 //! Operations without their caller: a bounded set of native threads that carries them out and leaves the answers in a
 //! mailbox. The interpreter lock is not held while they work.
 //!
-//! Threads start when there is work for them and end when there has been none for a while. Knows no stores; what is to be
-//! done comes as a closure that is told whether its turn has come in time.
+//! Threads start when there is work for them and end when there has been none for a while. What is short has threads that
+//! nothing long can take, and the other way round. Knows no stores; what is to be done comes as a closure that is told
+//! whether its turn has come in time.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,64 +18,140 @@ use pyo3::prelude::*;
 use crate::mailbox::{Answer, Mailbox, Slot};
 
 /// How long an operation may wait for a thread: as long as it may take itself.
-const TURN_MAX: Duration = Duration::from_secs(10);
+pub(crate) const TURN_MAX: Duration = Duration::from_secs(10);
 /// How long an idle thread stays.
 const IDLE_MAX: Duration = Duration::from_secs(10);
 /// Operations under way are waited for this long by `close`: their own bound and some.
 const CLOSE_MAX: Duration = Duration::from_secs(12);
 const THREADS_MAX: usize = 64;
 
-/// Whether an operation is still wanted when its turn comes.
+/// Whether what was queued is still wanted when its turn comes.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Turn {
     Now,
-    /// Not any more: why.
-    Refused(StoreError),
+    /// It has waited longer than it may take.
+    Late,
+    /// The store was closed meanwhile.
+    Closed,
 }
 
+impl Turn {
+    /// Why an operation is not carried out.
+    pub(crate) fn refusal(self) -> Option<StoreError> {
+        match self {
+            Self::Now => None,
+            Self::Late => Some(StoreError::Timeout {
+                what: "a free thread: too many operations are under way".to_owned(),
+            }),
+            Self::Closed => Some(StoreError::InvalidParams {
+                what: "the store was closed".to_owned(),
+            }),
+        }
+    }
+}
+
+/// How long something holds a thread. Neither kind can take all of them: what is short does not wait behind large objects.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// One exchange of few bytes.
+    Short,
+    /// Anything else.
+    Long,
+}
+
+/// An operation: gets its turn, and gives its answer.
 pub(crate) type Job = Box<dyn FnOnce(Turn) -> Answer + Send>;
+/// Something a thread does, answers included.
+pub(crate) type Chore = Box<dyn FnOnce(Turn) + Send>;
 
 struct Task {
-    job: Job,
-    to: Arc<Slot>,
-    token: u64,
+    chore: Chore,
     queued: Instant,
 }
 
 impl Task {
-    fn answer(self, turn: Turn) {
-        let job = self.job;
+    fn carry_out(self) {
+        let late = self.queued.elapsed() >= TURN_MAX;
+        (self.chore)(if late { Turn::Late } else { Turn::Now });
+    }
+}
+
+/// The answer of an operation that panicked.
+pub(crate) fn broke() -> Answer {
+    Box::new(|_| Err(PyRuntimeError::new_err("the operation broke: see the log")))
+}
+
+fn answering(to: &Arc<Slot>, token: u64, job: Job) -> Chore {
+    let to = to.clone();
+    Box::new(move |turn| {
         let answer = catch_unwind(AssertUnwindSafe(move || job(turn)));
-        let answer = answer.unwrap_or_else(|_| {
-            Box::new(|_| Err(PyRuntimeError::new_err("the operation broke: see the log")))
-        });
-        self.to.leave(self.token, answer);
+        to.leave(token, answer.unwrap_or_else(|_| broke()));
+    })
+}
+
+/// What waits at one pace, and how many threads are at it.
+#[derive(Default)]
+struct Line {
+    queue: VecDeque<Task>,
+    busy: usize,
+    most: usize,
+}
+
+impl Line {
+    /// When the first was queued that may be taken.
+    fn next(&self) -> Option<Instant> {
+        let first = self.queue.front().filter(|_| self.busy < self.most);
+        first.map(|t| t.queued)
     }
 
-    fn carry_out(self) {
-        let turn = if self.queued.elapsed() < TURN_MAX {
-            Turn::Now
-        } else {
-            Turn::Refused(StoreError::Timeout {
-                what: "a free thread: too many operations are under way".to_owned(),
-            })
-        };
-        self.answer(turn);
+    /// How many may be taken now.
+    fn takeable(&self) -> usize {
+        self.queue.len().min(self.most.saturating_sub(self.busy))
     }
 }
 
 #[derive(Default)]
 struct State {
-    queue: VecDeque<Task>,
+    short: Line,
+    long: Line,
     threads: usize,
     idle: usize,
-    busy: usize,
     /// Callers of `close`.
     closing: usize,
     last_token: u64,
 }
 
+impl State {
+    fn line(&mut self, pace: Pace) -> &mut Line {
+        match pace {
+            Pace::Short => &mut self.short,
+            Pace::Long => &mut self.long,
+        }
+    }
+
+    /// What has waited longest of what may be taken.
+    fn take(&mut self) -> Option<(Task, Pace)> {
+        let pace = match (self.short.next(), self.long.next()) {
+            (Some(short), Some(long)) if long < short => Pace::Long,
+            (Some(_), _) => Pace::Short,
+            (None, Some(_)) => Pace::Long,
+            (None, None) => return None,
+        };
+        let line = self.line(pace);
+        line.busy += 1;
+        Some((line.queue.pop_front()?, pace))
+    }
+
+    fn takeable(&self) -> usize {
+        self.short.takeable() + self.long.takeable()
+    }
+
+    fn busy(&self) -> usize {
+        self.short.busy + self.long.busy
+    }
+}
+
 /// The threads of one store.
-#[derive(Default)]
 pub(crate) struct Threads {
     most: usize,
     state: Mutex<State>,
@@ -83,34 +160,48 @@ pub(crate) struct Threads {
 }
 
 impl Threads {
-    fn next_token(&self) -> u64 {
+    fn new(most: usize) -> Self {
+        let mut state = State::default();
+        state.short.most = most.div_ceil(2);
+        state.long.most = (most - most.div_ceil(4)).max(1);
+        Self {
+            most,
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            quiet: Condvar::new(),
+        }
+    }
+
+    /// A number that no other answer carries.
+    pub(crate) fn next_token(&self) -> u64 {
         let mut state = self.state.lock();
         state.last_token += 1;
         state.last_token
     }
 
-    /// Queues a job: the number its answer will carry. When no thread can be had it runs here and now.
+    /// Queues an operation: the number its answer will carry. When no thread can be had it runs here and now.
     pub(crate) fn begin(self: &Arc<Self>, to: &Arc<Slot>, job: Job) -> u64 {
         let token = self.next_token();
-        self.queue(to, token, job);
+        self.begin_as(to, token, job);
         token
     }
 
-    fn queue(self: &Arc<Self>, to: &Arc<Slot>, token: u64, job: Job) {
+    /// [`Threads::begin`] with a number that is given out already.
+    pub(crate) fn begin_as(self: &Arc<Self>, to: &Arc<Slot>, token: u64, job: Job) {
+        self.queue(Pace::Long, answering(to, token, job));
+    }
+
+    /// Queues a chore.
+    pub(crate) fn queue(self: &Arc<Self>, pace: Pace, chore: Chore) {
         let mut state = self.state.lock();
-        let task = Task {
-            job,
-            to: to.clone(),
-            token,
-            queued: Instant::now(),
-        };
         if state.closing > 0 {
             drop(state);
-            task.answer(Turn::Refused(closed()));
+            chore(Turn::Closed);
             return;
         }
-        state.queue.push_back(task);
-        if state.queue.len() > state.idle && state.threads < self.most {
+        let queued = Instant::now();
+        state.line(pace).queue.push_back(Task { chore, queued });
+        if state.takeable() > state.idle && state.threads < self.most {
             state.threads += 1;
             drop(state);
             self.start();
@@ -133,37 +224,46 @@ impl Threads {
         state.threads -= 1;
         // The others will get to it; without others it is done here.
         let orphan = if state.threads == 0 {
-            state.queue.pop_back()
+            state.take()
         } else {
             None
         };
         drop(state);
-        if let Some(task) = orphan {
+        if let Some((task, pace)) = orphan {
             task.carry_out();
+            self.ended(&mut self.state.lock(), pace);
         }
     }
 
     fn run(&self) {
         let mut state = self.state.lock();
         loop {
-            if let Some(task) = state.queue.pop_front() {
-                state.busy += 1;
+            if let Some((task, pace)) = state.take() {
+                // What this one may not take any more another may.
+                let more = state.idle > 0 && state.takeable() > 0;
                 drop(state);
+                if more {
+                    self.work.notify_one();
+                }
                 task.carry_out();
                 state = self.state.lock();
-                state.busy -= 1;
-                if state.busy == 0 && state.closing > 0 {
-                    self.quiet.notify_all();
-                }
+                self.ended(&mut state, pace);
                 continue;
             }
             state.idle += 1;
             let waited = self.work.wait_for(&mut state, IDLE_MAX);
             state.idle -= 1;
-            if waited.timed_out() && state.queue.is_empty() {
+            if waited.timed_out() && state.takeable() == 0 {
                 state.threads -= 1;
                 return;
             }
+        }
+    }
+
+    fn ended(&self, state: &mut State, pace: Pace) {
+        state.line(pace).busy -= 1;
+        if state.busy() == 0 && state.closing > 0 {
+            self.quiet.notify_all();
         }
     }
 
@@ -171,27 +271,22 @@ impl Threads {
     fn close(&self) -> bool {
         let mut state = self.state.lock();
         state.closing += 1;
-        let waiting: Vec<Task> = state.queue.drain(..).collect();
+        let mut waiting: Vec<Task> = state.short.queue.drain(..).collect();
+        waiting.extend(state.long.queue.drain(..));
         drop(state);
         for task in waiting {
-            task.answer(Turn::Refused(closed()));
+            (task.chore)(Turn::Closed);
         }
         let deadline = Instant::now() + CLOSE_MAX;
         let mut state = self.state.lock();
-        while state.busy > 0 {
+        while state.busy() > 0 {
             if self.quiet.wait_until(&mut state, deadline).timed_out() {
                 break;
             }
         }
-        let ended = state.busy == 0;
+        let ended = state.busy() == 0;
         state.closing -= 1;
         ended
-    }
-}
-
-fn closed() -> StoreError {
-    StoreError::InvalidParams {
-        what: "the store was closed".to_owned(),
     }
 }
 
@@ -209,10 +304,7 @@ pub(crate) struct Workers(pub(crate) Arc<Threads>);
 impl Workers {
     #[new]
     fn new(most: usize) -> Self {
-        Self(Arc::new(Threads {
-            most: most.clamp(1, THREADS_MAX),
-            ..Threads::default()
-        }))
+        Self(Arc::new(Threads::new(most.clamp(1, THREADS_MAX))))
     }
 
     /// Calls something of Python's on one of the threads: the number of its answer.
@@ -224,13 +316,9 @@ impl Workers {
 
     /// The same on a thread of its own: for `close`, which waits for the others.
     fn call_apart(&self, to: &Mailbox, what: Py<PyAny>) -> Begun {
-        let apart = Arc::new(Threads {
-            most: 1,
-            ..Threads::default()
-        });
         // Its numbers must not be those of others in the mailbox.
         let token = self.0.next_token();
-        apart.queue(&to.0, token, called(what));
+        Arc::new(Threads::new(1)).begin_as(&to.0, token, called(what));
         Begun { token }
     }
 
@@ -241,14 +329,14 @@ impl Workers {
 }
 
 fn called(what: Py<PyAny>) -> Job {
-    Box::new(move |turn| match turn {
-        Turn::Now => {
+    Box::new(move |turn| match turn.refusal() {
+        None => {
             let outcome = Python::try_attach(|py| what.call0(py));
             Box::new(move |_| {
                 outcome.unwrap_or_else(|| Err(PyRuntimeError::new_err("the interpreter is ending")))
             })
         }
-        Turn::Refused(why) => {
+        Some(why) => {
             let text = why.to_string();
             Box::new(move |_| {
                 drop(what);

@@ -140,14 +140,14 @@ def sessions():
     assert store.batch_put_session_start([key(1)], [3000]) == [0]
     for layer in range(3):
         at = layer * 1000
-        assert store.batch_put_from_multi_buffer_ranges([key(1)], [[memory + at]], [[1000]], [[at]]) == [0]
+        assert store.batch_put_from_multi_buffer_ranges([key(1)], [[memory + at]], [[1000]], [[at]]) == [1000]
     assert store.batch_put_session_end([key(1)]) == [0]
     assert store.get(key(1)) == data
     assert store.batch_get_session_start([key(1)]) == [0]
     into = memory + 512 * 1024
     assert store.batch_get_into_multi_buffer_ranges([key(1)], [[into, into + 5000]], [[500, 10]], [[2000, 7]]) == [510]
     assert gpu.read(into, 500) == data[2000:2500] and gpu.read(into + 5000, 10) == data[7:17]
-    assert store.batch_get_session_end([key(1)]) == [0]
+    assert store.batch_get_session_end([key(1)]) == 0
     read = store.get_into_ranges([into], [[key(1)]], [[[100, 300]]], [[[0, 50]]], [[[10, 20]]])
     assert read == [[[10, 20]]]
     assert gpu.read(into + 100, 10) == data[:10] and gpu.read(into + 300, 20) == data[50:70]

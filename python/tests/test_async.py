@@ -73,11 +73,11 @@ def test_answers_are_those_of_the_calls(store, loop):
         assert await store.async_get_size("d") == 100_000
         assert await store.async_get_into_ranges([base], [["a"]], [[[0]]], [[[10]]], [[[5]]]) == [[[5]]]
         assert await store.async_batch_put_session_start(["s"], [20]) == [0]
-        assert await store.async_batch_put_from_multi_buffer_ranges(["s"], [[base]], [[20]], [[0]]) == [0]
+        assert await store.async_batch_put_from_multi_buffer_ranges(["s"], [[base]], [[20]], [[0]]) == [20]
         assert await store.async_batch_put_session_end(["s"]) == [0]
         assert await store.async_batch_get_session_start(["s"]) == [0]
         assert await store.async_batch_get_into_multi_buffer_ranges(["s"], [[base]], [[20]], [[0]]) == [20]
-        assert await store.async_batch_get_session_end(["s"]) == [0]
+        assert await store.async_batch_get_session_end(["s"]) == 0
         assert [d.is_memory_replica() for d in await store.async_get_replica_desc("a")] == [True]
         assert set(await store.async_batch_get_replica_desc(["a", "no"])) == {"a"}
         assert await store.async_upsert("a", b"new") == 0
@@ -117,6 +117,94 @@ def test_many_at_once_are_bounded_and_do_not_starve(master, lender):
 
     run(work())
     store.remove_all(force=True)
+    assert store.close() == 0
+
+
+def test_small_operations_that_wait_together_get_their_own_answers(store):
+    """Hundreds at once are joined into batches: each still has its own keys, sizes and codes."""
+    memory = ctypes.create_string_buffer(200 * 100)
+    base = ctypes.addressof(memory)
+
+    async def work():
+        sizes = {f"j{n}": (n * 37) % 9000 + 1 for n in range(300)}
+        sizes["j7"], sizes["j150"] = 3 << 20, 70_000  # Not small, among the others.
+        values = {key: (key * size)[:size].encode() for key, size in sizes.items()}
+        puts = [store.async_put(key, value) for key, value in values.items()]
+        puts += [store.async_put("same", f"same{n}".encode()) for n in range(100)]
+        puts += [store.async_put("", b"no key"), store.async_put("none", b""), store.async_put("k" * 5000, b"long")]
+        codes = await asyncio.gather(*puts)
+        assert codes[:400] == [0] * 400, "an existing key is no error"
+        assert codes[400:402] == [-600, -600] and codes[402] < 0
+        gets = [store.async_get(key) for key in values]
+        gets += [store.async_get_batch([key, f"missing-{key}", "j7"]) for key in values]
+        gets += [store.async_is_exist(key) for key in values]
+        gets += [store.async_batch_is_exist([key, f"missing-{key}"]) for key in values]
+        got = await asyncio.gather(*gets)
+        count = len(values)
+        assert got[:count] == list(values.values())
+        assert got[count : 2 * count] == [[value, b"", values["j7"]] for value in values.values()]
+        assert got[2 * count : 3 * count] == [1] * count
+        assert got[3 * count :] == [[1, 0]] * count
+        assert (await store.async_get("same")).startswith(b"same")
+        into = [store.async_get_into(f"j{n}", base + n * 100, 100) for n in range(200)]
+        into += [store.async_batch_get_into_multi_buffers([f"j{n}"], [[base + n * 100]], [[100]]) for n in range(200)]
+        into += [store.async_get_into("missing", base, 100), store.async_get_into("j1", 8, 10)]
+        read = await asyncio.gather(*into)
+        for n in range(200):
+            size = sizes[f"j{n}"]
+            assert read[n] == (size if size <= 100 else -600), (n, size)
+            assert read[200 + n] == [100 if size == 100 else -800 if size < 100 else -600], (n, size)
+            if size <= 100:
+                assert memory.raw[n * 100 : n * 100 + size] == values[f"j{n}"]
+        assert read[400:] == [-704, -600]
+
+    run(work())
+
+
+def test_small_operations_share_round_trips(master, lender, monkeypatch):
+    """Many at once take far less time than one after the other: over TCP each of those waits for an answer."""
+    monkeypatch.setenv("MOONCAKE_TRANSPORT", "tcp")
+    store = opened(master.address)
+
+    async def work():
+        keys = [f"trip{n}" for n in range(400)]
+        for kind in (lambda k: store.async_put(k, k.encode()), store.async_get, lambda k: store.async_is_exist(k + "-no")):
+            began = time.perf_counter()
+            for key in keys[:100]:
+                await kind(key)
+            alone = (time.perf_counter() - began) / 100
+            began = time.perf_counter()
+            await asyncio.gather(*(kind(key) for key in keys[100:]))
+            together = (time.perf_counter() - began) / 300
+            assert together < alone / 2, (alone, together)
+        await store.async_remove_all(force=True)
+
+    run(work())
+    assert store.close() == 0
+
+
+def test_small_operations_do_not_wait_behind_large_ones(master, lender, monkeypatch):
+    monkeypatch.setenv("MOONCAKE_TRANSPORT", "tcp")
+    store = opened(master.address, max_workers=4)
+
+    async def work():
+        assert await store.async_put("heavy", os.urandom(48 << 20)) == 0
+        assert await store.async_put("light", b"l" * 1000) == 0
+        began = time.perf_counter()
+        heavy = [asyncio.create_task(store.async_get("heavy")) for _ in range(16)]
+        await asyncio.sleep(0)
+        latencies = []
+        while not all(task.done() for task in heavy):
+            before = time.perf_counter()
+            assert await store.async_get("light") == b"l" * 1000
+            latencies.append(time.perf_counter() - before)
+        took = time.perf_counter() - began
+        assert all(len(task.result()) == 48 << 20 for task in heavy)
+        # As many rounds of four as there are, and a small one in each of them would be four.
+        assert len(latencies) > 16 and sorted(latencies)[len(latencies) // 2] < took / 16, (latencies, took)
+        await store.async_remove_all(force=True)
+
+    run(work())
     assert store.close() == 0
 
 

@@ -169,6 +169,47 @@ def test_remove_of_a_leased_key(service, store):
     assert service.ask("DELETE", "/api/remove/leased?force=true") == (200, {"status": "success"})
 
 
+def test_keys_in_pages(service, store):
+    wanted = {f"page/{n}ä": n + 1 for n in range(25)}
+    for key, size in wanted.items():
+        assert store.put(key, b"v" * size) == 0
+    assert store.put("elsewhere", b"v") == 0
+    found, pages, cursor = {}, 0, ""
+    while cursor is not None:
+        query = urllib.parse.urlencode({"prefix": "page/", "limit": 10, **({"cursor": cursor} if cursor else {})})
+        status, page = service.ask("GET", f"/api/keys?{query}")
+        assert status == 200 and len(page["keys"]) <= 10
+        new = {row["key"]: row["size"] for row in page["keys"]}
+        assert not set(new) & set(found), "no key twice"
+        found.update(new)
+        cursor, pages = page["next_cursor"], pages + 1
+        assert pages < 100
+    assert found == wanted and pages >= 3
+    status, page = service.ask("GET", "/api/keys?prefix=nothing")
+    assert (status, page) == (200, {"keys": [], "next_cursor": None})
+    assert "elsewhere" in [row["key"] for row in service.ask("GET", "/api/keys")[1]["keys"]]
+    for wrong in ("limit=1001", "limit=-1", "limit=x", "cursor=x", f"cursor={1 << 64}", "limit=1e1"):
+        assert service.ask("GET", f"/api/keys?{wrong}")[0] == 400, wrong
+
+
+def test_many_requests_at_once(service, store):
+    """More than the store has threads, of all sizes, and nobody gets another's bytes."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    values = {f"many{n}": os.urandom((n % 7 + 1) * (300_000 if n % 5 == 0 else 1000)) for n in range(60)}
+
+    def round_trip(key):
+        value = values[key]
+        put, _, _ = service.call("PUT", f"/api/put/{key}", value)
+        got, _, body = service.call("GET", f"/api/get/{key}")
+        part, headers, piece = service.call("GET", f"/api/get/{key}", headers={"Range": "bytes=100-199"})
+        right = body == value and piece == value[100:200] and headers["Content-Range"] == f"bytes 100-199/{len(value)}"
+        return put, got, part, right
+
+    with ThreadPoolExecutor(24) as pool:
+        assert set(pool.map(round_trip, values)) == {(200, 200, 206, True)}
+
+
 def test_remove_all(service, store):
     assert store.put_batch([f"all{i}" for i in range(5)], [b"v"] * 5) == 0
     assert service.ask("DELETE", "/api/remove_all") == (200, {"status": "success removed 5 keys"})

@@ -127,7 +127,7 @@ def test_reading_sessions(store, buffer):
     assert buffer.bytes[:5] == bytes(range(5)) and buffer.bytes[50:55] == bytes(range(90, 95))
     outside = store.batch_get_into_multi_buffer_ranges(["k"], [[buffer.ptr]], [[20]], [[90]])
     assert outside == [-600]
-    assert store.batch_get_session_end(["k", "x"]) == [0, -600]
+    assert store.batch_get_session_end(["k", "x"]) == 0
     got = store.get_into_ranges([buffer.ptr], [["k"]], [[[7, 9]]], [[[1, 98]]], [[[2, 2]]])
     assert got == [[[2, 2]]] and buffer.bytes[7:11] == bytes([1, 2, 98, 99])
 
@@ -141,7 +141,7 @@ def test_writing_sessions(store, buffer):
         put = store.batch_put_from_multi_buffer_ranges(
             ["w"], [[buffer.ptr + offset]], [[500]], [[offset]]
         )
-        assert put == [0]
+        assert put == [500]
     assert store.batch_put_session_revoke(["v"]) == [0]
     assert store.batch_put_session_end(["w", "v"]) == [0, -600]
     assert store.get("w") == data and store.is_exist("v") == 0
@@ -430,10 +430,37 @@ def test_allocator_and_pool(store):
             lease.buffer[:5] = b"hello"
             assert store.put_from("pooled", lease.ptr, 5) == 0
         first = pool.acquire(200 << 10)
-        with pytest.raises(MemoryError):
-            pool.acquire(1000, timeout=0.05)
+        with pytest.raises(RuntimeError, match="timed out"):
+            pool.acquire(100_000, timeout=0.05)
+        with pytest.raises(RuntimeError, match="exhausted"):
+            pool.acquire(100_000, block=False)
+        with pytest.raises(RuntimeError, match="capacity"):
+            pool.acquire(300 << 10)
+        with pytest.raises(RuntimeError, match="active leases"):
+            pool.close()
+        view = first.buffer[10:20]
+        with pytest.raises(RuntimeError, match="exported views"):
+            first.release()
+        view[:] = b"0123456789"
+        assert bytes(first.buffer[10:20]) == b"0123456789"
+        del view
         first.release()
-        pool.acquire(1000).release()
+        first.release()
+        with pytest.raises(RuntimeError, match="closed"):
+            first.buffer
+        lost = pool.acquire(100_000)
+        kept = lost.buffer
+        del lost
+        kept[:] = b"x" * 100_000
+        del kept
+        pool.acquire(100_000, block=False).release()
+        empty = pool.acquire(0)
+        assert empty.size == 0 and len(empty.buffer) == 0
+        empty.release()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.acquire(1)
+    with pytest.raises(RuntimeError, match="alignment"):
+        BufferPool(store, alignment=12345)
     assert store.get("pooled") == b"hello"
 
 
@@ -481,9 +508,11 @@ def test_copy_move_and_clear(master, lender):
     assert task.status == TaskStatus.SUCCESS, task
     assert set(places(store, name)) == {home, second} and store.get(name) == value
     # A replica that is not there, a segment nobody has, a key that is missing, a task nobody began.
-    assert finished(store, store.create_move_task(name, "nowhere", first)).status == TaskStatus.FAILED
-    failed = finished(store, store.create_copy_task(name, ["nowhere"]))
-    assert failed.status == TaskStatus.FAILED and "-101" in failed.message
+    assert store.create_move_task(name, "nowhere", first) == ((0, 0), -600)
+    assert store.create_move_task(name, first, first) == ((0, 0), -600)
+    assert store.create_copy_task(name, [first, "nowhere"]) == ((0, 0), -600)
+    failed = finished(store, store.create_move_task(name, first, second))
+    assert failed.status == TaskStatus.FAILED, "no replica there"
     assert store.create_copy_task("missing", [first]) == ((0, 0), -704)
     assert store.create_copy_task(name, []) == ((0, 0), -600)
     assert store.query_task((1, 2)) == (None, -1400)

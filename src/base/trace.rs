@@ -369,6 +369,7 @@ mod on {
 
         fn run(&self) {
             let agent: ureq::Agent = ureq::Agent::config_builder()
+                .proxy(None)
                 .timeout_global(Some(PATIENCE))
                 .build()
                 .into();

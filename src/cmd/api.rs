@@ -20,6 +20,7 @@ pub(super) struct Api {
     agent: ureq::Agent,
     master: String,
     token: Option<Token>,
+    patience: Duration,
 }
 
 /// A text as part of a query.
@@ -39,15 +40,18 @@ impl Api {
     pub(super) fn new(matches: &ArgMatches) -> anyhow::Result<Self> {
         let config = connect::config(matches)?;
         let (host, port) = split_host_port(&config.master, 50051).map_err(UsageError)?;
+        let patience = config.timeout.min(Duration::from_secs(60));
+        // A proxy that the environment names is for the world outside.
         let agent = ureq::Agent::config_builder()
+            .proxy(None)
             .timeout_connect(Some(config.connect_timeout.min(config.timeout)))
-            .timeout_global(Some(config.timeout.min(Duration::from_secs(60))))
             .http_status_as_error(false)
             .build();
         Ok(Self {
             agent: agent.into(),
             master: join_host_port(&host, port),
             token: config.token,
+            patience,
         })
     }
 
@@ -63,7 +67,20 @@ impl Api {
     /// # Errors
     /// `NotFound` for what is not there; unreachable, refused, or an answer that is none.
     pub(super) fn get(&self, path: &str) -> Result<Value, StoreError> {
-        let mut request = self.agent.get(self.url(path));
+        self.get_within(path, self.patience)
+    }
+
+    /// The same with a bound of its own, if that is shorter.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub(super) fn get_within(&self, path: &str, patience: Duration) -> Result<Value, StoreError> {
+        let mut request = self
+            .agent
+            .get(self.url(path))
+            .config()
+            .timeout_global(Some(patience.min(self.patience)))
+            .build();
         if let Some(token) = &self.token {
             request = request.header("authorization", token.bearer());
         }
@@ -76,7 +93,12 @@ impl Api {
     /// # Errors
     /// As [`Api::get`], and `Refused` with the master's code and words.
     pub(super) fn post(&self, path: &str, body: &Value) -> Result<Value, StoreError> {
-        let mut request = self.agent.post(self.url(path));
+        let mut request = self
+            .agent
+            .post(self.url(path))
+            .config()
+            .timeout_global(Some(self.patience))
+            .build();
         if let Some(token) = &self.token {
             request = request.header("authorization", token.bearer());
         }

@@ -11,44 +11,44 @@ use crate::base::mooncake_json::MooncakeJson;
 use crate::base::telemetry::{self, LogFormat};
 use crate::base::trace;
 use crate::base::units::parse_duration;
-use crate::engine::transport::TransportKind;
+use crate::engine::transport::{TransportKind, rdma};
 use crate::store::client::{ClientConfig, PoolClient};
+
+/// The flags that say which pool: `--master`, `--config`, `--token-file`.
+pub(super) fn place() -> [Arg; 3] {
+    [
+        Arg::new("master")
+            .long("master")
+            .value_name("HOST:PORT")
+            .help("Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]"),
+        Arg::new("config")
+            .long("config")
+            .value_name("FILE")
+            .value_parser(clap::value_parser!(PathBuf))
+            .help("mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]"),
+        Arg::new("token-file")
+            .long("token-file")
+            .value_name("FILE")
+            .help("File with the cluster token (or MOONCAKE_TOKEN)"),
+    ]
+}
 
 /// Adds the flags every pool command has.
 pub(super) fn add(command: Command) -> Command {
     command
         .next_help_heading("Connection")
+        .args(place())
         .arg(
-            Arg::new("master")
-                .long("master")
-                .value_name("HOST:PORT")
-                .help("Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]"),
-        )
-        .arg(
-            Arg::new("config")
-                .long("config")
-                .value_name("FILE")
-                .value_parser(clap::value_parser!(PathBuf))
-                .help("mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]"),
-        )
-        .arg(
-            Arg::new("token-file")
-                .long("token-file")
-                .value_name("FILE")
-                .help("File with the cluster token (or MOONCAKE_TOKEN)"),
-        )
-        .arg(
-            Arg::new("tenant")
-                .long("tenant")
-                .value_name("NAME")
-                .help("Namespace of the keys [default: tenant_id of mooncake.json, else `default`]"),
+            Arg::new("tenant").long("tenant").value_name("NAME").help(
+                "Namespace of the keys [default: tenant_id of mooncake.json, else `default`]",
+            ),
         )
         .arg(
             Arg::new("transport")
                 .long("transport")
                 .value_name("NAME")
-                .value_parser(["shm", "tcp"])
-                .help("Use only this transport for data"),
+                .value_parser(["shm", "rdma", "tcp"])
+                .help("Use only this transport for data; rdma: TCP where RDMA fails"),
         )
         .arg(
             Arg::new("timeout")
@@ -91,11 +91,12 @@ pub(super) fn config(matches: &ArgMatches) -> anyhow::Result<ClientConfig> {
     config.checksum = true;
     match given("transport") {
         Some("shm") => config.transports = vec![TransportKind::Shm],
-        Some(_) => config.transports = vec![TransportKind::Tcp],
-        None if json.protocol == "rdma" => {
-            tracing::warn!("protocol rdma is not in this build: using shared memory and TCP");
+        Some("rdma") => {
+            config.transports = vec![TransportKind::Rdma, TransportKind::Tcp];
+            config.fabric = rdma::select("rdma", &json.device_name);
         }
-        None => {}
+        Some(_) => config.transports = vec![TransportKind::Tcp],
+        None => config.fabric = rdma::select(&json.protocol, &json.device_name),
     }
     Ok(config)
 }

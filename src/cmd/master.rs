@@ -372,6 +372,7 @@ async fn embedded(
         files: Vec::new(),
         populate: true,
         lanes_max,
+        fabric: crate::engine::transport::rdma::select("auto", ""),
     })?;
     let ready = node
         .wait_for(

@@ -145,6 +145,14 @@ fn setting_variables() -> impl Iterator<Item = String> {
     all.map(crate::base::config::Setting::variable)
 }
 
+/// As `--version` says it: which of the things that can be left out this build has. Not in the manual, which is the same
+/// for all builds.
+const VERSION: &str = if crate::engine::transport::rdma::BUILT {
+    concat!(env!("CARGO_PKG_VERSION"), " (with RDMA)")
+} else {
+    concat!(env!("CARGO_PKG_VERSION"), " (without RDMA)")
+};
+
 /// The whole command line.
 pub(crate) fn cli() -> Command {
     Command::new("mooncake")
@@ -162,7 +170,7 @@ pub(crate) fn cli() -> Command {
 
 /// Runs a command line.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitStatus {
-    let matches = match cli().try_get_matches_from(arguments) {
+    let matches = match cli().long_version(VERSION).try_get_matches_from(arguments) {
         Ok(matches) => matches,
         Err(error) => {
             // Help and version are results; clap knows the stream.

@@ -7,6 +7,7 @@ use clap::{ArgMatches, Command};
 use super::{ExitStatus, Outcome, UsageError, print, serve, settings};
 use crate::base::config::{Kind, Resolved, Setting};
 use crate::base::units::ByteSize;
+use crate::engine::transport::rdma;
 use crate::store::node::{Node, NodeConfig, NodePhase};
 
 pub(super) static SETTINGS: &[Setting] = &[
@@ -94,11 +95,22 @@ pub(super) static SETTINGS: &[Setting] = &[
         "text",
         "How log lines look",
     ),
-    // Of upstream's `mooncake_client`: the transport is chosen by itself, no metadata service is needed, tenants are the
-    // users', and nothing is staged.
+    Setting::new(
+        "protocol",
+        &[],
+        Kind::Choice(&["auto", "rdma", "tcp"]),
+        "auto",
+        "Whether callers may have bytes moved by RDMA; auto = where there is a device",
+    ),
+    Setting::new(
+        "device-name",
+        &["device_names"],
+        Kind::Text,
+        "",
+        "RDMA devices to use, a comma list [default: all]",
+    ),
+    // Of upstream's `mooncake_client`: no metadata service is needed, tenants are the users', and nothing is staged.
     settings::ignored("metadata-server", &[]),
-    settings::ignored("protocol", &[]),
-    settings::ignored("device-name", &["device_names"]),
     settings::ignored("threads", &[]),
     settings::ignored("tenant-id", &[]),
     settings::ignored("local-buffer-size", &[]),
@@ -150,6 +162,10 @@ async fn serve_node(r: &Resolved) -> Outcome {
         files: Vec::new(),
         populate: r.flag("populate"),
         lanes_max: r.integer("max-lanes") as usize,
+        fabric: rdma::select(
+            r.text("protocol").unwrap_or_default(),
+            r.text("device-name").unwrap_or_default(),
+        ),
     })?;
     let trust = serve::trust_line(listen, token.is_some());
     print::line(&format!(

@@ -53,8 +53,10 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
 }
 
 fn instances(r: &Resolved, name: &str) -> Result<Vec<InstanceAddress>, UsageError> {
-    InstanceAddress::parse_list(r.text(name).unwrap_or_default())
-        .map_err(|e| UsageError(format!("--{name}: {e}")))
+    let ranks = r.integer("data-parallel-size") as u32;
+    let named = InstanceAddress::parse_list(r.text(name).unwrap_or_default())
+        .map_err(|e| UsageError(format!("--{name}: {e}")))?;
+    Ok(named.iter().flat_map(|i| i.ranks(ranks)).collect())
 }
 
 fn policy_of(r: &Resolved, name: &str) -> Result<&'static str, UsageError> {
@@ -100,6 +102,7 @@ fn config(r: &Resolved) -> anyhow::Result<ProxyConfig> {
     let config = ProxyConfig {
         prefill: instances(r, "prefill")?,
         decode: instances(r, "decode")?,
+        ranks: r.integer("data-parallel-size") as u32,
         connector: r.text("connector").and_then(ConnectorKind::parse),
         policy: PolicyChoice {
             prefill: policy_of(r, "prefill-scheduling")?,
@@ -134,6 +137,7 @@ fn config(r: &Resolved) -> anyhow::Result<ProxyConfig> {
         debug_headers: r.flag("debug-headers"),
         kv_events: EventsRule::parse_list(r.text("kv-events").unwrap_or_default())
             .map_err(|e| UsageError(format!("--kv-events: {e}")))?,
+        resume: r.flag("continue"),
         handoffs_max: r.integer("max-handoffs") as usize,
         pair_handoffs_max: r.integer("max-handoffs-per-pair") as usize,
         discover: Discovery::parse_list(r.text("discover").unwrap_or_default())
@@ -157,6 +161,14 @@ fn check(r: &Resolved, config: &ProxyConfig) -> Result<(), UsageError> {
         return Err(UsageError(
             "--agg goes without --prefill: name the instances with --decode".to_owned(),
         ));
+    }
+    if config.connector == Some(ConnectorKind::P2p) {
+        let named = || config.prefill.iter().chain(&config.decode);
+        if let Some(portless) = named().find(|i| i.bootstrap.is_none()) {
+            return Err(UsageError(format!(
+                "--connector p2p needs the KV port of every instance: write {portless}:KV_PORT"
+            )));
+        }
     }
     // Without an admin key nobody could ever add one.
     let may_come =

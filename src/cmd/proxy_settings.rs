@@ -31,6 +31,13 @@ pub(super) static SETTINGS: &[Setting] = &[
         "Decode instances, written alike",
     ),
     Setting::new(
+        "data-parallel-size",
+        &[],
+        Kind::Integer(1, 1024),
+        "1",
+        "Data-parallel ranks of every instance: each is routed to by itself (X-data-parallel-rank) and has its own KV events port",
+    ),
+    Setting::new(
         "bind",
         &["host"],
         Kind::Text,
@@ -68,9 +75,9 @@ pub(super) static SETTINGS: &[Setting] = &[
     Setting::new(
         "connector",
         &["kv-connector"],
-        Kind::Choice(&["auto", "store", "mooncake", "nixl", "none"]),
+        Kind::Choice(&["auto", "store", "mooncake", "nixl", "sglang", "p2p", "none"]),
         "auto",
-        "How KV gets from prefill to decode; auto finds out per instance",
+        "How KV gets from prefill to decode; auto finds out per instance (not p2p)",
     ),
     Setting::new(
         "kv-events",
@@ -217,7 +224,7 @@ pub(super) static SETTINGS: &[Setting] = &[
         &[],
         Kind::Text,
         "",
-        "Where more instances are found, looked at every 5 s: [ROLE=]dns:NAME:PORT, file:PATH (JSON), a list",
+        "Where more instances are found, looked at every 5 s: [ROLE=]dns:NAME:PORT, file:PATH (JSON), a list; or zmq:IP:PORT, where they register (P2pNcclConnector)",
     ),
     Setting::new(
         "max-connections",
@@ -239,6 +246,13 @@ pub(super) static SETTINGS: &[Setting] = &[
         Kind::Integer(0, 10),
         "2",
         "Retries per leg, within the retry budget",
+    ),
+    Setting::new(
+        "continue",
+        &[],
+        Kind::Flag,
+        "false",
+        "When a decode instance dies in a streamed completion, let another go on from what the client has",
     ),
     Setting::new(
         "health-interval",

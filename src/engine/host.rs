@@ -5,7 +5,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::thread::ThreadId;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock};
 
@@ -15,6 +16,9 @@ use super::grant::{CLOCK_SKEW_MS, Grant};
 use super::memory::Memory;
 use crate::base::id::Id128;
 use crate::base::trust::ClusterKeys;
+
+/// How long a write waits for an earlier one of the same bytes.
+const OVERLAP_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Registered memory that others may reach under grants.
 #[derive(Debug)]
@@ -112,6 +116,8 @@ struct Write {
     offset: u64,
     length: u64,
     expires: u64,
+    /// The thread that carries it out, when a NIC fetches the bytes.
+    fetched_by: Option<ThreadId>,
 }
 
 impl RangeFence {
@@ -126,6 +132,16 @@ impl RangeFence {
             && w.expires < self.expires_before_unix_ms
             && w.offset < self.offset.saturating_add(self.length)
             && self.offset < w.offset.saturating_add(w.length)
+    }
+}
+
+impl Write {
+    /// Whether one of two writes is fetched by a NIC and touches a byte of the other, of another thread.
+    fn meets(&self, other: &Self) -> bool {
+        self.fetched_by != other.fetched_by
+            && self.segment == other.segment
+            && self.offset < other.offset.saturating_add(other.length)
+            && other.offset < self.offset.saturating_add(self.length)
     }
 }
 
@@ -244,6 +260,9 @@ impl SegmentHost {
         if !grant.allows(opcode.access(), &self.keys) {
             return Err(TransferError::GrantRefused);
         }
+        if segment.memory.is_lost() {
+            return Err(TransferError::Stale);
+        }
         let word_fits =
             word.is_none_or(|w| w.offset.is_multiple_of(8) && grant.covers(w.offset, 8));
         if !grant.covers(offset, length)
@@ -255,15 +274,41 @@ impl SegmentHost {
         Ok(segment)
     }
 
-    /// Enters the write gate; the pass is held until the bytes are in place and published.
+    /// Enters the write gate; the pass is held until the bytes are in place and published. Where the same bytes are being
+    /// fetched by a NIC, that is waited for: a writer that gave RDMA up comes again by TCP, and the first may not have
+    /// ended here.
     ///
     /// # Errors
-    /// `GrantRefused` when a newer master has fenced this grant's term off, or its range was taken from its writer.
+    /// `GrantRefused` when a newer master has fenced this grant's term off, or its range was taken from its writer;
+    /// `Timeout` when the earlier write does not end.
     pub fn enter_write(
         &self,
         grant: &Grant,
         offset: u64,
         length: u64,
+    ) -> Result<WritePass<'_>, TransferError> {
+        self.enter(grant, offset, length, None)
+    }
+
+    /// [`SegmentHost::enter_write`] for bytes that a NIC fetches. Passes of one thread do not wait for each other.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn enter_fetched_write(
+        &self,
+        grant: &Grant,
+        offset: u64,
+        length: u64,
+    ) -> Result<WritePass<'_>, TransferError> {
+        self.enter(grant, offset, length, Some(std::thread::current().id()))
+    }
+
+    fn enter(
+        &self,
+        grant: &Grant,
+        offset: u64,
+        length: u64,
+        fetched_by: Option<ThreadId>,
     ) -> Result<WritePass<'_>, TransferError> {
         let write = Write {
             term: grant.term,
@@ -271,10 +316,23 @@ impl SegmentHost {
             offset,
             length,
             expires: grant.expires_unix_ms,
+            fetched_by,
         };
         let mut gate = self.gate.lock();
-        if write.term < gate.term || gate.fences.iter().any(|f| f.concerns(&write)) {
-            return Err(TransferError::GrantRefused);
+        let mut until = None;
+        loop {
+            if write.term < gate.term || gate.fences.iter().any(|f| f.concerns(&write)) {
+                return Err(TransferError::GrantRefused);
+            }
+            if !gate.under_way.values().any(|w| w.meets(&write)) {
+                break;
+            }
+            let until = *until.get_or_insert_with(|| Instant::now() + OVERLAP_PATIENCE);
+            if self.ended.wait_until(&mut gate, until).timed_out() {
+                return Err(TransferError::Timeout {
+                    peer: "an earlier write of the same range".to_owned(),
+                });
+            }
         }
         let number = gate.next;
         gate.next += 1;
@@ -329,5 +387,52 @@ impl SegmentHost {
     /// See [`NotifySink::shared_writer`].
     pub fn shared_writer(&self, client: Id128, change: i32) {
         self.sink.shared_writer(client, change);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::clock::unix_ms;
+
+    struct Nobody;
+    impl NotifySink for Nobody {
+        fn notify(&self, _: NotifyOrigin, _: &[u8]) -> bool {
+            true
+        }
+        fn shared_writer(&self, _: Id128, _: i32) {}
+    }
+
+    #[test]
+    fn a_write_waits_for_a_nic_that_still_fetches_the_same_bytes() {
+        let keys = ClusterKeys::derive(None);
+        let host = SegmentHost::new(Id128::random(), keys, Arc::new(Nobody));
+        let grant = Grant {
+            segment: 0,
+            incarnation: 1,
+            offset: 0,
+            length: 4096,
+            term: 1,
+            expires_unix_ms: unix_ms() + 60_000,
+            mac: [0; 16],
+        };
+        let fetching = host.enter_fetched_write(&grant, 0, 100).unwrap();
+        // Of the same frame.
+        drop(host.enter_fetched_write(&grant, 50, 100).unwrap());
+        std::thread::scope(|s| {
+            let start = Instant::now();
+            let other = s.spawn(|| drop(host.enter_write(&grant, 100, 100).unwrap()));
+            other.join().unwrap();
+            assert!(start.elapsed() < Duration::from_secs(5), "other bytes");
+            let same = s.spawn(|| host.enter_write(&grant, 99, 1).map(|_| Instant::now()));
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(!same.is_finished());
+            let ended = Instant::now();
+            drop(fetching);
+            assert!(same.join().unwrap().unwrap() >= ended);
+        });
+        // Two writers of one range over TCP are not held up by each other.
+        let _one = host.enter_write(&grant, 0, 100).unwrap();
+        drop(host.enter_write(&grant, 0, 100).unwrap());
     }
 }

@@ -3,12 +3,14 @@
 //! Owns mapping and unmapping; refuses to know what lies inside. The bytes are shared with other processes and threads
 //! without locks, so no Rust reference into a mapping is ever formed here: only raw pointers and atomics.
 
+use std::any::Any;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
@@ -50,6 +52,24 @@ pub trait DeviceCopies: Send + Sync + std::fmt::Debug {
     /// # Safety
     /// `source` has `length` readable bytes; the device's range is inside what this was made for.
     unsafe fn write(&self, address: usize, source: *const u8, length: usize) -> io::Result<()>;
+
+    /// A dma-buf of the range, and where the range begins within it, so that a NIC can reach it without this process.
+    ///
+    /// # Errors
+    /// `Unsupported` where the driver or this memory cannot.
+    fn export(&self, _address: usize, _length: usize) -> io::Result<(OwnedFd, u64)> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// What transports keep with a memory: it goes before the memory does.
+#[derive(Default)]
+struct Companions(Mutex<Vec<Arc<dyn Any + Send + Sync>>>);
+
+impl std::fmt::Debug for Companions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} companions", self.0.lock().len())
+    }
 }
 
 /// A shared mapping of a memfd, unmapped on drop; or memory of the caller's, borrowed, the host's or a device's.
@@ -67,6 +87,9 @@ pub struct Memory {
     touched: Box<[AtomicBool]>,
     /// Set for memory of a device: its addresses are not touched here.
     device: Option<Arc<dyn DeviceCopies>>,
+    companions: Companions,
+    /// What lay here is gone (a file that was cut): nothing is published here any more.
+    lost: AtomicBool,
 }
 
 // SAFETY: a mapping is not tied to a thread; all access goes through raw pointers and atomics (module header).
@@ -133,7 +156,8 @@ impl Memory {
     }
 
     /// Maps part of a file, whose blocks are all allocated first: a page without one would be a signal. It is not handed to
-    /// other processes, since nothing keeps a file from being cut; who cuts it while it is mapped kills this process.
+    /// other processes, since nothing keeps a file from being cut. Touching what was cut off is SIGBUS: whoever lends files and
+    /// wants to survive that handles the signal, maps something else and calls [`Memory::mark_lost`].
     ///
     /// # Errors
     /// `InvalidInput` for what is not a regular file, a range outside of it or not on page boundaries; from the kernel.
@@ -200,6 +224,8 @@ impl Memory {
             pages,
             touched: Box::default(),
             device: None,
+            companions: Companions::default(),
+            lost: AtomicBool::new(false),
         };
         if pages == PageKind::Small {
             // SAFETY: advice on our own mapping changes no contents.
@@ -222,6 +248,8 @@ impl Memory {
             pages: PageKind::Small,
             touched: Box::default(),
             device: None,
+            companions: Companions::default(),
+            lost: AtomicBool::new(false),
         }
     }
 
@@ -235,12 +263,31 @@ impl Memory {
             pages: PageKind::Small,
             touched: Box::default(),
             device: Some(copies),
+            companions: Companions::default(),
+            lost: AtomicBool::new(false),
         }
     }
 
     /// How to copy, when this is memory of a device: then pointers into it are only to be handed there.
     pub fn device(&self) -> Option<&Arc<dyn DeviceCopies>> {
         self.device.as_ref()
+    }
+
+    /// What a transport keeps with this memory: the one that `is_mine` says yes to, else what `make` makes. It goes with the
+    /// memory.
+    pub fn keep<T: Any + Send + Sync>(
+        &self,
+        is_mine: impl Fn(&T) -> bool,
+        make: impl FnOnce() -> Arc<T>,
+    ) -> Arc<T> {
+        let mut kept = self.companions.0.lock();
+        let all = kept.iter().filter_map(|k| k.clone().downcast::<T>().ok());
+        if let Some(found) = all.into_iter().find(|k| is_mine(k)) {
+            return found;
+        }
+        let made = make();
+        kept.push(made.clone());
+        made
     }
 
     /// Touches every page of a range so that later access does not fault. Blocking; changes no byte.
@@ -323,8 +370,22 @@ impl Memory {
             .is_some_and(|w| w.load(Ordering::Acquire) == value)
     }
 
-    /// Publishes `value` at `offset` after every earlier write of this thread.
+    /// Says that the bytes are gone. Async-signal-safe.
+    pub fn mark_lost(&self) {
+        self.lost.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether the bytes are gone.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::SeqCst)
+    }
+
+    /// Publishes `value` at `offset` after every earlier write of this thread; not in memory that is lost, where part of
+    /// what was written may be gone.
     pub fn publish(&self, offset: u64, value: u64) {
+        if self.is_lost() {
+            return;
+        }
         if let Some(word) = self.word(offset) {
             word.store(value, Ordering::Release);
         }
@@ -354,6 +415,7 @@ fn reserve_aligned(length: usize) -> io::Result<*mut u8> {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        self.companions.0.lock().clear();
         if !self.owned {
             return;
         }

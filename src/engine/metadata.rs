@@ -259,6 +259,8 @@ fn encoded(text: &str) -> String {
 
 fn agent() -> ureq::Agent {
     ureq::Agent::config_builder()
+        // A proxy that the environment names is for the world outside the cluster.
+        .proxy(None)
         .timeout_global(Some(TIMEOUT))
         .build()
         .into()

@@ -1,7 +1,7 @@
 //! The transfer engine: moves bytes between registered memory of processes. Knows no keys, replicas or leases.
 //!
 //! ```text
-//! TransferEngine ── batch of TransferRequest ──► Transport (loopback │ shm │ tcp) ──► SegmentHost gate ──► Memory
+//! TransferEngine ── batch of TransferRequest ──► Transport (loopback │ shm │ rdma │ tcp) ──► SegmentHost gate ──► Memory
 //! ```
 //! A request names a peer, a granted range of one of its segments, local memory, and optionally a word that decides
 //! whether the transfer counts. The caller sees one result per request; a path that fails is replaced by the next one.
@@ -16,6 +16,7 @@ pub mod memory;
 pub mod metadata;
 pub mod peer;
 pub mod pending;
+pub mod topology;
 pub mod transport;
 
 use std::collections::VecDeque;
@@ -29,6 +30,7 @@ use host::SegmentHost;
 use memory::Memory;
 use transport::lane::Identity;
 use transport::loopback::LoopbackTransport;
+use transport::rdma::{Fabric, RdmaTransport};
 use transport::shm::ShmTransport;
 use transport::tcp::TcpTransport;
 use transport::{InFlight, Transport, TransportKind};
@@ -46,6 +48,8 @@ pub struct EngineConfig {
     pub keys: ClusterKeys,
     /// Transports that may be used.
     pub transports: Vec<TransportKind>,
+    /// The RDMA devices; without, `TransportKind::Rdma` is left out.
+    pub fabric: Option<Arc<Fabric>>,
     /// Bound of one connection attempt with its handshake.
     pub connect_timeout: Duration,
     /// Lanes a large transfer is spread over, 1..=16. More than one pays where one TCP stream cannot fill the network.
@@ -64,8 +68,10 @@ impl EngineConfig {
             transports: vec![
                 TransportKind::Loopback,
                 TransportKind::Shm,
+                TransportKind::Rdma,
                 TransportKind::Tcp,
             ],
+            fabric: None,
             connect_timeout: Duration::from_secs(1),
             lanes_per_transfer: (cores / 4).clamp(1, 4),
             slice_threshold: 16 << 20,
@@ -79,6 +85,7 @@ pub struct TransferEngine {
     transports: Vec<Arc<dyn Transport>>,
     loopback: Arc<LoopbackTransport>,
     counters: TransferCounters,
+    rdma: Option<Arc<RdmaTransport>>,
 }
 
 impl TransferEngine {
@@ -93,14 +100,20 @@ impl TransferEngine {
         let mut kinds = config.transports.clone();
         kinds.sort_unstable();
         kinds.dedup();
+        let rdma = config
+            .fabric
+            .clone()
+            .filter(|_| kinds.contains(&TransportKind::Rdma))
+            .map(|fabric| Arc::new(RdmaTransport::new(identity.clone(), fabric)));
         let transports = kinds
             .into_iter()
-            .map(|kind| -> Arc<dyn Transport> {
-                match kind {
+            .filter_map(|kind| -> Option<Arc<dyn Transport>> {
+                Some(match kind {
                     TransportKind::Loopback => loopback.clone(),
                     TransportKind::Shm => Arc::new(ShmTransport::new(identity.clone(), host_id())),
+                    TransportKind::Rdma => rdma.clone()?,
                     TransportKind::Tcp => Arc::new(TcpTransport::new(identity.clone())),
-                }
+                })
             })
             .collect();
         let counters = TransferCounters::new(&config.transports);
@@ -109,6 +122,7 @@ impl TransferEngine {
             transports,
             loopback,
             counters,
+            rdma,
         })
     }
 
@@ -121,6 +135,7 @@ impl TransferEngine {
             transports,
             loopback,
             counters: TransferCounters::new(&kinds),
+            rdma: None,
         })
     }
 
@@ -143,6 +158,32 @@ impl TransferEngine {
             let took = begun.elapsed();
             self.counters
                 .count(transport.kind(), first.opcode, bytes, took);
+        }
+    }
+
+    /// Makes memory known that many transfers will name pieces of, so that it need not be prepared for each of them.
+    /// Does nothing where no transport gains by it.
+    ///
+    /// # Safety
+    /// The range stays mapped until [`TransferEngine::unregister`].
+    pub unsafe fn register(&self, base: *mut u8, length: usize) {
+        if let Some(rdma) = &self.rdma {
+            // SAFETY: the caller's promise. Memory that cannot be registered is prepared per transfer.
+            unsafe { rdma.register(base, length) };
+        }
+    }
+
+    /// [`TransferEngine::register`] of memory that this process serves, too.
+    pub fn register_memory(&self, memory: &Arc<Memory>) {
+        if let Some(rdma) = &self.rdma {
+            rdma.register_memory(memory);
+        }
+    }
+
+    /// Takes [`TransferEngine::register`] back. Transfers under way are not disturbed.
+    pub fn unregister(&self, base: *mut u8) {
+        if let Some(rdma) = &self.rdma {
+            rdma.unregister(base);
         }
     }
 

@@ -21,6 +21,7 @@ use super::transport::TransportKind;
 use super::transport::describe::Inquirer;
 use super::transport::frame::Region;
 use super::transport::lane::Identity;
+use super::transport::rdma::Fabric;
 use super::transport::server::{DEVICE_LANE_STACK, DataServer};
 use super::{EngineConfig, TransferEngine};
 use crate::base::clock::unix_ms;
@@ -148,7 +149,7 @@ pub struct PeerEngine {
 }
 
 impl PeerEngine {
-    /// Listens on `listen` and is ready.
+    /// Listens on `listen` and is ready. With a `fabric` bytes go by RDMA where the peer has it too.
     ///
     /// # Errors
     /// When the address cannot be used.
@@ -156,6 +157,7 @@ impl PeerEngine {
         listen: SocketAddr,
         keys: ClusterKeys,
         transfer_timeout: Duration,
+        fabric: Option<Arc<Fabric>>,
     ) -> std::io::Result<Self> {
         let me = Id128::random();
         let inbox = Arc::new(Inbox::default());
@@ -165,9 +167,15 @@ impl PeerEngine {
             TcpListener::bind(listen)?,
             LANES_MAX,
             DEVICE_LANE_STACK,
+            fabric.clone(),
         )?;
         let mut config = EngineConfig::new(me, keys.clone());
-        config.transports = vec![TransportKind::Loopback, TransportKind::Tcp];
+        config.transports = vec![
+            TransportKind::Loopback,
+            TransportKind::Rdma,
+            TransportKind::Tcp,
+        ];
+        config.fabric = fabric;
         let inquirer = Inquirer::new(Identity {
             client: me,
             keys: keys.clone(),
@@ -229,7 +237,11 @@ impl PeerEngine {
             return Err(PeerError::Overlaps);
         }
         let incarnation = random_u64() | 1;
-        let segment = self.host.add(String::new(), incarnation, Arc::new(memory));
+        let memory = Arc::new(memory);
+        if memory.device().is_none() {
+            self.engine.register_memory(&memory);
+        }
+        let segment = self.host.add(String::new(), incarnation, memory);
         registered.insert(start, segment);
         Ok(())
     }
@@ -241,6 +253,7 @@ impl PeerEngine {
     pub fn unregister(&self, address: usize) -> Result<(), PeerError> {
         let segment = self.registered.lock().remove(&address);
         let segment = segment.ok_or(PeerError::NotRegistered)?;
+        self.engine.unregister(segment.memory.as_ptr());
         if self.host.remove(segment, Instant::now() + REMOVAL) {
             Ok(())
         } else {
@@ -403,7 +416,8 @@ mod tests {
 
     fn engine(token: &str) -> PeerEngine {
         let keys = ClusterKeys::derive(Token::new(token).as_ref());
-        PeerEngine::open("127.0.0.1:0".parse().unwrap(), keys, Duration::from_secs(5)).unwrap()
+        let listen = "127.0.0.1:0".parse().unwrap();
+        PeerEngine::open(listen, keys, Duration::from_secs(5), None).unwrap()
     }
 
     fn register(engine: &PeerEngine, bytes: &mut [u8]) -> u64 {
@@ -457,6 +471,61 @@ mod tests {
             None,
         );
         assert!(matches!(beyond, Err(PeerError::OutsidePeer { .. })));
+    }
+
+    #[cfg(feature = "rdma")]
+    #[test]
+    #[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
+    fn rdma_moves_memory_of_peers() {
+        use super::super::transport::rdma::RdmaConfig;
+        use std::sync::atomic::Ordering;
+        let open = |device: &str| {
+            let keys = ClusterKeys::derive(Token::new("t").as_ref());
+            let listen = "127.0.0.1:0".parse().unwrap();
+            let fabric = Fabric::open(&RdmaConfig::default().with_devices(device)).unwrap();
+            PeerEngine::open(listen, keys, Duration::from_secs(10), Some(fabric)).unwrap()
+        };
+        let (a, b) = (open("rxe0"), open("rxe1"));
+        let mut there: Vec<u8> = (0..3_000_000_u32).map(|n| (n * 7 % 251) as u8).collect();
+        let original = there.clone();
+        let base = register(&b, &mut there);
+        let name = b.address().to_string();
+        // Registered here and not, large and small, several ranges at once.
+        let mut large = vec![0u8; 2_000_000];
+        register(&a, &mut large);
+        let (mut small, mut unregistered) = (vec![0u8; 77], vec![0u8; 500_000]);
+        let ranges = [
+            moves(Opcode::Read, &mut large, base),
+            moves(Opcode::Read, &mut small, base + 5),
+            moves(Opcode::Read, &mut unregistered, base + 1_000_001),
+        ];
+        a.transfer(&name, &ranges, None).unwrap();
+        assert!(large == original[..2_000_000] && small == original[5..82]);
+        assert!(unregistered == original[1_000_001..1_500_001]);
+        large.fill(9);
+        let notify = Notify {
+            name: "n".into(),
+            message: "done".into(),
+        };
+        let ranges = [moves(Opcode::Write, &mut large, base + 1_000_000)];
+        a.transfer(&name, &ranges, Some(&notify)).unwrap();
+        assert!(there[..1_000_000] == original[..1_000_000]);
+        assert!(there[1_000_000..].iter().all(|x| *x == 9));
+        assert_eq!(b.take_notifies(), [notify]);
+        let counters = b.server.counters();
+        let rdma = |ways: &[std::sync::atomic::AtomicU64; 3]| ways[2].load(Ordering::Relaxed);
+        assert_eq!(rdma(&counters.way_read_bytes), 2_500_077);
+        assert_eq!(rdma(&counters.way_written_bytes), 2_000_000);
+        // Memory that is registered later, and memory that was taken back.
+        let mut later = vec![3u8; 400_000];
+        let at = register(&b, &mut later);
+        a.transfer(&name, &[moves(Opcode::Read, &mut small, at)], None)
+            .unwrap();
+        assert!(small.iter().all(|x| *x == 3));
+        b.unregister(base as usize).unwrap();
+        let gone = a.transfer(&name, &[moves(Opcode::Read, &mut small, base)], None);
+        assert!(gone.is_err());
+        assert_eq!(rdma(&counters.way_read_bytes), 2_500_154);
     }
 
     #[test]

@@ -42,6 +42,11 @@ impl AccessLog {
         })
     }
 
+    /// Lines that were lost.
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn write(&self, record: &Record<'_>) {
         if self.queue.try_send(record.json().to_string()).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);

@@ -10,13 +10,16 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::App;
+use super::address::RANKS_MAX;
 use super::config::{ConnectorKind, EventsAddress, EventsRule, InstanceAddress, Role};
 use super::health;
 use super::http::head::RequestHead;
+use super::kv::conductor::ConductorError;
 use super::kv::index::POOL;
 use super::metrics;
-use super::registry::{Instance, NewInstance, Origin};
+use super::registry::{Candidates, Instance, NewInstance, Origin};
 use super::reply::LocalReply;
+use super::role::{self, RoleError};
 use crate::base::clock::Millis;
 
 /// Answers if the path is one of the proxy's own.
@@ -53,8 +56,39 @@ pub(crate) async fn answer(app: &Arc<App>, head: &RequestHead, body: &[u8]) -> O
                 Ok(request) => change(app, path, &request).await.unwrap_or_else(|e| e),
             }
         }
+        "/register" | "/unregister" | "/query" | "/query_by_hash" => {
+            if head.method != "POST" {
+                return Some(LocalReply::not_allowed("POST"));
+            }
+            match authorized(app, head).and_then(|()| parse(body)) {
+                Err(reply) => reply,
+                Ok(request) => conduct(app, path, &request),
+            }
+        }
         _ => return None,
     })
+}
+
+/// The Conductor's API.
+fn conduct(app: &Arc<App>, path: &str, request: &Value) -> LocalReply {
+    let conductor = &app.kv.conductor;
+    let done = match path {
+        "/register" => conductor.register(app, request),
+        "/unregister" => conductor.unregister(request),
+        "/query" => conductor.query(request),
+        _ => conductor.query_by_hash(request),
+    };
+    match done {
+        Ok(value) => LocalReply::json(200, &value),
+        Err(error) => {
+            let status = match error {
+                ConductorError::Field(_) => 400,
+                ConductorError::Unknown => 404,
+                ConductorError::Full => 503,
+            };
+            LocalReply::detail(status, &error.to_string())
+        }
+    }
 }
 
 fn authorized(app: &App, head: &RequestHead) -> Result<(), LocalReply> {
@@ -121,45 +155,65 @@ pub(crate) fn read_events(value: Option<&Value>, host: &str) -> Option<EventsAdd
     Some(events)
 }
 
-fn known(app: &App, request: &Value) -> Result<Arc<Instance>, LocalReply> {
+/// The instances a request names, and how it does: one, or all ranks of a server.
+fn known(app: &App, request: &Value) -> Result<(Candidates, String), LocalReply> {
     let address = address(request)?;
-    app.registry
-        .find(&address)
-        .ok_or_else(|| LocalReply::detail(404, "No such instance."))
+    let found = app.registry.named(&address);
+    if found.is_empty() {
+        return Err(LocalReply::detail(404, "No such instance."));
+    }
+    Ok((found, address.to_string()))
+}
+
+fn deadline(request: &Value) -> Result<Duration, LocalReply> {
+    let seconds = request.get("deadline_s").map_or(Some(60.0), Value::as_f64);
+    let seconds = seconds.filter(|s| (0.0..=86_400.0).contains(s));
+    let seconds = seconds.ok_or_else(|| LocalReply::detail(400, "Invalid deadline."))?;
+    Ok(Duration::from_secs_f64(seconds))
 }
 
 async fn change(app: &Arc<App>, path: &str, request: &Value) -> Result<LocalReply, LocalReply> {
     match path {
         "/instances/add" => add(app, request).await,
         "/instances/remove" => {
-            let instance = known(app, request)?;
-            app.remove(&instance);
-            let text = format!("Removed {}.", instance.name);
+            let (found, name) = known(app, request)?;
+            found.iter().for_each(|i| app.remove(i));
+            let inflight: usize = found.iter().map(|i| i.inflight_all()).sum();
+            let text = format!("Removed {name}.");
             Ok(LocalReply::json(
                 200,
-                &json!({"message": text, "inflight": instance.inflight_all()}),
+                &json!({"message": text, "inflight": inflight}),
             ))
         }
         "/instances/drain" => {
-            let instance = known(app, request)?;
-            let seconds = request.get("deadline_s").map_or(Some(60.0), Value::as_f64);
-            let seconds = seconds.filter(|s| (0.0..=86_400.0).contains(s));
-            let seconds = seconds.ok_or_else(|| LocalReply::detail(400, "Invalid deadline."))?;
-            drain(app, &instance, Duration::from_secs_f64(seconds));
-            let text = format!("Draining {}.", instance.name);
+            let (found, name) = known(app, request)?;
+            let deadline = deadline(request)?;
+            found.iter().for_each(|i| drain(app, i, deadline));
+            let inflight: usize = found.iter().map(|i| i.inflight_all()).sum();
+            let text = format!("Draining {name}.");
             Ok(LocalReply::json(
                 202,
-                &json!({"message": text, "inflight": instance.inflight_all()}),
+                &json!({"message": text, "inflight": inflight}),
             ))
         }
         _ => {
-            let instance = known(app, request)?;
-            let role = Role::parse(text(request, "role"));
-            let role = role.ok_or_else(|| LocalReply::detail(400, "Invalid role."))?;
-            instance.set_role(role);
-            app.changed();
-            let text = format!("{} is {} now.", instance.name, role.name());
-            Ok(LocalReply::json(200, &json!({"message": text})))
+            let (found, name) = known(app, request)?;
+            let wanted = Role::parse(text(request, "role"));
+            let wanted = wanted.ok_or_else(|| LocalReply::detail(400, "Invalid role."))?;
+            let told = role::change(app, &found, wanted, deadline(request)?).await;
+            let told = told.map_err(|error| {
+                let status = match error {
+                    RoleError::Both | RoleError::Rank => 400,
+                    RoleError::Underway | RoleError::Busy(_) | RoleError::Refused(_) => 409,
+                    RoleError::Lost(_) => 502,
+                };
+                LocalReply::detail(status, &error.to_string())
+            })?;
+            let text = format!("{name} is {} now.", wanted.name());
+            Ok(LocalReply::json(
+                200,
+                &json!({"message": text, "engine_switched": told}),
+            ))
         }
     }
 }
@@ -185,11 +239,21 @@ async fn add(app: &Arc<App>, request: &Value) -> Result<LocalReply, LocalReply> 
         "" | "auto" => app.config.connector,
         word => Some(ConnectorKind::parse(word).ok_or_else(|| bad("Invalid connector."))?),
     };
-    if app
-        .registry
-        .find(&address)
-        .is_some_and(|i| i.role().does(role))
-    {
+    if connector == Some(ConnectorKind::P2p) && address.bootstrap.is_none() {
+        return Err(bad("Invalid bootstrap port."));
+    }
+    let ranks = request
+        .get("data_parallel_size")
+        .map_or(Some(u64::from(app.config.ranks)), Value::as_u64);
+    let ranks = ranks.and_then(|n| u32::try_from(n).ok());
+    let ranks = ranks.filter(|n| (1..=RANKS_MAX).contains(n));
+    let ranks = ranks.ok_or_else(|| bad("Invalid data_parallel_size."))?;
+    let addresses = address.ranks(ranks);
+    let there = |a: &InstanceAddress| {
+        let found = app.registry.find(a);
+        found.is_some_and(|i| i.role().does(role))
+    };
+    if addresses.iter().any(there) {
         return Err(bad("Instance already exists."));
     }
     let target = (address.host.clone(), address.port);
@@ -209,35 +273,48 @@ async fn add(app: &Arc<App>, request: &Value) -> Result<LocalReply, LocalReply> 
         tracing::info!(instance = %address, max_model_len = served.model_len, others = longest, "not added: it takes shorter prompts");
         return Err(bad("Instance validation failed."));
     }
-    let events = match request.get("kv_events").filter(|e| !e.is_null()) {
-        None => EventsRule::of(&app.config.kv_events, &address),
-        given => Some(read_events(given, &address.host).ok_or_else(|| bad("Invalid kv_events."))?),
+    let given = request.get("kv_events").filter(|e| !e.is_null());
+    let events_of = |rank: &InstanceAddress| match given {
+        None => Ok(EventsRule::of(&app.config.kv_events, rank)),
+        Some(_) => read_events(given, &rank.host)
+            .and_then(|e| e.of_rank(rank.rank))
+            .map(Some)
+            .ok_or_else(|| bad("Invalid kv_events.")),
     };
-    let name = address.to_string();
-    let new = NewInstance {
-        address,
-        role,
-        weight,
-        group: text(request, "group").chars().take(128).collect(),
-        connector,
-        origin: Origin::Added,
-        events,
-    };
-    app.add(new).map_err(|e| bad(&e.to_string()))?;
+    let events: Vec<_> = addresses.iter().map(events_of).collect::<Result<_, _>>()?;
+    for (address, events) in addresses.into_iter().zip(events) {
+        let new = NewInstance {
+            address,
+            role,
+            weight,
+            group: text(request, "group").chars().take(128).collect(),
+            connector,
+            origin: Origin::Added,
+            events,
+        };
+        app.add(new).map_err(|e| bad(&e.to_string()))?;
+    }
     Ok(LocalReply::json(
         200,
-        &json!({"message": format!("Added {name} to {}_instances.", role.name())}),
+        &json!({"message": format!("Added {address} to {}_instances.", role.name())}),
     ))
 }
 
-/// Sends nobody there any more and takes the instance out when it is idle, or at the deadline.
+/// Sends nobody there any more and takes the instance out when it is idle, or at the deadline. The last deadline counts.
 fn drain(app: &Arc<App>, instance: &Arc<Instance>, deadline: Duration) {
     instance.set_draining(true);
     app.changed();
+    let end = tokio::time::Instant::now() + deadline;
+    if instance.drained_by.lock().replace(end).is_some() {
+        return;
+    }
     let (app, instance) = (app.clone(), instance.clone());
     tokio::spawn(async move {
-        let end = tokio::time::Instant::now() + deadline;
-        while instance.inflight_all() > 0 && tokio::time::Instant::now() < end {
+        let is_late = || {
+            let end = *instance.drained_by.lock();
+            end.is_none_or(|end| tokio::time::Instant::now() >= end)
+        };
+        while instance.inflight_all() > 0 && app.has(&instance) && !is_late() {
             let changed = app.registry.changed.notified();
             // Looked at again now and then: a leg may have ended just before.
             let _ = tokio::time::timeout(Duration::from_millis(200), changed).await;
@@ -299,6 +376,7 @@ fn list(app: &App) -> Value {
                 "health": i.health().name(),
                 "breaker": i.breaker.state(now),
                 "draining": i.is_draining(),
+                "switching": i.switching.load(Ordering::Relaxed),
                 "prefill_inflight": i.inflight(Role::Prefill),
                 "decode_inflight": i.inflight(Role::Decode),
                 "tokens_inflight": i.tokens(),
@@ -326,5 +404,5 @@ fn list(app: &App) -> Value {
             })
         })
         .collect();
-    json!({"model": app.config.model, "pool_blocks": app.kv.index.count(POOL), "kv_left_out": app.kv.index.left_out(), "waiting": app.gate.waiting(), "instances": instances})
+    json!({"model": app.config.model, "pool_blocks": app.kv.index.count(POOL), "kv_left_out": app.kv.index.left_out(), "waiting": app.gate.waiting(), "publishers": app.kv.conductor.list(), "instances": instances})
 }

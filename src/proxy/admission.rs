@@ -29,12 +29,50 @@ pub(crate) struct Claim {
     pub(crate) key: u64,
 }
 
-#[derive(Debug)]
-struct Waiter {
+/// Where in a queue somebody stands: by priority, then keys in turn, then arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Order {
     priority: i64,
     /// Turn within the priority: what a key has waiting stands one behind the other, and keys stand side by side.
     turn: u64,
     number: u64,
+}
+
+/// Hands out places in a queue.
+#[derive(Debug, Default)]
+pub(crate) struct Turns {
+    numbers: u64,
+    /// Turn of who was called last.
+    turn: u64,
+}
+
+impl Turns {
+    /// The place of a newcomer behind its own among `waiting` (keys and places).
+    pub(crate) fn order(
+        &mut self,
+        claim: Claim,
+        waiting: impl Iterator<Item = (u64, Order)>,
+    ) -> Order {
+        let number = self.numbers;
+        self.numbers += 1;
+        let own = waiting.filter(|(key, o)| *key == claim.key && o.priority == claim.priority);
+        let turn = own.map(|(_, o)| o.turn + 1).max().unwrap_or(0);
+        Order {
+            priority: claim.priority,
+            turn: turn.max(self.turn),
+            number,
+        }
+    }
+
+    /// Somebody has left the queue for what it waited for.
+    pub(crate) fn called(&mut self, order: Order) {
+        self.turn = self.turn.max(order.turn);
+    }
+}
+
+#[derive(Debug)]
+struct Waiter {
+    order: Order,
     key: u64,
     call: oneshot::Sender<Place>,
 }
@@ -43,9 +81,7 @@ struct Waiter {
 struct Queue {
     free: usize,
     waiters: Vec<Waiter>,
-    numbers: u64,
-    /// Turn of who was called last.
-    turn: u64,
+    turns: Turns,
 }
 
 /// The door.
@@ -80,15 +116,10 @@ impl Queue {
         if self.free == 0 {
             return None;
         }
-        let order = |w: &Waiter| (w.priority, w.turn, w.number);
-        let next = self
-            .waiters
-            .iter()
-            .enumerate()
-            .min_by_key(|(_, w)| order(w));
-        let next = next.map(|(at, _)| at)?;
+        let waiting = self.waiters.iter().enumerate();
+        let (next, _) = waiting.min_by_key(|(_, w)| w.order)?;
         let waiter = self.waiters.swap_remove(next);
-        self.turn = self.turn.max(waiter.turn);
+        self.turns.called(waiter.order);
         self.free -= 1;
         let queue = all.clone();
         Some((waiter.call, Place { queue }))
@@ -96,12 +127,12 @@ impl Queue {
 }
 
 /// Takes a waiter out of the queue when it stops waiting.
-struct Waiting<'a>(&'a Gate, u64);
+struct Waiting<'a>(&'a Gate, Order);
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         let mut queue = self.0.queue.lock();
-        queue.waiters.retain(|w| w.number != self.1);
+        queue.waiters.retain(|w| w.order != self.1);
     }
 }
 
@@ -131,18 +162,15 @@ impl Gate {
                 return Err(Refusal::QueueFull);
             }
             let (call, called) = oneshot::channel();
-            let number = queue.numbers;
-            queue.numbers += 1;
-            let own = queue.waiters.iter().filter(|w| w.key == claim.key);
-            let turn = own.map(|w| w.turn + 1).max().unwrap_or(0).max(queue.turn);
+            let queue = &mut *queue;
+            let waiting = queue.waiters.iter().map(|w| (w.key, w.order));
+            let order = queue.turns.order(claim, waiting);
             queue.waiters.push(Waiter {
-                priority: claim.priority,
-                turn,
-                number,
+                order,
                 key: claim.key,
                 call,
             });
-            (called, Waiting(self, number))
+            (called, Waiting(self, order))
         };
         match timeout(self.patience, called).await {
             Ok(Ok(place)) => Ok(place),

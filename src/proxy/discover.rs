@@ -1,10 +1,11 @@
 //! Instances that come from a name or a file, looked at again and again.
 //!
-//! Owns the grammar (`[ROLE=]dns:NAME:PORT`, `file:PATH`) and a task per source. Every address behind a name is an
+//! Owns the grammar (`[ROLE=]dns:NAME:PORT`, `file:PATH`, `zmq:IP:PORT`, which is `registrations`) and a task for the others. Every address behind a name is an
 //! instance; a file holds JSON, `{"prefill": [...], "decode": [...], "both": [...]}`. A source that cannot be read changes nothing: what it named last
 //! stays. Refuses to know health: who is named is asked by `health` before it gets a request.
 
 use std::io::Read;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use tokio::time::timeout;
 
 use super::App;
 use super::config::{EventsRule, InstanceAddress, Role};
+use super::registrations;
 use super::registry::{NewInstance, Origin};
 
 /// Between two looks.
@@ -36,10 +38,13 @@ pub enum Discovery {
     },
     /// A JSON file.
     File(PathBuf),
+    /// Instances that register themselves at this address (ZeroMQ).
+    Zmq(SocketAddr),
 }
 
 impl Discovery {
-    /// Reads `dns:NAME:PORT` (role `both`), `prefill=dns:NAME:PORT`, `decode=dns:NAME:PORT` and `file:PATH`, separated by commas.
+    /// Reads `dns:NAME:PORT` (role `both`), `prefill=dns:NAME:PORT`, `decode=dns:NAME:PORT`, `file:PATH` and `zmq:IP:PORT`, separated
+    /// by commas.
     ///
     /// # Errors
     /// The first part that is none.
@@ -47,6 +52,10 @@ impl Discovery {
         let one = |part: &str| {
             if let Some(path) = part.strip_prefix("file:").filter(|p| !p.is_empty()) {
                 return Some(Self::File(PathBuf::from(path)));
+            }
+            if let Some(address) = part.strip_prefix("zmq:") {
+                let address = address.strip_prefix("//").unwrap_or(address);
+                return address.replace('*', "0.0.0.0").parse().ok().map(Self::Zmq);
             }
             let (role, rest) = match part.split_once('=') {
                 Some((role, rest)) => (Role::parse(role)?, rest),
@@ -62,7 +71,9 @@ impl Discovery {
         let parts = text.split([',', ' ']).filter(|p| !p.is_empty());
         parts
             .map(|p| {
-                one(p).ok_or_else(|| format!("`{p}` is not [ROLE=]dns:NAME:PORT or file:PATH"))
+                one(p).ok_or_else(|| {
+                    format!("`{p}` is not [ROLE=]dns:NAME:PORT, file:PATH or zmq:IP:PORT")
+                })
             })
             .collect()
     }
@@ -78,6 +89,7 @@ impl Discovery {
                             host: a.ip().to_string(),
                             port: a.port(),
                             bootstrap: None,
+                            rank: None,
                         };
                         (address, *role)
                     })
@@ -86,6 +98,7 @@ impl Discovery {
                 Ok(all)
             }
             Self::File(path) => read(path.clone()).await,
+            Self::Zmq(_) => Ok(Vec::new()),
         }
     }
 }
@@ -131,7 +144,13 @@ fn parse(text: &[u8]) -> Result<Vec<(InstanceAddress, Role)>, String> {
 
 /// Looks at the sources until the proxy stops.
 pub(crate) async fn watch(app: Arc<App>) {
-    let sources = app.config.discover.clone();
+    let mut sources = app.config.discover.clone();
+    for source in &sources {
+        if let Discovery::Zmq(address) = source {
+            tokio::spawn(registrations::listen(app.clone(), *address));
+        }
+    }
+    sources.retain(|s| !matches!(s, Discovery::Zmq(_)));
     let mut last: Vec<Vec<(InstanceAddress, Role)>> = vec![Vec::new(); sources.len()];
     let mut was_wrong = vec![false; sources.len()];
     loop {
@@ -159,6 +178,14 @@ pub(crate) async fn watch(app: Arc<App>) {
 
 /// Makes the discovered instances those that are named now.
 fn take(app: &Arc<App>, named: &[(InstanceAddress, Role)]) {
+    let ranks = |(address, role): &(InstanceAddress, Role)| {
+        let role = *role;
+        address
+            .ranks(app.config.ranks)
+            .into_iter()
+            .map(move |a| (a, role))
+    };
+    let named: Vec<_> = named.iter().flat_map(ranks).collect();
     for instance in app.registry.all().iter() {
         let is_named = named.iter().any(|(a, _)| a.is_same(&instance.address));
         if instance.origin == Origin::Discovered && !is_named {
@@ -166,7 +193,7 @@ fn take(app: &Arc<App>, named: &[(InstanceAddress, Role)]) {
             app.remove(instance);
         }
     }
-    for (address, role) in named {
+    for (address, role) in &named {
         let mut new = NewInstance::plain(address.clone(), *role);
         new.connector = app.config.connector;
         new.events = EventsRule::of(&app.config.kv_events, address);
@@ -192,7 +219,17 @@ mod tests {
         assert_eq!(all[0], dns(Role::Prefill, "p.svc", 8100));
         assert_eq!(all[1], Discovery::File("/etc/x.json".into()));
         assert_eq!(all[2], dns(Role::Both, "h", 1));
-        for bad in ["h:1", "dns:h", "other=dns:h:1", "file:", "prefill=file:x"] {
+        let zmq = Discovery::parse_list("zmq:*:30001").unwrap();
+        assert_eq!(zmq, [Discovery::Zmq("0.0.0.0:30001".parse().unwrap())]);
+        for bad in [
+            "h:1",
+            "dns:h",
+            "other=dns:h:1",
+            "file:",
+            "prefill=file:x",
+            "zmq:h",
+            "zmq:h:1",
+        ] {
             assert!(Discovery::parse_list(bad).is_err(), "{bad}");
         }
         let found = parse(br#"{"prefill":["a:1:2"],"decode":["[::1]:3"]}"#).unwrap();

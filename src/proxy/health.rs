@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use super::App;
 use super::config::{ConnectorKind, Role};
-use super::connector::mooncake;
+use super::connector::{mooncake, sglang};
 use super::http::upstream::{ConnPool, LegError};
 use super::load;
 use super::policy;
@@ -43,8 +43,26 @@ pub(crate) enum ProbeError {
 
 /// A GET outside the instance's pool of connections: a probe must not find a dead connection, nor leave one.
 async fn get(app: &App, target: &(String, u16), path: &str) -> Result<(u16, Vec<u8>), LegError> {
+    ask(app, target, "GET", path, Bytes::new(), PROBE_TIMEOUT).await
+}
+
+/// The same with a method and a body.
+pub(crate) async fn ask(
+    app: &App,
+    target: &(String, u16),
+    method: &str,
+    path: &str,
+    body: Bytes,
+    within: Duration,
+) -> Result<(u16, Vec<u8>), LegError> {
     let name = crate::base::net::join_host_port(&target.0, target.1);
-    let mut head = format!("GET {path} HTTP/1.1\r\nhost: {name}\r\nconnection: close\r\n");
+    let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {name}\r\nconnection: close\r\n");
+    if !body.is_empty() {
+        let length = body.len();
+        head.push_str(&format!(
+            "content-type: application/json\r\ncontent-length: {length}\r\n"
+        ));
+    }
     if let Some(token) = app.config.upstream_auth.own() {
         head.push_str("authorization: ");
         head.push_str(&token.bearer());
@@ -52,16 +70,16 @@ async fn get(app: &App, target: &(String, u16), path: &str) -> Result<(u16, Vec<
     }
     head.push_str("\r\n");
     let asking = async {
-        let none: [Bytes; 0] = [];
+        let body = [body];
         let (mut conn, mut reply) = ConnPool::default()
-            .ask(target, head.as_bytes(), &none, false)
+            .ask(target, head.as_bytes(), &body, false)
             .await?;
         let mut kept = Vec::new();
         conn.read_body(&mut reply.body, &mut kept, ANSWER_MAX)
             .await?;
         Ok((reply.status, kept))
     };
-    timeout(PROBE_TIMEOUT, asking)
+    timeout(within, asking)
         .await
         .unwrap_or(Err(LegError::Timeout))
 }
@@ -137,13 +155,15 @@ async fn read_gauges(app: &App, instance: &Instance) {
     };
     // Requests that came or went while the page was made are no others'.
     let own = own.max(instance.inflight_all() as f64);
-    let gauges = load::gauges(&String::from_utf8_lossy(&page));
+    let gauges = load::gauges(&String::from_utf8_lossy(&page), instance.address.rank);
     let others = gauges.requests.map_or(0.0, |r| (r - own).max(0.0));
     instance.others.store(others as u64, Ordering::Relaxed);
     let usage = gauges.kv_usage.unwrap_or(0.0).min(1.0);
     instance
         .kv_usage
         .store((usage * 1000.0) as u64, Ordering::Relaxed);
+    let cache = gauges.cache_tokens.unwrap_or(0);
+    instance.cache_tokens.store(cache, Ordering::Relaxed);
 }
 
 async fn is_alive(app: &App, instance: &Instance) -> Result<(), ProbeError> {
@@ -155,7 +175,7 @@ async fn is_alive(app: &App, instance: &Instance) -> Result<(), ProbeError> {
 }
 
 /// Looks for a bootstrap server: told port, else the usual one when no other prefill instance shares the host.
-async fn find_bootstrap(app: &App, instance: &Instance) {
+pub(crate) async fn find_bootstrap(app: &App, instance: &Instance) {
     let told = app
         .config
         .connector
@@ -172,6 +192,7 @@ async fn find_bootstrap(app: &App, instance: &Instance) {
         other.number != instance.number
             && other.role().does(Role::Prefill)
             && other.address.host == instance.address.host
+            && !other.address.is_same_server(&instance.address)
     });
     let port = match instance.address.bootstrap {
         Some(port) => port,
@@ -194,25 +215,60 @@ async fn find_bootstrap(app: &App, instance: &Instance) {
     }
 }
 
+/// Whether it is an SGLang server that prefills, and where its bootstrap server is.
+async fn find_sglang(app: &App, instance: &Instance) {
+    let known = instance.link.read().kind;
+    if !instance.role().does(Role::Prefill) || !matches!(known, None | Some(ConnectorKind::Sglang))
+    {
+        return;
+    }
+    let Some(server) = server_info(app, &instance.target)
+        .await
+        .and_then(|info| sglang::server(&info))
+    else {
+        return;
+    };
+    let mut link = instance.link.write();
+    if link.kind.is_none() {
+        tracing::info!(instance = %instance.name, "an SGLang prefill server");
+    }
+    link.kind = Some(ConnectorKind::Sglang);
+    link.bootstrap_port = instance.address.bootstrap.unwrap_or(server.bootstrap_port);
+    link.ranks = server.ranks;
+}
+
+/// What an SGLang server says of itself.
+pub(crate) async fn server_info(app: &App, target: &(String, u16)) -> Option<Vec<u8>> {
+    for path in ["/server_info", "/get_server_info"] {
+        if let Ok((200, body)) = get(app, target, path).await {
+            return Some(body);
+        }
+    }
+    None
+}
+
 /// Whatever is known about an instance belongs to a process that has gone.
-fn forget(app: &App, instance: &Instance) {
+pub(crate) fn forget(app: &App, instance: &Instance) {
     instance.pool.clear();
     let told = app.config.connector;
     let mut link = instance.link.write();
     if told.is_none() && !link.told {
-        link.kind = None;
+        link.before = link.kind.take().or(link.before);
     }
     drop(link);
     instance.is_mute.store(false, Ordering::Relaxed);
     instance.has_no_gauges.store(false, Ordering::Relaxed);
+    instance.tells_cached.store(false, Ordering::Relaxed);
     instance.others.store(0, Ordering::Relaxed);
     app.forget_cache(instance.number);
 }
 
 async fn check(app: &App, instance: &Instance) -> Result<(), ProbeError> {
+    instance.pool.prune();
     is_alive(app, instance).await?;
     if instance.health() != Health::Up {
         check_models(app, instance).await?;
+        find_sglang(app, instance).await;
     }
     find_bootstrap(app, instance).await;
     read_gauges(app, instance).await;

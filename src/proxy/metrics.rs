@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::App;
+use super::access_log::AccessLog;
 use super::config::Role;
+use super::handoff::Cause;
 use crate::base::clock::Millis;
 
 /// A counter.
@@ -17,7 +19,11 @@ pub(crate) struct Counter(AtomicU64);
 
 impl Counter {
     pub(crate) fn add(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.add_all(1);
+    }
+
+    pub(crate) fn add_all(&self, count: u64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
     }
 
     pub(crate) fn get(&self) -> u64 {
@@ -67,6 +73,11 @@ pub(crate) struct Metrics {
     pub(crate) retries_prefill: Counter,
     pub(crate) retries_decode: Counter,
     pub(crate) retries_refused: Counter,
+    /// Retries by [`Cause`].
+    pub(crate) causes: [Counter; 4],
+    /// Prompt tokens that prefill instances were sent, and those of them their policy took for cached there.
+    pub(crate) tokens_routed: Counter,
+    pub(crate) tokens_cached: Counter,
     pub(crate) clients_gone: Counter,
     pub(crate) clients_slow: Counter,
     pub(crate) upstream_cuts: Counter,
@@ -78,6 +89,7 @@ pub(crate) struct Metrics {
     pub(crate) orphans: Counter,
     pub(crate) tokenized: Counter,
     pub(crate) usage_merged: Counter,
+    pub(crate) continued: Counter,
     pub(crate) barrier_waits: Counter,
     pub(crate) barrier_timeouts: Counter,
     pub(crate) ttft: Histogram,
@@ -131,7 +143,31 @@ pub(crate) fn page(app: &App) -> String {
             counter.get()
         );
     }
+    let name = "mooncake_proxy_retry_causes_total";
+    family(&mut out, name, "counter", "Legs tried again, by cause");
+    for (cause, counter) in Cause::NAMES.iter().zip(&m.causes) {
+        let _ = writeln!(out, "{name}{{cause=\"{cause}\"}} {}", counter.get());
+    }
+    let lost = app.access_log.as_ref().map_or(0, AccessLog::lost);
+    let name = "mooncake_proxy_access_log_lost_total";
+    family(
+        &mut out,
+        name,
+        "counter",
+        "Lines the access log was too slow for",
+    );
+    let _ = writeln!(out, "{name} {lost}");
     for (name, help, counter) in [
+        (
+            "prompt_tokens_routed",
+            "Prompt tokens sent to prefill instances, estimated",
+            &m.tokens_routed,
+        ),
+        (
+            "prompt_tokens_cached",
+            "Of these, what the policy took for cached where it was sent",
+            &m.tokens_cached,
+        ),
         (
             "retries_refused",
             "Retries the budget did not allow",
@@ -194,6 +230,11 @@ pub(crate) fn page(app: &App) -> String {
             &m.usage_merged,
         ),
         (
+            "answers_continued",
+            "Answers another decode instance went on with",
+            &m.continued,
+        ),
+        (
             "texts_tokenized",
             "Texts whose tokens a worker told",
             &m.tokenized,
@@ -236,6 +277,10 @@ pub(crate) fn page(app: &App) -> String {
         "Requests waiting for a place",
     );
     let _ = writeln!(out, "mooncake_proxy_waiting {}", app.gate.waiting());
+    let name = "mooncake_proxy_bytes_per_token";
+    let help = "Bytes of a prompt per token, learnt";
+    family(&mut out, name, "gauge", help);
+    let _ = writeln!(out, "{name} {}", app.bytes_per_token.get());
     instances(app, &mut out);
     out
 }

@@ -6,23 +6,31 @@
 //! over; `handoff` a request's way; `relay` the answer's. Depends on `base` alone; knows no command line.
 
 mod access_log;
+pub mod address;
 mod admin;
 mod admission;
 mod breaker;
 pub mod config;
 mod connector;
 pub mod discover;
+pub mod fuzz;
 mod handoff;
 mod health;
 mod http;
 mod kv;
+mod line;
+mod list;
 mod load;
+mod mask;
+mod merge;
 mod metrics;
 mod openai;
 pub mod policy;
+mod registrations;
 mod registry;
 mod relay;
 mod reply;
+mod role;
 mod server;
 pub mod splice;
 mod state_file;
@@ -43,11 +51,14 @@ use access_log::AccessLog;
 use admission::{Gate, RetryBudget};
 use config::{EventsRule, InstanceAddress, ProxyConfig, Role};
 use handoff::places::Handoffs;
+use http::bodies::Bodies;
 use kv::Kv;
+use line::Line;
 use metrics::Metrics;
 use policy::Policy;
 use registry::{AddError, Instance, NewInstance, Origin, Registry};
 pub use state_file::StateFileError;
+use usage::BytesPerToken;
 
 /// Everything the rooms share.
 pub(crate) struct App {
@@ -56,10 +67,14 @@ pub(crate) struct App {
     pub(crate) metrics: Metrics,
     pub(crate) gate: Gate,
     pub(crate) budget: RetryBudget,
+    pub(crate) bytes_per_token: BytesPerToken,
     pub(crate) connections: Arc<Semaphore>,
+    pub(crate) bodies: Arc<Bodies>,
     pub(crate) access_log: Option<AccessLog>,
     pub(crate) kv: Arc<Kv>,
     pub(crate) handoffs: Arc<Handoffs>,
+    /// Who waits for a busy instance, per role.
+    lines: [Line; 2],
     pub(crate) admin_keys: Option<ClusterKeys>,
     prefill_policy: Box<dyn Policy>,
     decode_policy: Box<dyn Policy>,
@@ -74,6 +89,10 @@ impl App {
             Role::Decode => self.decode_policy.as_ref(),
             _ => self.prefill_policy.as_ref(),
         }
+    }
+
+    pub(crate) fn line(&self, role: Role) -> &Line {
+        &self.lines[usize::from(role == Role::Decode)]
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
@@ -118,7 +137,11 @@ impl App {
         if before.is_none() {
             tokio::spawn(health::watch(self.clone(), instance.clone()));
             if let Some(events) = instance.events.clone() {
-                tokio::spawn(kv::source::watch(self.clone(), instance.clone(), events));
+                let told = kv::source::Told {
+                    app: self.clone(),
+                    instance: instance.clone(),
+                };
+                tokio::spawn(kv::source::watch(self.clone(), Arc::new(told), events));
             }
         }
         self.changed();
@@ -208,7 +231,9 @@ impl Proxy {
             metrics: Metrics::default(),
             gate: Gate::new(config.inflight_max, config.queue_max, config.queue_timeout),
             budget: RetryBudget::new(),
+            bytes_per_token: BytesPerToken::default(),
             connections: Arc::new(Semaphore::new(config.connections_max)),
+            bodies: Arc::default(),
             access_log: access_log.transpose().map_err(StartError::AccessLog)?,
             admin_keys: config
                 .admin_key
@@ -221,6 +246,7 @@ impl Proxy {
             releases: AtomicUsize::new(0),
             kv,
             handoffs: Arc::default(),
+            lines: Default::default(),
             config,
         });
         let proxy = Self { app };
@@ -300,34 +326,6 @@ impl Proxy {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
-}
-
-/// For the fuzzer: no bytes from a client or a worker panic, and a body read in pieces is the body read at once.
-pub fn fuzz(input: &[u8]) {
-    splice::fuzz(input);
-    kv::fuzz(input);
-    let bytes = bytes::Bytes::copy_from_slice(input);
-    let _ = http::head::request(bytes.clone());
-    let _ = http::head::reply(bytes, false);
-    let whole = scan_pieces(input, input.len());
-    debug_assert_eq!(whole, scan_pieces(input, 1));
-    debug_assert_eq!(whole, scan_pieces(input, 7));
-}
-
-/// Payload and bytes consumed of a chunked body that comes in pieces of `step`.
-fn scan_pieces(input: &[u8], step: usize) -> Option<(Vec<u8>, usize)> {
-    let mut scanner = http::chunked::ChunkScanner::new();
-    let (mut payload, mut consumed) = (Vec::new(), 0);
-    for piece in input.chunks(step.max(1)) {
-        let progress = scanner
-            .advance(piece, |d| payload.extend_from_slice(d))
-            .ok()?;
-        consumed += progress.consumed;
-        if progress.done {
-            break;
-        }
-    }
-    Some((payload, consumed))
 }
 
 /// A listener whose port several threads may share.

@@ -2,7 +2,11 @@
 //!
 //! Reads top-level fields only, through [`super::splice`]; refuses to know what a prompt says.
 
+use super::list::elements;
 use super::splice::Members;
+
+/// Most prompts that are counted in a list; one more means too many, or a broken list.
+pub(crate) const PROMPTS_MAX: usize = 4096;
 
 /// Where a path goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,13 +33,46 @@ pub(crate) fn api_of(path: &str) -> Option<Api> {
     }
 }
 
+/// What is special about a request: each of them decides whether a prefill leg is possible.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Special {
+    /// `n` or `best_of` above 1.
+    pub(crate) choices: bool,
+    pub(crate) echo: bool,
+    pub(crate) prompt_logprobs: bool,
+    pub(crate) beam: bool,
+    /// An output bound of 0.
+    pub(crate) no_output: bool,
+    /// More than one prompt.
+    pub(crate) batch: bool,
+    /// It goes on with a response that only the decode instance that made it knows.
+    pub(crate) stateful: bool,
+}
+
+impl Special {
+    /// The first there is, for the log; `None`: an ordinary request.
+    pub(crate) fn name(self) -> Option<&'static str> {
+        let all = [
+            (self.choices, "several choices"),
+            (self.echo, "echo"),
+            (self.prompt_logprobs, "prompt_logprobs"),
+            (self.beam, "beam search"),
+            (self.no_output, "no output"),
+            (self.batch, "batch of prompts"),
+            (self.stateful, "goes on with a response"),
+        ];
+        all.into_iter().find_map(|(is, name)| is.then_some(name))
+    }
+}
+
 /// Facts about a request.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Facts {
     pub(crate) model: Option<String>,
     pub(crate) stream: bool,
-    /// Why it goes to decode alone.
-    pub(crate) alone: Option<&'static str>,
+    pub(crate) special: Special,
+    /// Prompts or choices, where the request is a list of them.
+    pub(crate) count: Option<usize>,
     /// The prompt's bytes within the body.
     pub(crate) prompt: std::ops::Range<usize>,
     /// Prompt tokens, estimated from its bytes.
@@ -56,22 +93,27 @@ fn text(value: &[u8]) -> Option<String> {
     serde_json::from_slice(value).ok()
 }
 
-/// A batch: several prompts in one request. Token ids (`[1, 2]`) are one prompt.
-fn is_batch(prompt: &[u8]) -> bool {
-    let Some(inner) = prompt.strip_prefix(b"[") else {
-        return false;
-    };
-    match inner.trim_ascii_start().first() {
-        Some(b'[') => true,
-        // A list with one text is one prompt, yet its KV is the same; told apart by a comma after the first text.
-        Some(b'"') => serde_json::from_slice::<Vec<serde::de::IgnoredAny>>(prompt)
-            .map_or(true, |p| p.len() > 1),
-        _ => false,
+/// Prompts of a list of prompts. Token ids (`[1, 2]`) are one prompt.
+fn prompts(prompt: &[u8]) -> Option<usize> {
+    let inner = prompt.strip_prefix(b"[")?;
+    let first = inner.trim_ascii_start().first()?;
+    if !matches!(first, b'[' | b'"') {
+        return None;
+    }
+    Some(elements(prompt, PROMPTS_MAX).map_or(PROMPTS_MAX + 1, |all| all.len()))
+}
+
+/// Tokens of a prompt as it is written; `is_plain`: a list is one of token ids, not of messages.
+pub(crate) fn estimate(prompt: &[u8], is_plain: bool, bytes_per_token: f64) -> u64 {
+    if is_plain && prompt.first() == Some(&b'[') {
+        memchr::memchr_iter(b',', prompt).count() as u64 + 1
+    } else {
+        (prompt.len() as f64 / bytes_per_token) as u64
     }
 }
 
 /// Reads the facts.
-pub(crate) fn facts(body: &[u8], members: &Members, limit: &str) -> Facts {
+pub(crate) fn facts(body: &[u8], members: &Members, limit: &str, bytes_per_token: f64) -> Facts {
     let get = |name| members.get(body, name);
     let truthy = |name| get(name).is_some_and(|v| v == b"true");
     let above_one = |name| get(name).and_then(number).is_some_and(|n| n > 1.0);
@@ -80,27 +122,23 @@ pub(crate) fn facts(body: &[u8], members: &Members, limit: &str) -> Facts {
         .into_iter()
         .find_map(|name| members.range(body, name))
         .unwrap_or(0..0);
-    let alone = if above_one("n") || above_one("best_of") {
-        Some("several choices")
-    } else if truthy("echo") {
-        Some("echo")
-    } else if is_set("prompt_logprobs") {
-        Some("prompt_logprobs")
-    } else if truthy("use_beam_search") {
-        Some("beam search")
-    } else if get(limit).and_then(number).is_some_and(|n| n < 1.0) {
-        Some("no output")
-    } else if get("prompt").is_some_and(is_batch) {
-        Some("batch of prompts")
-    } else {
-        None
+    let listed = get("prompt").and_then(prompts);
+    let special = Special {
+        choices: above_one("n") || above_one("best_of"),
+        echo: truthy("echo"),
+        prompt_logprobs: is_set("prompt_logprobs"),
+        beam: truthy("use_beam_search"),
+        no_output: get(limit).and_then(number).is_some_and(|n| n < 1.0),
+        batch: listed.is_some_and(|count| count > 1),
+        stateful: is_set("previous_response_id"),
     };
-    let bytes = &body[prompt.clone()];
-    let tokens = if bytes.first() == Some(&b'[') && get("prompt").is_some() {
-        memchr::memchr_iter(b',', bytes).count() as u64 + 1
-    } else {
-        bytes.len() as u64 / 4
+    let choices = || {
+        let n = get("messages").and_then(|_| get("n")).and_then(number)?;
+        (n > 1.0).then_some((n as usize).min(PROMPTS_MAX + 1))
     };
+    let count = listed.or_else(choices);
+    let is_plain = get("prompt").is_some();
+    let tokens = estimate(&body[prompt.clone()], is_plain, bytes_per_token);
     let session = ["session_id", "conversation_id", "prompt_cache_key", "user"]
         .into_iter()
         .find_map(get)
@@ -123,7 +161,8 @@ pub(crate) fn facts(body: &[u8], members: &Members, limit: &str) -> Facts {
         priority: get("priority").and_then(number).map_or(0, |n| n as i64),
         model: get("model").and_then(text),
         stream: truthy("stream"),
-        alone,
+        special,
+        count,
         prompt,
         tokens,
         session,
@@ -140,11 +179,12 @@ mod tests {
             text.as_bytes(),
             &scan(text.as_bytes()).unwrap(),
             "max_tokens",
+            4.0,
         )
     }
 
     #[test]
-    fn what_goes_to_decode_alone() {
+    fn what_is_special() {
         for (body, alone) in [
             (r#"{"prompt":"a","n":1}"#, false),
             (r#"{"prompt":"a","n":2}"#, true),
@@ -158,11 +198,23 @@ mod tests {
             (r#"{"prompt":["a","b"]}"#, true),
             (r#"{"prompt":[1,2,3]}"#, false),
             (r#"{"prompt":[[1],[2]]}"#, true),
+            (r#"{"input":"a","previous_response_id":"resp_1"}"#, true),
+            (r#"{"input":"a","previous_response_id":null}"#, false),
             (r#"{"messages":[{"role":"user","content":"a"}]}"#, false),
         ] {
-            assert_eq!(of(body).alone.is_some(), alone, "{body}");
+            assert_eq!(of(body).special.name().is_some(), alone, "{body}");
         }
         assert_eq!(of(r#"{"prompt":[1,2,3]}"#).tokens, 3);
+        for (body, count) in [
+            (r#"{"prompt":"a","n":3}"#, None),
+            (r#"{"prompt":[1,2]}"#, None),
+            (r#"{"prompt":["a"]}"#, Some(1)),
+            (r#"{"prompt":[[1],[2]],"n":4}"#, Some(2)),
+            (r#"{"messages":[],"n":3}"#, Some(3)),
+            (r#"{"messages":[],"n":1}"#, None),
+        ] {
+            assert_eq!(of(body).count, count, "{body}");
+        }
     }
 
     #[test]

@@ -54,6 +54,8 @@ pub(crate) enum Origin {
     Added,
     /// A source of `--discover`.
     Discovered,
+    /// It has registered itself.
+    Registered,
 }
 
 impl Origin {
@@ -62,6 +64,7 @@ impl Origin {
             Self::Named => "named",
             Self::Added => "added",
             Self::Discovered => "discovered",
+            Self::Registered => "registered",
         }
     }
 }
@@ -78,9 +81,13 @@ pub(crate) struct Engine {
 pub(crate) struct Link {
     /// `None`: not found out yet.
     pub(crate) kind: Option<ConnectorKind>,
+    /// What it was before the instance was down.
+    pub(crate) before: Option<ConnectorKind>,
     /// The engines behind a bootstrap server.
     pub(crate) engines: Arc<[Engine]>,
     pub(crate) bootstrap_port: u16,
+    /// Data-parallel ranks behind a bootstrap server (SGLang).
+    pub(crate) ranks: u32,
     /// The kind was told, so it is not found out anew.
     pub(crate) told: bool,
 }
@@ -93,7 +100,10 @@ pub(crate) struct Instance {
     pub(crate) address: InstanceAddress,
     /// For connecting.
     pub(crate) target: (String, u16),
+    /// As people and clients are told.
     pub(crate) name: String,
+    /// `Host` of requests to it.
+    pub(crate) authority: String,
     pub(crate) weight: f64,
     pub(crate) group: String,
     pub(crate) origin: Origin,
@@ -105,6 +115,10 @@ pub(crate) struct Instance {
     role: AtomicU8,
     health: AtomicU8,
     draining: AtomicBool,
+    /// When a drain that is under way gives up waiting.
+    pub(crate) drained_by: Mutex<Option<tokio::time::Instant>>,
+    /// Its role is being changed: no new requests until that is done.
+    pub(crate) switching: AtomicBool,
     pub(crate) breaker: Breaker,
     pub(crate) pool: ConnPool,
     pub(crate) link: RwLock<Link>,
@@ -125,6 +139,10 @@ pub(crate) struct Instance {
     pub(crate) others: AtomicU64,
     /// Its KV cache in use, in thousandths.
     pub(crate) kv_usage: AtomicU64,
+    /// Tokens its KV cache has room for; 0 = not told.
+    pub(crate) cache_tokens: AtomicU64,
+    /// Its replies tell how much of a prompt was cached.
+    pub(crate) tells_cached: AtomicBool,
     /// It has no such gauges.
     pub(crate) has_no_gauges: AtomicBool,
 }
@@ -187,6 +205,7 @@ impl Instance {
         self.role().does(role)
             && self.health() == Health::Up
             && !self.is_draining()
+            && !self.switching.load(Ordering::Relaxed)
             && self.breaker.admits(now)
     }
 
@@ -225,7 +244,7 @@ impl Leg {
     /// The instance answered.
     pub(crate) fn succeeded(&mut self) {
         if let Some(pass) = self.pass.take() {
-            self.instance.breaker.succeeded(pass);
+            self.instance.breaker.succeeded(pass, Millis::now());
             self.instance.served.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -326,6 +345,15 @@ impl Registry {
         all.iter().find(|i| i.address.is_same(address)).cloned()
     }
 
+    /// The instances an address names: one, or all ranks of a server.
+    pub(crate) fn named(&self, address: &InstanceAddress) -> Candidates {
+        let all = self.all.read();
+        all.iter()
+            .filter(|i| address.covers(&i.address))
+            .cloned()
+            .collect()
+    }
+
     /// Adds an instance. One address may be there once per role, and a second role makes it `both`.
     pub(crate) fn add(&self, new: NewInstance) -> Result<Arc<Instance>, AddError> {
         let mut all = self.all.write();
@@ -336,6 +364,11 @@ impl Registry {
             old.set_role(Role::Both);
             return Ok(old.clone());
         }
+        // A server is there as a whole or by its ranks.
+        let overlaps = |i: &InstanceAddress| i.covers(&new.address) || new.address.covers(i);
+        if all.iter().any(|i| overlaps(&i.address)) {
+            return Err(AddError::Exists);
+        }
         if all.len() >= INSTANCES_MAX {
             return Err(AddError::Full);
         }
@@ -343,6 +376,7 @@ impl Registry {
             number: self.next.fetch_add(1, Ordering::Relaxed),
             target: (new.address.host.clone(), new.address.port),
             name: new.address.to_string(),
+            authority: new.address.authority(),
             address: new.address,
             weight: new.weight,
             group: new.group,
@@ -353,6 +387,8 @@ impl Registry {
             role: AtomicU8::new(new.role as u8),
             health: AtomicU8::new(Health::Unknown as u8),
             draining: AtomicBool::new(false),
+            drained_by: Mutex::default(),
+            switching: AtomicBool::new(false),
             breaker: Breaker::default(),
             pool: ConnPool::default(),
             link: RwLock::new(Link {
@@ -371,6 +407,8 @@ impl Registry {
             model_len: AtomicU64::new(0),
             others: AtomicU64::new(0),
             kv_usage: AtomicU64::new(0),
+            cache_tokens: AtomicU64::new(0),
+            tells_cached: AtomicBool::new(false),
             has_no_gauges: AtomicBool::new(false),
         });
         let mut next = all.as_ref().clone();

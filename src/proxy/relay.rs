@@ -14,8 +14,9 @@ use super::App;
 use super::handoff::{Answer, Route};
 use super::http::chunked::BodyScanner;
 use super::http::downstream::Downstream;
+use super::mask::Mask;
 use super::reply::{LocalReply, error_object, reason};
-use super::usage;
+use super::usage::{self, Cached};
 
 /// A part of a chunk longer than this is passed on before the chunk is complete.
 const HELD_BYTES_MAX: usize = 32 << 10;
@@ -90,7 +91,11 @@ fn head_of(
         {
             continue;
         }
-        has_id = has_id || name.eq_ignore_ascii_case(b"x-request-id");
+        let is_id = name.eq_ignore_ascii_case(b"x-request-id");
+        if is_id && answer.mask.is_some() {
+            continue;
+        }
+        has_id = has_id || is_id;
         line(&mut head, name, value);
     }
     if !has_id {
@@ -165,7 +170,8 @@ struct Copy<'a> {
     /// The client has whole chunks only.
     at_boundary: bool,
     /// Count of cached tokens to be told in the place of decode's.
-    cached: Option<u64>,
+    cached: Option<Cached>,
+    mask: Option<Mask>,
     /// Held until it is complete, for that reason.
     waits: bool,
     /// When something was passed on last.
@@ -198,6 +204,9 @@ impl Copy<'_> {
         if framing != Framing::Same {
             answer.conn.inbox.advance(seen);
             self.held = 0;
+            if let Some(mask) = &self.mask {
+                mask.apply(&mut self.out);
+            }
             return Ok((0, progress.done));
         }
         let whole = if progress.boundary > 0 {
@@ -213,6 +222,13 @@ impl Copy<'_> {
             (_, true) => 0,
             (true, _) => whole,
             _ => seen,
+        };
+        let ready = match &self.mask {
+            Some(mask) if !progress.done => {
+                let piece = answer.conn.inbox.get(..ready).unwrap_or_default();
+                ready - mask.tail(piece)
+            }
+            _ => ready,
         };
         if ready > 0 {
             self.at_boundary = ready == whole;
@@ -230,14 +246,19 @@ impl Copy<'_> {
         let Ok((ready, done)) = self.take(answer) else {
             return Step::Cut;
         };
-        if let Some(cached) = self.cached.filter(|_| ready > 0) {
-            let piece = answer.conn.inbox.get_mut(..ready).unwrap_or_default();
-            if usage::patch(piece, cached) {
+        let piece = answer.conn.inbox.get_mut(..ready).unwrap_or_default();
+        if let Some(cached) = self.cached.as_mut().filter(|_| usage::tells(piece)) {
+            let count = cached.count().await;
+            if count.is_some_and(|count| usage::patch(piece, count)) {
                 self.app.metrics.usage_merged.add();
-                if !self.is_events {
-                    self.cached = None;
-                }
             }
+            // Of an answer in one piece there is one; what did not come in time is not waited for again.
+            if !self.is_events || count.is_none() {
+                self.cached = None;
+            }
+        }
+        if let Some(mask) = &self.mask {
+            mask.apply(piece);
         }
         let (mut watch, mut writer) = client.halves();
         if ready > 0 || !self.out.is_empty() || !head.is_empty() && !self.waits || done {
@@ -260,6 +281,9 @@ impl Copy<'_> {
                     self.app.metrics.clients_slow.add();
                 }
                 return Step::ClientGone;
+            }
+            if let Some(resume) = &mut answer.resume {
+                resume.passed(answer.conn.inbox.get(..ready).unwrap_or_default());
             }
             answer.conn.inbox.advance(ready);
             if self.is_events && !done {
@@ -289,7 +313,7 @@ impl Copy<'_> {
 
 /// Passes an answer on.
 pub(crate) async fn relay(
-    app: &App,
+    app: &Arc<App>,
     client: &mut Downstream,
     mut answer: Box<Answer>,
     asked: &Asked<'_>,
@@ -297,6 +321,7 @@ pub(crate) async fn relay(
 ) -> Ended {
     let framing = framing(&answer.head.body, asked.http11);
     let route = std::mem::take(&mut answer.route);
+    let cached = answer.cached.take();
     let mut head = head_of(&answer, &route, asked, framing, bodiless);
     let is_events = answer
         .head
@@ -309,9 +334,8 @@ pub(crate) async fn relay(
         is_events,
         held: 0,
         at_boundary: true,
-        cached: answer
-            .cached
-            .filter(|_| answer.head.status < 300 && framing == Framing::Same),
+        cached: cached.filter(|_| answer.head.status < 300 && framing == Framing::Same),
+        mask: answer.mask.clone(),
         waits: false,
         passed: None,
         out: Vec::new(),
@@ -329,8 +353,26 @@ pub(crate) async fn relay(
                 app.metrics.upstream_cuts.add();
                 answer.leg.failed(&"broke off its answer");
                 answer.leg.instance.pool.clear();
-                let framed =
-                    framing != Framing::Same || matches!(answer.head.body, BodyScanner::Chunked(_));
+                let chunked = matches!(answer.head.body, BodyScanner::Chunked(_));
+                let framed = framing != Framing::Same || chunked;
+                if let Some(resume) = answer.resume.take()
+                    && chunked
+                    && framing == Framing::Same
+                    && copy.at_boundary
+                {
+                    let dead = answer.leg.instance.number;
+                    let next = tokio::select! {
+                        next = resume.next(app, dead) => next,
+                        () = client.gone() => return Ended::ClientGone,
+                    };
+                    if let Some(next) = next {
+                        let before = std::mem::replace(&mut answer, next);
+                        answer._place = before._place;
+                        copy.held = 0;
+                        copy.cached = None;
+                        continue;
+                    }
+                }
                 if is_events && framed && copy.at_boundary {
                     let _ = client.write(&cut_event(framing)).await;
                 }

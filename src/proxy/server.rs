@@ -63,7 +63,7 @@ async fn serve(app: Arc<App>, stream: TcpStream) {
         stall: app.config.client_timeout,
         body_bytes_max: app.config.body_bytes_max,
     };
-    let mut client = Downstream::new(stream, limits);
+    let mut client = Downstream::new(stream, limits, app.bodies.clone());
     loop {
         let head = tokio::select! {
             biased;
@@ -259,7 +259,8 @@ async fn prepare(
     let mut job = Job {
         method: head.method.clone(),
         target: head.target.clone(),
-        lines: lines(app, head, id),
+        lines: lines(app, head),
+        request_id: id.to_owned(),
         body,
         members: None,
         facts: Facts::default(),
@@ -267,7 +268,6 @@ async fn prepare(
         session: session(head),
         claim: claim(head),
         upgrades: false,
-        known: std::sync::OnceLock::new(),
         arrived,
     };
     match api {
@@ -294,7 +294,7 @@ fn understand(
         return Err(LocalReply::detail(415, text));
     }
     let members = splice::scan(&job.body).map_err(|e| LocalReply::error(400, &e.to_string()))?;
-    let facts = openai::facts(&job.body, &members, limit);
+    let facts = openai::facts(&job.body, &members, limit, app.bytes_per_token.get());
     if let Some(model) = &facts.model
         && !app.serves_model(model)
     {
@@ -340,8 +340,8 @@ fn session(head: &RequestHead) -> Option<u64> {
     .map(xxhash_rust::xxh3::xxh3_64)
 }
 
-/// Header lines for workers: the client's end-to-end headers, the request id, and authorization as configured.
-fn lines(app: &App, head: &RequestHead, id: &str) -> Vec<u8> {
+/// Header lines for workers: the client's end-to-end headers, and authorization as configured.
+fn lines(app: &App, head: &RequestHead) -> Vec<u8> {
     let mut out = Vec::with_capacity(512);
     let mut line = |name: &[u8], value: &[u8]| {
         for part in [name, b": ", value, b"\r\n"] {
@@ -369,7 +369,6 @@ fn lines(app: &App, head: &RequestHead, id: &str) -> Vec<u8> {
         }
         line(name, value);
     }
-    line(b"x-request-id", id.as_bytes());
     if let (false, Some(token)) = (has_authorization, app.config.upstream_auth.own()) {
         line(b"authorization", token.bearer().as_bytes());
     }

@@ -65,27 +65,27 @@ impl Edit {
 /// A body in pieces, to be sent one after the other.
 pub type Pieces = SmallVec<[Bytes; 8]>;
 
-struct Cursor<'a> {
-    text: &'a [u8],
-    at: usize,
+pub(super) struct Cursor<'a> {
+    pub(super) text: &'a [u8],
+    pub(super) at: usize,
 }
 
 impl Cursor<'_> {
-    fn peek(&self) -> Option<u8> {
+    pub(super) fn peek(&self) -> Option<u8> {
         self.text.get(self.at).copied()
     }
 
-    fn wrong<T>(&self) -> Result<T, SpliceError> {
+    pub(super) fn wrong<T>(&self) -> Result<T, SpliceError> {
         Err(SpliceError::Malformed(self.at))
     }
 
-    fn blank(&mut self) {
+    pub(super) fn blank(&mut self) {
         while matches!(self.peek(), Some(b' ' | b'\t' | b'\n' | b'\r')) {
             self.at += 1;
         }
     }
 
-    fn expect(&mut self, byte: u8) -> Result<(), SpliceError> {
+    pub(super) fn expect(&mut self, byte: u8) -> Result<(), SpliceError> {
         if self.peek() != Some(byte) {
             return self.wrong();
         }
@@ -110,7 +110,7 @@ impl Cursor<'_> {
         }
     }
 
-    fn value(&mut self) -> Result<(usize, usize), SpliceError> {
+    pub(super) fn value(&mut self) -> Result<(usize, usize), SpliceError> {
         let start = self.at;
         match self.peek() {
             Some(b'"') => return self.string(),
@@ -239,6 +239,12 @@ impl Members {
             .rev()
             .find(|m| Self::is_named(m, body, name))?;
         Some(member.value.0..member.value.1)
+    }
+
+    /// Whether every field has one of these names.
+    pub(crate) fn has_only(&self, body: &[u8], names: &[&str]) -> bool {
+        let known = |m: &Member| names.iter().any(|name| Self::is_named(m, body, name));
+        self.members.iter().all(known)
     }
 
     /// Applies edits; everything else stays byte for byte. Of a field that is there twice one is left.

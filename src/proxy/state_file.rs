@@ -12,6 +12,9 @@ use super::admin::read_events;
 use super::config::{ConnectorKind, InstanceAddress, Role};
 use super::registry::{Instance, NewInstance, Origin};
 
+/// Largest file.
+const BYTES_MAX: u64 = 16 << 20;
+
 /// Why a state file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StateFileError {
@@ -60,10 +63,17 @@ fn read_entry(entry: &Value) -> Option<NewInstance> {
 
 /// What a file remembers; nothing when there is none.
 pub(crate) fn load(path: &Path) -> Result<Vec<NewInstance>, StateFileError> {
-    let text = match std::fs::read(path) {
+    // Looked at before it is opened: a pipe would hold up the start, a device never ends.
+    match std::fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other?,
-    };
+        Ok(found) if !found.is_file() || found.len() > BYTES_MAX => {
+            return Err(StateFileError::Malformed);
+        }
+        other => {
+            other?;
+        }
+    }
+    let text = std::fs::read(path)?;
     let value: Value = serde_json::from_slice(&text).map_err(|_| StateFileError::Malformed)?;
     let list = value.get("instances").and_then(Value::as_array);
     list.ok_or(StateFileError::Malformed)?

@@ -1,13 +1,17 @@
 //! `mooncake inspect`: every view as text and JSON, on a whole pool, a half-dead one, and without a master.
 
-use std::process::Output;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use mooncake::engine::transport::TransportKind;
-use mooncake::store::client::PutOptions;
+use mooncake::store::client::{PoolClient, PutOptions};
 use serde_json::Value;
 
-use crate::pool::{Pool, call, pattern, stdout};
+use crate::pool::{BINARY, Pool, Server, call, eventually, pattern, stdout};
 use crate::{copies, put};
 
 fn text(out: &Output) -> String {
@@ -183,6 +187,235 @@ fn views_again_and_again_and_their_difference() {
     assert_eq!(wrong.status.code(), Some(2));
 }
 
+/// Every view, with what makes it end.
+const VIEWS: &[&[&str]] = &[
+    &[],
+    &["nodes"],
+    &["segments"],
+    &["keys"],
+    &["keys", "--sort", "heat"],
+    &["key", "a"],
+    &["tenants"],
+    &["hot"],
+    &["top", "--count", "1"],
+    &["events", "--for", "300ms"],
+    &["diff", "--interval", "200ms"],
+];
+
+/// Between a client and a master: passes bytes on until it is told to cut every connection and take none.
+struct Relay {
+    address: String,
+    cut: Arc<AtomicBool>,
+}
+
+impl Relay {
+    fn to(master: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let cut = Arc::new(AtomicBool::new(false));
+        let (closed, master) = (cut.clone(), master.to_owned());
+        std::thread::spawn(move || {
+            for near in listener.incoming().flatten() {
+                let Ok(far) = TcpStream::connect(&master) else {
+                    continue;
+                };
+                if closed.load(Ordering::Acquire) {
+                    continue;
+                }
+                for (from, to) in [(&near, &far), (&far, &near)] {
+                    let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    let closed = closed.clone();
+                    std::thread::spawn(move || pass(from, to, &closed));
+                }
+            }
+        });
+        Self { address, cut }
+    }
+}
+
+fn pass(mut from: TcpStream, mut to: TcpStream, cut: &AtomicBool) {
+    let mut piece = [0; 65_536];
+    from.set_read_timeout(Some(Duration::from_millis(20)))
+        .unwrap();
+    while !cut.load(Ordering::Acquire) {
+        match from.read(&mut piece) {
+            Ok(0) => break,
+            Ok(n) if to.write_all(&piece[..n]).is_err() => break,
+            Err(e) if !matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => break,
+            _ => {}
+        }
+    }
+    let _ = to.shutdown(std::net::Shutdown::Both);
+}
+
+fn event(follower: &Server, of: &str) -> Value {
+    serde_json::from_str(&follower.line(of)).unwrap()
+}
+
+#[test]
+fn events_go_on_where_they_were() {
+    let mut pool = Pool::start(1, "16MiB", &["--kv-events-queue-capacity", "1000"]);
+    let client = pool.client();
+    let relay = Relay::to(&pool.address);
+    let follow = |master: &str| {
+        Server::start(&[
+            "inspect",
+            "events",
+            "--output",
+            "json",
+            "--timeout",
+            "10s",
+            "--master",
+            master,
+        ])
+    };
+    let follower = follow(&relay.address);
+    // It begins at the moment it was started, whenever that was.
+    let mut n = 0;
+    while follower.lines().is_empty() {
+        put(&client, &format!("first{n}"), b"1").unwrap();
+        n += 1;
+        assert!(n < 200, "no event came");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let away = |client: &PoolClient, puts: u64, name: &str| {
+        relay.cut.store(true, Ordering::Release);
+        for n in 0..puts {
+            put(client, &format!("{name}{n}"), b"2").unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(700));
+        relay.cut.store(false, Ordering::Release);
+    };
+    // The connection is cut: what happened meanwhile is told, in order, and nothing is missing.
+    away(&client, 30, "meanwhile");
+    for n in 0..30 {
+        let line = follower.line("meanwhile");
+        assert!(line.contains(&format!("\"meanwhile{n}\"")), "{n}: {line}");
+    }
+    // More than the master keeps: how many are lost is said first.
+    away(&client, 1500, "many");
+    let gap = event(&follower, "gap");
+    assert_eq!(gap["restarted"], false);
+    assert!(gap["lost"].as_u64() >= Some(400), "{gap}");
+    event(&follower, "many1499");
+    // Another master: said, and its events follow.
+    pool.restart_master();
+    eventually("the node is back", Duration::from_secs(10), || {
+        put(&pool.client(), "anew", b"3").is_ok()
+    });
+    assert_eq!(event(&follower, "gap")["restarted"], true);
+    event(&follower, "anew");
+    drop(follower);
+
+    // A master that stays away is given up after --timeout.
+    let mut follower = Server::start(&[
+        "inspect",
+        "events",
+        "--timeout",
+        "1s",
+        "--master",
+        &pool.address,
+    ]);
+    std::thread::sleep(Duration::from_millis(500));
+    pool.master.kill();
+    let start = Instant::now();
+    assert_eq!(follower.wait(), 3);
+    assert!(
+        start.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        start.elapsed()
+    );
+}
+
+#[test]
+fn watching_goes_on_over_a_restart_of_the_master() {
+    let mut pool = Pool::start(1, "16MiB", &[]);
+    let arguments = [
+        "inspect",
+        "top",
+        "--watch",
+        "300ms",
+        "--count",
+        "12",
+        "--timeout",
+        "1s",
+        "--master",
+        &pool.address,
+    ];
+    let mut watcher = Server::start(&arguments);
+    watcher.line("OCCUPANCY");
+    pool.restart_master();
+    assert_eq!(watcher.wait(), 0);
+    assert!(
+        watcher.lines().iter().any(|l| l.contains("OCCUPANCY")),
+        "it showed the new master"
+    );
+}
+
+/// What a terminal of that size gets, without what moves its cursor. `script` of util-linux makes the terminal.
+fn on_terminal(columns: usize, rows: usize, arguments: &str) -> Option<Vec<String>> {
+    let line = format!("stty cols {columns} rows {rows}; {BINARY} {arguments}");
+    let out = Command::new("script")
+        .args(["-qec", &line, "/dev/null"])
+        .output()
+        .ok()?;
+    assert_eq!(
+        out.status.code(),
+        Some(0),
+        "{}",
+        String::from_utf8_lossy(&out.stdout)
+    );
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let last = text.rsplit("\x1b[H").next().unwrap_or_default();
+    let controls = regex::Regex::new("\x1b\\[[0-9;]*[A-Za-z]").unwrap();
+    let plain = controls.replace_all(last, "").into_owned();
+    Some(
+        plain
+            .lines()
+            .map(|l| l.trim_end_matches('\r').to_owned())
+            .collect(),
+    )
+}
+
+#[test]
+fn views_fit_their_terminal() {
+    let pool = Pool::start(3, "16MiB", &[]);
+    put(&pool.client(), "a", &[1; 9_000_000]).unwrap();
+    let master = &pool.address;
+    for view in ["top", "segments", "nodes", "tenants", "hot"] {
+        for (columns, rows) in [(120, 30), (80, 24), (50, 24), (80, 4)] {
+            let arguments = format!("inspect {view} --watch 100ms --count 2 --master {master}");
+            let Some(lines) = on_terminal(columns, rows, &arguments) else {
+                println!("skipped: no `script`");
+                return;
+            };
+            let widest = lines.iter().map(|l| l.chars().count()).max();
+            assert!(widest <= Some(columns), "{view} {columns}: {lines:#?}");
+            assert!(lines.len() < rows, "{view} {rows}: {lines:#?}");
+            assert!(!lines.is_empty() || view == "hot");
+        }
+    }
+    let narrow = on_terminal(80, 24, &format!("inspect top --count 1 --master {master}")).unwrap();
+    assert!(
+        narrow
+            .iter()
+            .any(|l| l.contains("SEGMENT") && l.contains("USED") && l.contains("OBJECTS")),
+        "{narrow:#?}"
+    );
+    // A proxy for the web is not asked for the pool.
+    let out = Command::new(BINARY)
+        .args(["inspect", "keys", "--master", master])
+        .env("http_proxy", "http://127.0.0.1:9")
+        .output()
+        .unwrap();
+    assert_eq!(
+        out.status.code(),
+        Some(0),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
+
 #[test]
 fn a_half_dead_pool_and_none() {
     let mut pool = Pool::start(3, "16MiB", &[]);
@@ -194,20 +427,38 @@ fn a_half_dead_pool_and_none() {
         std::thread::sleep(Duration::from_millis(100));
     }
     assert!(text(&pool.call(&["inspect"])).contains("lost"));
-    for view in ["nodes", "segments", "keys", "tenants", "hot"] {
-        assert!(!text(&pool.call(&["inspect", view])).is_empty(), "{view}");
-    }
-    // Stopped, it takes connections and answers nothing: every view ends by its own deadline.
-    pool.master.signal("-STOP");
-    for view in ["nodes", "keys", "tenants", "top", "events"] {
+    // One node gone, one that takes connections and answers nothing.
+    pool.nodes[1].signal("-STOP");
+    for view in VIEWS {
+        let mut all = vec!["inspect"];
+        all.extend_from_slice(view);
         let start = Instant::now();
-        let out = pool.call(&["inspect", view, "--timeout", "1s"]);
-        assert_eq!(out.status.code(), Some(3), "{view}");
+        let out = pool.call(&all);
+        // A key whose node is gone is shown, as far as it is known.
+        let code = out.status.code();
+        assert!(
+            code == Some(0) || (view == &["key", "a"] && code == Some(1)),
+            "{view:?}"
+        );
+        assert!(!out.stdout.is_empty() || view[0] == "events", "{view:?}");
         assert!(
             start.elapsed() < Duration::from_secs(8),
-            "{view}: {:?}",
+            "{view:?}: {:?}",
             start.elapsed()
         );
+    }
+    pool.nodes[1].signal("-CONT");
+    // Stopped, it takes connections and answers nothing: every view ends by its own deadline.
+    pool.master.signal("-STOP");
+    for view in VIEWS {
+        let mut all = vec!["inspect"];
+        all.extend_from_slice(view);
+        all.extend_from_slice(&["--timeout", "1s"]);
+        let start = Instant::now();
+        let out = pool.call(&all);
+        assert_eq!(out.status.code(), Some(3), "{view:?}");
+        let took = start.elapsed();
+        assert!(took < Duration::from_secs(8), "{view:?}: {took:?}");
     }
     pool.master.signal("-CONT");
     // Another HTTP server, that is content with everything.
@@ -215,7 +466,6 @@ fn a_half_dead_pool_and_none() {
     let elsewhere = stranger.local_addr().unwrap().to_string();
     std::thread::spawn(move || {
         for mut stream in stranger.incoming().flatten() {
-            use std::io::{Read, Write};
             let _ = stream.read(&mut [0; 4096]);
             let _ = stream
                 .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}");

@@ -12,6 +12,7 @@ mod drain;
 mod events;
 mod http;
 mod inspect;
+mod monitoring;
 mod objects;
 mod pool;
 mod quotas;

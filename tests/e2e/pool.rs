@@ -71,6 +71,11 @@ impl Server {
         }
     }
 
+    /// The lines that have come and were not waited for.
+    pub(crate) fn lines(&self) -> Vec<String> {
+        self.lines.try_iter().collect()
+    }
+
     pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();

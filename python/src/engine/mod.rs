@@ -6,6 +6,7 @@ mod transfers;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::ops::Deref;
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
@@ -17,6 +18,8 @@ use mooncake::engine::batch::Opcode;
 use mooncake::engine::error::TransferError;
 use mooncake::engine::metadata::Metadata;
 use mooncake::engine::peer::{PeerEngine, PeerError};
+use mooncake::engine::topology;
+use mooncake::engine::transport::rdma;
 use parking_lot::{Condvar, Mutex, RwLock};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -183,7 +186,12 @@ impl Engine {
         self.shared.clone()
     }
 
-    fn open(local_hostname: &str, metadata_server: &str) -> Result<Running, i64> {
+    fn open(
+        local_hostname: &str,
+        metadata_server: &str,
+        protocol: &str,
+        devices: &str,
+    ) -> Result<Running, i64> {
         let metadata = Metadata::open(metadata_server).map_err(|error| {
             tracing::warn!("initialize: {error}");
             METADATA
@@ -216,8 +224,9 @@ impl Engine {
         let keys = ClusterKeys::derive(token.as_ref());
         let any = SocketAddr::new(wanted.ip(), 0);
         // The port in the name is the metadata name's; it is used when it is free, as upstream does.
-        let engine = PeerEngine::open(wanted, keys.clone(), timeout)
-            .or_else(|_| PeerEngine::open(any, keys, timeout))
+        let fabric = rdma::select(protocol, devices);
+        let engine = PeerEngine::open(wanted, keys.clone(), timeout, fabric.clone())
+            .or_else(|_| PeerEngine::open(any, keys, timeout, fabric))
             .map_err(|error| {
                 tracing::warn!("initialize: cannot listen on {}: {error}", wanted.ip());
                 SOCKET
@@ -265,14 +274,13 @@ impl Engine {
         protocol: &str,
         device_name: &str,
     ) -> i64 {
-        let _ = device_name;
-        if protocol != "tcp" && !protocol.is_empty() {
+        if !matches!(protocol, "tcp" | "rdma" | "") {
             tracing::warn!("initialize: protocol `{protocol}` is not in this build: using TCP");
         }
         if self.running().is_ok() {
             return INVALID_ARGUMENT;
         }
-        match py.detach(|| Self::open(local_hostname, metadata_server)) {
+        match py.detach(|| Self::open(local_hostname, metadata_server, protocol, device_name)) {
             Ok(running) => {
                 let old = self.running.write().replace(Arc::new(running));
                 // Of the process this one was forked from.
@@ -353,11 +361,12 @@ impl Engine {
         })
     }
 
-    /// The devices of this host as upstream's JSON: one location, no RDMA device in this build.
+    /// Which NICs are near which memory of this host, as upstream's JSON: `{"cpu:0": [[preferred], [others]], …}`.
+    /// `device_name`: a comma list of those that count.
     #[pyo3(signature = (device_name=None))]
-    fn get_local_topology(&self, device_name: Option<&str>) -> &'static str {
-        let _ = device_name;
-        r#"{"cpu:0": [[], []]}"#
+    fn get_local_topology(&self, device_name: Option<&str>) -> String {
+        let only = rdma::RdmaConfig::default().with_devices(device_name.unwrap_or_default());
+        topology::matrix(Path::new("/"), |n| only.wants(n)).to_string()
     }
 
     /// This object: what `setup(engine=…)` takes.

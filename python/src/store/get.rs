@@ -1,21 +1,22 @@
-//! Reading: into the caller's memory, or into memory of Python's that is allocated once the sizes are known.
+//! Reading into the caller's memory, and whole objects.
+
+use std::sync::Arc;
 
 use mooncake::engine::batch::LocalSlice;
 use mooncake::store::client::{GetRequest, PoolClient};
 use mooncake::store::model::error::StoreError;
-use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::{INVALID_PARAMS, Store, ready};
+use super::fresh::{self, SmallGet, bytes_of, read_fresh};
+use super::{AT_ONCE_MAX, INVALID_PARAMS, Pool, Store, ready};
 use crate::args::{Key, Keys, Word, WordLists, Words, code};
+use crate::batches::{Done, KEYS_MAX, Small};
 use crate::buffers::BufferHandle;
+use crate::mailbox::Answer;
 use crate::staging::{self, Gathered};
 
 pub(super) const TRANSFER_FAIL: i64 = -800;
-/// How often a read into fresh memory is repeated when the object is replaced by one of another size meanwhile.
-const ATTEMPTS: usize = 4;
-
 fn read_code(outcome: Result<u64, StoreError>) -> i64 {
     outcome.map_or_else(
         |error| {
@@ -24,112 +25,6 @@ fn read_code(outcome: Result<u64, StoreError>) -> i64 {
         },
         |read| read as i64,
     )
-}
-
-/// A bytes object whose content is still to be written, and where that goes.
-fn fresh_bytes(py: Python<'_>, length: usize) -> PyResult<(Py<PyBytes>, LocalSlice)> {
-    // SAFETY: makes an object of this length, not yet seen by anybody; writing to it until it is handed out is the
-    // documented use of a null source.
-    unsafe {
-        let length_there = ffi::Py_ssize_t::try_from(length)?;
-        let object = ffi::PyBytes_FromStringAndSize(std::ptr::null(), length_there);
-        let object: Bound<'_, PyBytes> =
-            Bound::from_owned_ptr_or_err(py, object)?.cast_into_unchecked();
-        let pointer = ffi::PyBytes_AsString(object.as_ptr()).cast::<u8>();
-        Ok((object.unbind(), LocalSlice::new(pointer, length)))
-    }
-}
-
-/// Memory for an object that is being read.
-enum Fresh {
-    /// To become Python's with the answer.
-    Small(Vec<u8>),
-    /// Python's already: it is not copied again.
-    Object(Py<PyBytes>),
-}
-
-impl Fresh {
-    fn into_bytes(self, py: Python<'_>) -> Py<PyBytes> {
-        match self {
-            Self::Small(bytes) => PyBytes::new(py, &bytes).unbind(),
-            Self::Object(object) => object,
-        }
-    }
-}
-
-/// Memory for objects of these sizes. Up to `small` bytes it is not Python's, so that the interpreter lock is not needed.
-fn allocate(sizes: &[u64], small: u64) -> Vec<Option<(Fresh, LocalSlice)>> {
-    let own = |size: u64| {
-        let mut bytes = vec![0; size as usize];
-        // SAFETY: a vector's memory does not move with it; it is not touched before the read has ended.
-        let slice = unsafe { LocalSlice::new(bytes.as_mut_ptr(), bytes.len()) };
-        Some((Fresh::Small(bytes), slice))
-    };
-    if sizes.iter().all(|s| *s <= small) {
-        return sizes.iter().map(|s| own(*s)).collect();
-    }
-    let pythons = |py: Python<'_>, size: u64| {
-        let (object, slice) = fresh_bytes(py, usize::try_from(size).ok()?).ok()?;
-        Some((Fresh::Object(object), slice))
-    };
-    let allocated =
-        Python::try_attach(|py| sizes.iter().map(|s| pythons(py, *s)).collect::<Vec<_>>());
-    allocated.unwrap_or_else(|| sizes.iter().map(|_| None).collect())
-}
-
-/// The objects' content in new memory; `None` for those that could not be read.
-fn read_fresh(client: &PoolClient, keys: &[&[u8]], small: u64) -> Vec<Option<Fresh>> {
-    let mut found: Vec<Option<Fresh>> = keys.iter().map(|_| None).collect();
-    let mut open: Vec<usize> = (0..keys.len()).collect();
-    for _ in 0..ATTEMPTS {
-        let wanted: Vec<&[u8]> = open.iter().map(|i| keys[*i]).collect();
-        let sized: Vec<(usize, u64)> = open
-            .iter()
-            .zip(client.sizes(&wanted))
-            .filter_map(|(index, size)| Some((*index, size.ok()?)))
-            .collect();
-        let sizes: Vec<u64> = sized.iter().map(|(_, size)| *size).collect();
-        let objects: Vec<(usize, u64, Fresh, LocalSlice)> = sized
-            .into_iter()
-            .zip(allocate(&sizes, small))
-            .filter_map(|((index, size), memory)| {
-                let (memory, slice) = memory?;
-                Some((index, size, memory, slice))
-            })
-            .collect();
-        let wanted: Vec<&[u8]> = objects.iter().map(|(i, ..)| keys[*i]).collect();
-        let targets: Vec<LocalSlice> = objects.iter().map(|(.., slice)| *slice).collect();
-        let outcomes = read_into(client, &wanted, &targets);
-        open.clear();
-        for ((index, size, memory, _), outcome) in objects.into_iter().zip(outcomes) {
-            match outcome {
-                Ok(read) if read == size => found[index] = Some(memory),
-                // Replaced by one of another size in between.
-                Ok(_) | Err(StoreError::BufferTooSmall { .. }) => open.push(index),
-                Err(error) => tracing::debug!(%error, "get"),
-            }
-        }
-        if open.is_empty() {
-            break;
-        }
-    }
-    found
-}
-
-fn read_into(
-    client: &PoolClient,
-    keys: &[&[u8]],
-    targets: &[LocalSlice],
-) -> Vec<Result<u64, StoreError>> {
-    let requests: Vec<GetRequest<'_>> = keys
-        .iter()
-        .zip(targets)
-        .map(|(key, target)| GetRequest {
-            key,
-            target: std::slice::from_ref(target),
-        })
-        .collect();
-    client.get_into(&requests)
 }
 
 /// Gets whose bytes go (in part) to a device.
@@ -175,42 +70,54 @@ fn read_all(
     targets: &[Result<Gathered, i32>],
     exact: bool,
 ) -> Vec<i64> {
-    let mut results: Vec<i64> = Vec::with_capacity(keys.len());
-    let mut requests = Vec::with_capacity(keys.len());
-    for (key, target) in keys.iter().zip(targets) {
-        match target {
-            Ok(target) => {
-                requests.push(GetRequest { key, target });
-                results.push(0);
-            }
-            Err(refused) => results.push(i64::from(*refused)),
-        }
-    }
-    let reached: Vec<&Gathered> = targets.iter().flatten().collect();
+    let pairs = keys.iter().zip(targets);
+    let accepted = pairs.filter_map(|(key, target)| Some((key, target.as_ref().ok()?)));
+    let (requests, reached): (Vec<GetRequest<'_>>, Vec<&Gathered>) = accepted
+        .map(|(key, target)| (GetRequest { key, target }, target))
+        .unzip();
     let outcomes = if staging::any_on_device(&reached) {
         get_into_device(client, &requests, &reached)
     } else {
         client.get_into(&requests)
     };
-    let accepted = results.iter_mut().zip(targets);
-    let accepted = accepted.filter_map(|(r, t)| Some((r, t.as_ref().ok()?)));
-    for ((result, target), outcome) in accepted.zip(outcomes) {
-        *result = read_code(outcome);
-        if exact && *result >= 0 && *result as usize != room(target) {
-            *result = TRANSFER_FAIL;
-        }
+    let mut outcomes = outcomes.into_iter();
+    let mut result = |target: &Result<Gathered, i32>| match target {
+        Ok(target) => outcomes.next().map(|o| read_result(o, target, exact)),
+        Err(refused) => Some(i64::from(*refused)),
+    };
+    targets.iter().map_while(&mut result).collect()
+}
+
+/// Bytes read, or why none were.
+fn read_result(outcome: Result<u64, StoreError>, target: &[LocalSlice], exact: bool) -> i64 {
+    let read = read_code(outcome);
+    if exact && read >= 0 && read as usize != room(target) {
+        return TRANSFER_FAIL;
     }
-    results
+    read
 }
 
 fn room(target: &[LocalSlice]) -> usize {
     target.iter().map(LocalSlice::len).sum()
 }
 
-/// What is copied on an event loop's own thread rather than handed over: less than the hand-over costs.
-const AT_ONCE_MAX: u64 = 64 << 10;
+/// Whether targets take few bytes, all of them the host's.
+fn are_small(targets: &[Result<Gathered, i32>]) -> bool {
+    let accepted: Vec<&Gathered> = targets.iter().flatten().collect();
+    let bytes: usize = accepted.iter().map(|t| room(t)).sum();
+    accepted.len() == targets.len()
+        && bytes as u64 <= AT_ONCE_MAX
+        && !staging::any_on_device(&accepted)
+}
 
-/// Reads that need nothing but a copy of few bytes; `None` when any of them needs more.
+fn requests<'a>(keys: &[&'a [u8]], targets: &[&'a Gathered]) -> Vec<GetRequest<'a>> {
+    let pairs = keys.iter().zip(targets);
+    pairs
+        .map(|(key, target)| GetRequest { key, target })
+        .collect()
+}
+
+/// Reads of few bytes ([`are_small`]) that need nothing but a copy; `None` when any of them needs more.
 fn read_at_once(
     client: &PoolClient,
     keys: &[&[u8]],
@@ -218,29 +125,14 @@ fn read_at_once(
     exact: bool,
 ) -> Option<Vec<i64>> {
     let targets: Vec<&Gathered> = targets.iter().flatten().collect();
-    let total: usize = targets.iter().map(|t| room(t)).sum();
-    if targets.len() != keys.len() || total as u64 > AT_ONCE_MAX || staging::any_on_device(&targets)
-    {
-        return None;
-    }
-    let pairs = keys.iter().zip(&targets);
-    let requests: Vec<GetRequest<'_>> = pairs
-        .map(|(key, target)| GetRequest { key, target })
-        .collect();
+    let requests = requests(keys, &targets);
     let read = client.get_all_nearby(&requests)?;
-    let code = |(read, target): (u64, &&Gathered)| {
-        if exact && read as usize != room(target) {
-            TRANSFER_FAIL
-        } else {
-            read as i64
-        }
-    };
-    Some(read.into_iter().zip(&targets).map(code).collect())
-}
-
-/// `b""` for what could not be read.
-fn bytes_of(py: Python<'_>, fresh: Option<Fresh>) -> Py<PyBytes> {
-    fresh.map_or_else(|| PyBytes::new(py, b"").unbind(), |f| f.into_bytes(py))
+    let results = read.into_iter().zip(&targets);
+    Some(
+        results
+            .map(|(read, target)| read_result(Ok(read), target, exact))
+            .collect(),
+    )
 }
 
 /// A buffer per key that could be read.
@@ -258,6 +150,43 @@ fn each(py: Python<'_>, read: Vec<i64>) -> PyResult<Py<PyAny>> {
     ready(py, read)
 }
 
+/// A read of few bytes into the caller's memory.
+pub(super) struct SmallRead {
+    pool: Arc<Pool>,
+    keys: Keys,
+    targets: Vec<Gathered>,
+    exact: bool,
+    finish: Finish,
+}
+
+impl Small for SmallRead {
+    fn keys(&self) -> usize {
+        self.keys.len()
+    }
+
+    fn together(several: Vec<Self>) -> Vec<Done> {
+        let keys: Vec<&[u8]> = several.iter().flat_map(|s| s.keys.bytes()).collect();
+        let targets: Vec<&Gathered> = several.iter().flat_map(|s| &s.targets).collect();
+        let outcomes = match several.first() {
+            Some(first) => first.pool.client.get_into(&requests(&keys, &targets)),
+            None => Vec::new(),
+        };
+        let mut outcomes = outcomes.into_iter();
+        let mut answers = Vec::with_capacity(several.len());
+        for read in several {
+            let each = read.targets.iter().zip(outcomes.by_ref());
+            let results = each.map(|(target, outcome)| read_result(outcome, target, read.exact));
+            let results: Vec<i64> = results.collect();
+            answers.push(Done::Answer(Box::new(move |py| (read.finish)(py, results))));
+        }
+        answers
+    }
+
+    fn refused(self, why: StoreError) -> Answer {
+        Box::new(move |py| (self.finish)(py, vec![i64::from(code(&why)); self.keys.len()]))
+    }
+}
+
 impl Store {
     /// New bytes objects with the objects' content.
     fn get_fresh(
@@ -270,10 +199,15 @@ impl Store {
             let nothing = (0..keys.len()).map(|_| bytes_of(py, None)).collect();
             return finish(py, nothing);
         };
-        if self.apart.is_some()
-            && let Some(read) = fresh_at_once(py, &pool.client, &keys.bytes())
-        {
-            return finish(py, read);
+        if let Some(apart) = &self.apart {
+            if let Some(read) = fresh::read_at_once(py, &pool.client, &keys.bytes()) {
+                return finish(py, read);
+            }
+            if keys.len() <= KEYS_MAX && !fresh::is_known_to_be_large(&pool.client, &keys.bytes()) {
+                let kind = pool.small.gets.clone();
+                let get = SmallGet::new(pool, keys, Box::new(finish));
+                return Self::run_small(py, apart, &kind, get);
+            }
         }
         // A thread would have to wait for the interpreter lock to get at Python's memory: not for small objects.
         let small = if self.apart.is_some() { AT_ONCE_MAX } else { 0 };
@@ -299,10 +233,23 @@ impl Store {
             Ok(pool) => pool,
             Err(code) => return finish(py, vec![i64::from(code); count]),
         };
-        if self.apart.is_some()
-            && let Some(read) = read_at_once(&pool.client, &keys.bytes(), &targets, exact)
+        if let Some(apart) = &self.apart
+            && are_small(&targets)
         {
-            return finish(py, read);
+            if let Some(read) = read_at_once(&pool.client, &keys.bytes(), &targets, exact) {
+                return finish(py, read);
+            }
+            if count <= KEYS_MAX {
+                let kind = pool.small.reads.clone();
+                let read = SmallRead {
+                    pool,
+                    keys,
+                    targets: targets.into_iter().flatten().collect(),
+                    exact,
+                    finish,
+                };
+                return Self::run_small(py, apart, &kind, read);
+            }
         }
         self.run(
             py,
@@ -332,19 +279,6 @@ impl Store {
             },
         )
     }
-}
-
-/// [`read_at_once`] into new memory.
-fn fresh_at_once(py: Python<'_>, client: &PoolClient, keys: &[&[u8]]) -> Option<Vec<Py<PyBytes>>> {
-    let mut left = AT_ONCE_MAX;
-    let read = |key: &&[u8]| {
-        let size = client.remembered_size(key)?;
-        left = left.checked_sub(size)?;
-        let (object, slice) = fresh_bytes(py, size as usize).ok()?;
-        let read = client.get_nearby(key, &[slice])?;
-        (read == size).then_some(object)
-    };
-    keys.iter().map(read).collect()
 }
 
 #[pymethods]

@@ -1,13 +1,17 @@
 //! Asking about keys and removing them.
 
+use std::sync::Arc;
+
 use mooncake::store::client::PoolClient;
 use mooncake::store::model::error::StoreError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::{INVALID_PARAMS, Store, ready};
+use super::{INVALID_PARAMS, Pool, Store, ready};
 use crate::args::{Key, Keys, List, code};
+use crate::batches::{Done, KEYS_MAX, Small};
 use crate::descriptors::{self, ReplicaDescriptor};
+use crate::mailbox::Answer;
 
 /// 1, 0 or a negative code per key.
 fn exist_each(client: &PoolClient, keys: &[&[u8]]) -> Vec<i32> {
@@ -37,7 +41,56 @@ fn only(py: Python<'_>, codes: Vec<i32>) -> PyResult<Py<PyAny>> {
     ready(py, codes.first().copied().unwrap_or(INVALID_PARAMS))
 }
 
+/// How codes become the call's answer.
+type Finish = fn(Python<'_>, Vec<i32>) -> PyResult<Py<PyAny>>;
+
+/// Asking about a few keys.
+pub(super) struct SmallExist {
+    pool: Arc<Pool>,
+    keys: Keys,
+    finish: Finish,
+}
+
+impl Small for SmallExist {
+    fn keys(&self) -> usize {
+        self.keys.len()
+    }
+
+    fn together(several: Vec<Self>) -> Vec<Done> {
+        let keys: Vec<&[u8]> = several.iter().flat_map(|s| s.keys.bytes()).collect();
+        let mut codes = match several.first() {
+            Some(first) => exist_each(&first.pool.client, &keys),
+            None => Vec::new(),
+        }
+        .into_iter();
+        let mut take = |s: &Self| -> Vec<i32> { codes.by_ref().take(s.keys.len()).collect() };
+        let each: Vec<Vec<i32>> = several.iter().map(&mut take).collect();
+        let answers = several.into_iter().zip(each);
+        answers
+            .map(|(s, codes)| Done::Answer(Box::new(move |py| (s.finish)(py, codes))))
+            .collect()
+    }
+
+    fn refused(self, why: StoreError) -> Answer {
+        Box::new(move |py| (self.finish)(py, vec![code(&why); self.keys.len()]))
+    }
+}
+
+fn each(py: Python<'_>, codes: Vec<i32>) -> PyResult<Py<PyAny>> {
+    ready(py, codes)
+}
+
 impl Store {
+    fn exist(&self, py: Python<'_>, keys: Keys, finish: Finish) -> PyResult<Py<PyAny>> {
+        if let (Some(apart), Ok(pool)) = (&self.apart, self.pool())
+            && keys.len() <= KEYS_MAX
+        {
+            let kind = pool.small.exists.clone();
+            return Self::run_small(py, apart, &kind, SmallExist { pool, keys, finish });
+        }
+        self.codes(py, keys, exist_each, finish)
+    }
+
     /// A code per key.
     fn codes(
         &self,
@@ -94,6 +147,40 @@ impl Store {
 
 #[pymethods]
 impl Store {
+    /// Names of the segments there are; `None` when the master does not tell.
+    fn _segment_names(&self, py: Python<'_>) -> Option<Vec<String>> {
+        let pool = self.pool().ok()?;
+        let segments = py.detach(|| pool.client.segments()).ok()?;
+        Some(segments.into_iter().map(|s| s.name).collect())
+    }
+
+    /// A page of the tenant's keys that begin with `prefix`: `([(key, bytes)], cursor of the next page or 0)`, or a negative
+    /// code. Keys that are no UTF-8 are left out.
+    fn _page(&self, py: Python<'_>, prefix: &str, cursor: u64, limit: u32) -> PyResult<Py<PyAny>> {
+        let pool = match self.pool() {
+            Ok(pool) => pool,
+            Err(code) => return ready(py, code),
+        };
+        let prefix = prefix.to_owned();
+        self.run(
+            py,
+            move || pool.client.list(&prefix, "", cursor, limit),
+            Err,
+            |py, page| match page {
+                Ok(page) => {
+                    let keys = page.objects.into_iter();
+                    let keys: Vec<(String, u64)> = keys
+                        .filter_map(|o| {
+                            Some((String::from_utf8(o.key.to_vec()).ok()?, o.size_bytes))
+                        })
+                        .collect();
+                    ready(py, (keys, page.next_cursor))
+                }
+                Err(error) => ready(py, code(&error)),
+            },
+        )
+    }
+
     /// Puts further replicas on segments: 0, or a negative code.
     fn _copy_replicas(&self, py: Python<'_>, key: Key, targets: List<String>) -> i32 {
         let key = key.bytes();
@@ -114,12 +201,12 @@ impl Store {
 
     /// 1 there, 0 not there, negative: unknown.
     fn is_exist(&self, py: Python<'_>, key: Key) -> PyResult<Py<PyAny>> {
-        self.codes(py, Keys::one(key), exist_each, only)
+        self.exist(py, Keys::one(key), only)
     }
 
     /// `is_exist` for each key, in one exchange.
     fn batch_is_exist(&self, py: Python<'_>, keys: Keys) -> PyResult<Py<PyAny>> {
-        self.codes(py, keys, exist_each, ready)
+        self.exist(py, keys, each)
     }
 
     /// Bytes of an object, or a negative code.

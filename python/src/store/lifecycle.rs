@@ -1,15 +1,16 @@
 //! Opening and closing: a client, the memory this process lends, and for an embedded pool its master.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mooncake::base::net::{join_host_port, resolve_one, split_host_port};
+use mooncake::base::net::join_host_port;
 use mooncake::base::trust::{ClusterKeys, Token};
 use mooncake::base::units::ByteSize;
 use mooncake::engine::peer::about;
 use mooncake::engine::transport::TransportKind;
+use mooncake::engine::transport::rdma::{self, Fabric};
 use mooncake::store::client::{ClientConfig, PoolClient};
 use mooncake::store::master::{Master, MasterConfig, MasterServer};
 use mooncake::store::node::{FileRange, Node, NodeConfig, NodePhase};
@@ -17,7 +18,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyAny, PyDict};
 
-use super::{INVALID_PARAMS, Pool, Store};
+use super::{INVALID_PARAMS, Lending, Pool, Store, place};
 use crate::args::code;
 use crate::engine;
 use crate::process;
@@ -39,6 +40,7 @@ struct Settings {
     master: String,
     segment_bytes: u64,
     protocol: String,
+    devices: String,
     tenant: String,
     token: Option<Token>,
 }
@@ -85,30 +87,10 @@ impl Settings {
             master: text(&["master_server_addr", "master_server_address"]).unwrap_or_default(),
             segment_bytes: segment,
             protocol: text(&["protocol"]).unwrap_or_else(|| "tcp".to_owned()),
+            devices: text(&["rdma_devices", "device_name"]).unwrap_or_default(),
             tenant: text(&["tenant_id"]).unwrap_or_else(|| "default".to_owned()),
             token: token(),
         }))
-    }
-
-    /// Where to listen for data, and what others connect to when that is not it.
-    fn listen(&self) -> Result<(SocketAddr, Option<String>), String> {
-        let name = if self.local_hostname.is_empty() {
-            "127.0.0.1"
-        } else {
-            self.local_hostname.as_str()
-        };
-        let (host, port) = split_host_port(name, 0)?;
-        let address = resolve_one(&join_host_port(&host, port)).map_err(|e| e.to_string())?;
-        if std::net::TcpListener::bind(SocketAddr::new(address.ip(), 0)).is_ok() {
-            let free = std::net::TcpListener::bind(address).is_ok();
-            return Ok((
-                SocketAddr::new(address.ip(), if free { port } else { 0 }),
-                None,
-            ));
-        }
-        // The name is not an address of this host (a container's, say): it was asked for, so others get to use it.
-        let any: IpAddr = Ipv4Addr::UNSPECIFIED.into();
-        Ok((SocketAddr::new(any, port), Some(host)))
     }
 }
 
@@ -118,14 +100,16 @@ pub(super) fn token() -> Option<Token> {
         .and_then(|t| Token::new(&t))
 }
 
-fn client_config(settings: &Settings, master: &str) -> ClientConfig {
+fn client_config(settings: &Settings, master: &str, fabric: Option<&Arc<Fabric>>) -> ClientConfig {
     let mut config = ClientConfig::new(master);
     config.token = settings.token.clone();
     config.tenant.clone_from(&settings.tenant);
     config.master_patience = PATIENCE;
+    config.fabric = fabric.cloned();
     match std::env::var("MOONCAKE_TRANSPORT").as_deref() {
         Ok("tcp") => config.transports = vec![TransportKind::Tcp],
         Ok("shm") => config.transports = vec![TransportKind::Shm],
+        Ok("rdma") => config.transports = vec![TransportKind::Rdma, TransportKind::Tcp],
         _ => {}
     }
     config
@@ -164,6 +148,7 @@ pub(super) fn start_node(
     listen: SocketAddr,
     advertise: Option<String>,
     lent: Lent,
+    fabric: Option<Arc<Fabric>>,
 ) -> Result<Node, i32> {
     let refused = |error: std::io::Error| {
         tracing::warn!("no memory lent to the pool: {error}");
@@ -189,6 +174,7 @@ pub(super) fn start_node(
         files,
         populate: true,
         lanes_max: 4096,
+        fabric,
     })
     .map_err(refused)?;
     if runtime.block_on(node.wait_for(NodePhase::InService, IN_SERVICE)) {
@@ -223,10 +209,10 @@ fn shared_engine(given: &Bound<'_, PyAny>) -> PyResult<Arc<engine::Shared>> {
 
 fn open(settings: Settings) -> Result<Pool, i32> {
     match settings.protocol.to_ascii_lowercase().as_str() {
-        "tcp" | "" => {}
-        "rdma" => tracing::warn!("protocol rdma is not in this build: using shared memory and TCP"),
+        "tcp" | "" | "rdma" => {}
         other => tracing::warn!("protocol `{other}` is unknown: using shared memory and TCP"),
     }
+    let fabric = rdma::select(&settings.protocol, &settings.devices);
     let embedded = matches!(settings.master.as_str(), "" | "embedded");
     let (server, master) = if embedded {
         let (server, address) = start_master(&settings).map_err(|error| {
@@ -238,7 +224,7 @@ fn open(settings: Settings) -> Result<Pool, i32> {
         (None, settings.master.clone())
     };
     // A first look with little patience: a master that is not there is said at once.
-    let mut config = client_config(&settings, &master);
+    let mut config = client_config(&settings, &master, None);
     config.master_patience = Duration::from_millis(200);
     config.timeout = Duration::from_secs(3);
     let looked = PoolClient::open(config).and_then(|client| client.overview());
@@ -246,13 +232,16 @@ fn open(settings: Settings) -> Result<Pool, i32> {
         tracing::warn!("setup: {error}");
         return Err(code(&error));
     }
-    let (listen, advertise) = settings.listen().map_err(|what| {
+    let (listen, advertise) = place::listen(&settings.local_hostname).map_err(|what| {
         tracing::warn!("setup: local_hostname: {what}");
         INVALID_PARAMS
     })?;
-    let client = PoolClient::open(client_config(&settings, &master)).map_err(|e| code(&e))?;
+    let client = PoolClient::open(client_config(&settings, &master, fabric.as_ref()))
+        .map_err(|e| code(&e))?;
     let mut nodes = Vec::new();
-    let mut hostname = join_host_port(&listen.ip().to_string(), listen.port());
+    let shown = advertise.clone().unwrap_or_else(|| listen.ip().to_string());
+    let mut hostname = join_host_port(&shown, listen.port());
+    let place = (listen.ip(), advertise.clone());
     if settings.segment_bytes > 0 {
         if settings.token.is_none() && !listen.ip().is_loopback() {
             tracing::warn!(
@@ -266,19 +255,27 @@ fn open(settings: Settings) -> Result<Pool, i32> {
             listen,
             advertise,
             Lent::Fresh(settings.segment_bytes),
+            fabric.clone(),
         )?;
         node.name().clone_into(&mut hostname);
         client.add_local(node.host());
-        nodes.push((node.name().to_owned(), node));
+        nodes.push(Lending {
+            id: node.name().to_owned(),
+            node,
+            watch: None,
+        });
     }
     Ok(Pool {
         client: std::mem::ManuallyDrop::new(client),
         nodes: parking_lot::Mutex::new(nodes),
         embedded: server,
+        fabric,
         hostname,
+        place,
         generation: process::generation(),
         readers: parking_lot::Mutex::default(),
         writers: parking_lot::Mutex::default(),
+        small: super::SmallOperations::default(),
     })
 }
 
@@ -318,7 +315,7 @@ impl Store {
         config: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<i32> {
         // Staging memory is not needed here: accepted as upstream's.
-        let _ = (rdma_devices, ssd_offload_path, client_http_port);
+        let _ = (ssd_offload_path, client_http_port);
         let engine = match engine.filter(|e| !e.is_none()) {
             None => None,
             Some(given) => Some(shared_engine(given)?),
@@ -351,6 +348,7 @@ impl Store {
                 master: master_server_addr.unwrap_or_default().to_owned(),
                 segment_bytes: global_segment_size.map_or(Ok(SIZE_DEFAULT), size)?,
                 protocol: protocol.unwrap_or("tcp").to_owned(),
+                devices: rdma_devices.unwrap_or_default().to_owned(),
                 tenant: tenant_id.to_owned(),
                 token: token(),
             }
@@ -379,12 +377,12 @@ impl Store {
         device_name: &str,
         mount_segment_size: u64,
     ) -> i32 {
-        let _ = device_name;
         let settings = Settings {
             local_hostname: "127.0.0.1".to_owned(),
             master: std::env::var("MOONCAKE_MASTER").unwrap_or_default(),
             segment_bytes: mount_segment_size,
             protocol: protocol.to_owned(),
+            devices: device_name.to_owned(),
             tenant: "default".to_owned(),
             token: token(),
         };
@@ -412,6 +410,7 @@ impl Store {
             master,
             segment_bytes: 0,
             protocol: "tcp".to_owned(),
+            devices: String::new(),
             tenant: "default".to_owned(),
             token,
         };
@@ -434,9 +433,9 @@ impl Store {
                     engine.unregister(address);
                 }
             }
-            let nodes: Vec<(String, Node)> = pool.nodes.lock().drain(..).collect();
+            let nodes: Vec<Lending> = pool.nodes.lock().drain(..).collect();
             let deadline = Instant::now() + DRAIN;
-            for (_, node) in &nodes {
+            for Lending { node, .. } in &nodes {
                 stop_node(node, deadline.saturating_duration_since(Instant::now()));
             }
             drop(pool);

@@ -1,18 +1,23 @@
 //! `MooncakeDistributedStore`: set-up and close, and what all its calls have in common. The tensor family is Python
 //! (`mooncake/_tensors.py`) over these.
 
+mod fresh;
 mod get;
 mod keys;
 mod lifecycle;
+mod memory;
+mod place;
 mod put;
 mod segments;
 mod sessions;
 
 use std::collections::{HashMap, HashSet};
 use std::mem::ManuallyDrop;
+use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 
+use mooncake::engine::transport::rdma::Fabric;
 use mooncake::store::client::{PoolClient, PutSession};
 use mooncake::store::master::MasterServer;
 use mooncake::store::model::error::StoreError;
@@ -21,7 +26,9 @@ use parking_lot::{Mutex, RwLock};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 
+use crate::batches::{Batches, Small};
 use crate::buffers::{HostMemoryAllocator, Registered};
+use crate::bus_guard::Watch;
 use crate::engine;
 use crate::mailbox::{Answer, Mailbox, Slot};
 use crate::process;
@@ -30,6 +37,10 @@ use crate::workers::{Begun, Threads, Turn, Workers};
 
 /// Upstream's answer for a call before `setup` or after `close`, and for anything it does not accept.
 pub(crate) const INVALID_PARAMS: i32 = -600;
+
+/// What is copied on an event loop's own thread rather than handed over: less than the hand-over costs. What is not nearby is
+/// carried out with its like up to here.
+const AT_ONCE_MAX: u64 = 64 << 10;
 
 /// A pool's client in this process.
 #[pyclass(module = "mooncake._native", subclass, frozen)]
@@ -64,19 +75,41 @@ impl Deref for Store {
     }
 }
 
+/// Memory that is lent.
+pub(crate) struct Lending {
+    id: String,
+    node: Node,
+    /// Memory of a file is watched: it may be cut.
+    watch: Option<Watch>,
+}
+
 /// What `setup` opened.
 pub(crate) struct Pool {
     /// Dropped only by the process that opened it: its arenas and sockets are the parent's otherwise.
     client: ManuallyDrop<PoolClient>,
     /// Memory this process contributes; the first is the one of `setup`.
-    nodes: Mutex<Vec<(String, Node)>>,
+    nodes: Mutex<Vec<Lending>>,
     /// The master of an embedded pool.
     embedded: Option<Arc<MasterServer>>,
+    /// RDMA devices, for memory that is lent later.
+    fabric: Option<Arc<Fabric>>,
     hostname: String,
+    /// Where further segments are lent from: the address to listen on, and the name others use for it.
+    place: (IpAddr, Option<String>),
     generation: u32,
     /// Versions that `batch_get_session_start` promised.
     readers: Mutex<HashMap<Box<[u8]>, u64>>,
     writers: Mutex<HashMap<Box<[u8]>, PutSession>>,
+    small: SmallOperations,
+}
+
+/// Small operations of event loops, each kind with its like.
+#[derive(Default)]
+struct SmallOperations {
+    gets: Arc<Batches<fresh::SmallGet>>,
+    reads: Arc<Batches<get::SmallRead>>,
+    puts: Arc<Batches<put::SmallPut>>,
+    exists: Arc<Batches<keys::SmallExist>>,
 }
 
 impl Store {
@@ -93,14 +126,25 @@ impl Store {
             let result = py.detach(job);
             return finish(py, result);
         };
-        let job = Box::new(move |turn| -> Answer {
-            let result = match turn {
-                Turn::Now => job(),
-                Turn::Refused(error) => refuse(error),
+        let job = Box::new(move |turn: Turn| -> Answer {
+            let result = match turn.refusal() {
+                None => job(),
+                Some(error) => refuse(error),
             };
             Box::new(move |py| finish(py, result))
         });
         let token = apart.threads.begin(&apart.to, job);
+        ready(py, Begun { token })
+    }
+
+    /// Leaves an operation to be carried out with others of its kind: the number of its answer.
+    fn run_small<T: Small>(
+        py: Python<'_>,
+        apart: &Apart,
+        kind: &Arc<Batches<T>>,
+        what: T,
+    ) -> PyResult<Py<PyAny>> {
+        let token = kind.add(&apart.threads, &apart.to, what);
         ready(py, Begun { token })
     }
 
@@ -175,8 +219,8 @@ impl Drop for Pool {
     fn drop(&mut self) {
         if self.generation != process::generation() {
             // The sockets and threads are the parent's.
-            for (_, node) in self.nodes.lock().drain(..) {
-                std::mem::forget(node);
+            for lent in self.nodes.lock().drain(..) {
+                std::mem::forget(lent);
             }
             if let Some(server) = self.embedded.take() {
                 std::mem::forget(server);

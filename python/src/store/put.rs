@@ -6,9 +6,13 @@ use mooncake::store::model::error::StoreError;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::{INVALID_PARAMS, Store, ready};
+use std::sync::Arc;
+
+use super::{AT_ONCE_MAX, INVALID_PARAMS, Pool, Store, ready};
 use crate::args::{Key, Keys, Value, Values, Word, WordLists, Words, code};
+use crate::batches::{Done, KEYS_MAX, Small};
 use crate::config::ReplicateConfig;
+use crate::mailbox::Answer;
 use crate::staging::{self, Gathered, Slices};
 
 fn options(config: Option<&ReplicateConfig>, upsert: bool) -> PutOptions {
@@ -71,37 +75,98 @@ struct Put {
 impl Put {
     /// One code per key.
     fn carry_out(&self, client: &PoolClient) -> Vec<i32> {
-        let mut codes: Vec<i32> = Vec::with_capacity(self.keys.len());
-        let mut requests = Vec::with_capacity(self.keys.len());
-        for (index, (key, source)) in self.keys.bytes().iter().zip(&self.sources).enumerate() {
-            match source {
-                Ok(source) => {
-                    let mut request = PutRequest::new(key, source);
-                    request.group = self.groups.get(index).map_or("", String::as_str);
-                    requests.push(request);
-                    codes.push(0);
-                }
-                Err(refused) => codes.push(*refused),
+        put_each(client, &[self], &self.options)
+    }
+
+    /// Whether it is one of those that are carried out together: few bytes of the host, and nothing special asked for.
+    fn is_small(&self) -> bool {
+        let sources: Vec<&Gathered> = self.sources.iter().flatten().collect();
+        let bytes: usize = sources
+            .iter()
+            .flat_map(|s| s.iter())
+            .map(LocalSlice::len)
+            .sum();
+        self.keys.len() <= KEYS_MAX
+            && bytes as u64 <= AT_ONCE_MAX
+            && self.groups.is_empty()
+            && self.options == PutOptions::default()
+            && !staging::any_on_device(&sources)
+    }
+}
+
+/// Carries out puts with the same options in one go: a code per key, in order.
+fn put_each(client: &PoolClient, puts: &[&Put], options: &PutOptions) -> Vec<i32> {
+    let count = puts.iter().map(|p| p.keys.len()).sum();
+    let mut codes: Vec<i32> = Vec::with_capacity(count);
+    let mut requests = Vec::with_capacity(count);
+    let keys: Vec<Vec<&[u8]>> = puts.iter().map(|p| p.keys.bytes()).collect();
+    let sources = puts.iter().flat_map(|p| &p.sources);
+    for (put, keys) in puts.iter().zip(&keys) {
+        for (index, (key, source)) in keys.iter().zip(&put.sources).enumerate() {
+            codes.push(*source.as_ref().err().unwrap_or(&0));
+            if let Ok(source) = source {
+                let mut request = PutRequest::new(key, source);
+                request.group = put.groups.get(index).map_or("", String::as_str);
+                requests.push(request);
             }
         }
-        let accepted: Vec<&Gathered> = self.sources.iter().flatten().collect();
-        let outcomes = if staging::any_on_device(&accepted) {
-            put_from_device(client, &requests, &accepted, &self.options)
-        } else {
-            client.put(&requests, &self.options)
+    }
+    let accepted: Vec<&Gathered> = sources.clone().flatten().collect();
+    let outcomes = if staging::any_on_device(&accepted) {
+        put_from_device(client, &requests, &accepted, options)
+    } else {
+        client.put(&requests, options)
+    };
+    let accepted = codes.iter_mut().zip(sources);
+    let accepted = accepted.filter(|(_, source)| source.is_ok());
+    for ((code_of, _), outcome) in accepted.zip(outcomes) {
+        *code_of = match outcome {
+            Ok(_) | Err(StoreError::Exists) => 0,
+            Err(error) => {
+                tracing::debug!(%error, "put");
+                code(&error)
+            }
         };
-        let accepted = codes.iter_mut().zip(&self.sources);
-        let accepted = accepted.filter(|(_, source)| source.is_ok());
-        for ((code_of, _), outcome) in accepted.zip(outcomes) {
-            *code_of = match outcome {
-                Ok(_) | Err(StoreError::Exists) => 0,
-                Err(error) => {
-                    tracing::debug!(%error, "put");
-                    code(&error)
-                }
-            };
+    }
+    codes
+}
+
+/// A put of few bytes.
+pub(super) struct SmallPut {
+    pool: Arc<Pool>,
+    put: Put,
+    finish: Finish,
+}
+
+impl Small for SmallPut {
+    fn keys(&self) -> usize {
+        self.put.keys.len()
+    }
+
+    fn together(several: Vec<Self>) -> Vec<Done> {
+        let puts: Vec<&Put> = several.iter().map(|s| &s.put).collect();
+        let mut codes = match several.first() {
+            Some(first) => put_each(&first.pool.client, &puts, &first.put.options),
+            None => Vec::new(),
         }
-        codes
+        .into_iter();
+        let mut answers = Vec::with_capacity(several.len());
+        for small in several {
+            let codes: Vec<i32> = codes.by_ref().take(small.put.keys.len()).collect();
+            // The values go back to Python with the answer: releasing them needs the interpreter lock.
+            answers.push(Done::Answer(Box::new(move |py| {
+                let _values = small.put;
+                (small.finish)(py, codes)
+            })));
+        }
+        answers
+    }
+
+    fn refused(self, why: StoreError) -> Answer {
+        Box::new(move |py| {
+            let put = self.put;
+            (self.finish)(py, vec![code(&why); put.keys.len()])
+        })
     }
 }
 
@@ -133,6 +198,9 @@ impl Store {
             Err(code) => return finish(py, vec![code; count]),
         };
         let (config, upsert) = how;
+        if config.is_some_and(|c| !c.is_valid()) {
+            return finish(py, vec![INVALID_PARAMS; count]);
+        }
         let put = Put {
             keys,
             sources,
@@ -140,6 +208,12 @@ impl Store {
             options: options(config, upsert),
             groups: config.and_then(|c| c.group_ids.clone()).unwrap_or_default(),
         };
+        if let Some(apart) = &self.apart
+            && put.is_small()
+        {
+            let kind = pool.small.puts.clone();
+            return Self::run_small(py, apart, &kind, SmallPut { pool, put, finish });
+        }
         // The values go back to Python with the answer: releasing them needs the interpreter lock.
         self.run(
             py,
@@ -395,45 +469,5 @@ impl Store {
     ) -> PyResult<Py<PyAny>> {
         let how = (config.as_deref(), true);
         self.put_buffers(py, keys, &buffer_ptrs.0, &sizes.0, how)
-    }
-
-    /// Vouches for memory that later calls name by address: 0, or -600 when it overlaps a registered buffer or is not
-    /// memory of this process. With a shared engine its peers reach it, too.
-    fn register_buffer(&self, py: Python<'_>, buffer_ptr: Word, size: Word) -> i32 {
-        let (address, length) = (buffer_ptr.0, size.0);
-        if self.pool().is_err() || !self.buffers.add(address, length) {
-            return INVALID_PARAMS;
-        }
-        let Some(engine) = self.engine.read().clone() else {
-            return 0;
-        };
-        if engine.known().covers(address, length) {
-            return 0;
-        }
-        if py.detach(|| engine.register(address, length)) == 0 {
-            self.lent.lock().insert((address, length));
-            return 0;
-        }
-        self.buffers.remove(address);
-        INVALID_PARAMS
-    }
-
-    /// Takes `register_buffer` back: 0, or -600 for an address that is not registered. The memory is not touched.
-    fn unregister_buffer(&self, py: Python<'_>, buffer_ptr: Word) -> i32 {
-        let Some(length) = self.buffers.take(buffer_ptr.0) else {
-            return INVALID_PARAMS;
-        };
-        // What was registered with the engine by others, or is a part of that, is theirs.
-        if let Some(engine) = self.engine.read().clone()
-            && self.lent.lock().remove(&(buffer_ptr.0, length))
-        {
-            py.detach(|| engine.unregister(buffer_ptr.0));
-        }
-        0
-    }
-
-    /// Address of memory that lives as long as this store; 0 when there is none.
-    fn alloc_from_mem_pool(&self, size: Word) -> usize {
-        self.memory.allocate(size.0).unwrap_or(0)
     }
 }

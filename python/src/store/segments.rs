@@ -1,34 +1,51 @@
 //! Lending and taking back memory while the process runs.
 
 use std::fs::{File, OpenOptions};
+use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mooncake::store::node::FileRange;
+use mooncake::store::node::{FileRange, Node};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use super::lifecycle::{Lent, start_node, stop_node};
-use super::{INVALID_PARAMS, Store};
+use super::{INVALID_PARAMS, Lending, Pool, Store};
 use crate::args::List;
+use crate::bus_guard::Watch;
+use crate::process;
 
+/// How often lent files are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long the master may take to let go of a lost segment.
+const LOST_PATIENCE: Duration = Duration::from_secs(3);
 const FILE_OPEN_FAIL: i32 = -1101;
 const SEGMENT_NOT_FOUND: i32 = -101;
 
 impl Store {
     fn mount(&self, py: Python<'_>, lent: Lent) -> Result<String, i32> {
         let pool = self.pool()?;
+        let is_file = matches!(lent, Lent::File(_));
         py.detach(|| {
-            let (host, _) = mooncake::base::net::split_host_port(&pool.hostname, 0)
-                .map_err(|_| INVALID_PARAMS)?;
-            let address = mooncake::base::net::join_host_port(&host, 0);
-            let listen = mooncake::base::net::resolve_one(&address).map_err(|_| INVALID_PARAMS)?;
+            let (address, name) = pool.place.clone();
+            let listen = SocketAddr::new(address, 0);
             let token = super::lifecycle::token();
-            let node = start_node(pool.client.master(), token, listen, None, lent)?;
+            let fabric = pool.fabric.clone();
+            let node = start_node(pool.client.master(), token, listen, name, lent, fabric)?;
             pool.client.add_local(node.host());
             let id = node.name().to_owned();
-            pool.nodes.lock().push((id.clone(), node));
+            let watch = if is_file { watch(&node)? } else { None };
+            let is_watched = watch.is_some();
+            let lent = Lending {
+                id: id.clone(),
+                node,
+                watch,
+            };
+            pool.nodes.lock().push(lent);
+            if is_watched {
+                leave_when_lost(&pool, id.clone());
+            }
             Ok(id)
         })
     }
@@ -42,19 +59,69 @@ impl Store {
         for id in ids {
             let found = {
                 let mut nodes = pool.nodes.lock();
-                let at = nodes.iter().position(|(name, _)| name == id);
+                let at = nodes.iter().position(|lent| lent.id == *id);
                 at.map(|at| nodes.remove(at))
             };
             match found {
-                Some((_, node)) => {
+                Some(lent) => {
                     let timeout = Duration::from_secs(grace_seconds.clamp(3, 3600));
-                    py.detach(|| stop_node(&node, timeout));
+                    py.detach(|| {
+                        stop_node(&lent.node, timeout);
+                        drop(lent);
+                    });
                 }
                 None => answer = SEGMENT_NOT_FOUND,
             }
         }
         answer
     }
+}
+
+fn watch(node: &Node) -> Result<Option<Watch>, i32> {
+    let segments = node.host().segments();
+    let Some(segment) = segments.first() else {
+        return Ok(None);
+    };
+    let watch = Watch::new(segment.memory.clone());
+    if watch.is_none() {
+        tracing::warn!("mount_segment: too many files are lent by this process");
+        return Err(INVALID_PARAMS);
+    }
+    Ok(watch)
+}
+
+/// Unmounts a file once it has been cut: its objects are gone, and nothing should be placed there.
+fn leave_when_lost(pool: &Arc<Pool>, id: String) {
+    let pool = Arc::downgrade(pool);
+    let look = move || {
+        let pool = pool.upgrade()?;
+        let mut nodes = pool.nodes.lock();
+        let at = nodes.iter().position(|lent| lent.id == id)?;
+        let is_lost = nodes[at].watch.as_ref().is_some_and(Watch::is_lost);
+        Some(is_lost.then(|| nodes.remove(at)))
+    };
+    let Ok(runtime) = process::runtime() else {
+        return;
+    };
+    runtime.spawn(async move {
+        let mut every = tokio::time::interval(LOOK_EVERY);
+        loop {
+            every.tick().await;
+            match look() {
+                None => return,
+                Some(None) => {}
+                Some(Some(lent)) => {
+                    tracing::warn!(
+                        segment = lent.id,
+                        "its file was cut while it was lent: unmounted"
+                    );
+                    lent.node.drain(LOST_PATIENCE).await;
+                    let _ = tokio::task::spawn_blocking(move || drop(lent)).await;
+                    return;
+                }
+            }
+        }
+    });
 }
 
 /// Opens without waiting for the other end of what is no file.
@@ -100,8 +167,8 @@ impl Store {
     }
 
     /// Lends part of a file, of shared memory for one: `{"ret", "segment_ids", "allocated_size"}`. Offset and size are
-    /// multiples of 4096. The file's content is lost; whoever cuts it while it is lent kills this process, as with
-    /// upstream. Peers of this host reach it by TCP.
+    /// multiples of 4096. The file's content is lost; when it is cut while it is lent, the objects in it are lost and it
+    /// is unmounted. Peers of this host reach it by TCP.
     #[pyo3(signature = (path, size, offset=0, protocol="tcp", location=""))]
     fn mount_segment<'py>(
         &self,

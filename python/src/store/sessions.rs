@@ -166,8 +166,9 @@ impl Pool {
         };
         let outcome = staging::at_once(&[&scattered.memory], false, |slices| {
             let pieces = scattered.pieces(&slices[0]);
+            let bytes: usize = slices[0].iter().map(LocalSlice::len).sum();
             let written = self.client.put_pieces(&mut session, &pieces);
-            written.map_or_else(|e| i64::from(code(&e)), |_| 0)
+            written.map_or_else(|e| i64::from(code(&e)), |_| bytes as i64)
         });
         self.writers.lock().insert(name.into(), session);
         outcome.unwrap_or_else(device_failed)
@@ -279,6 +280,13 @@ impl Store {
                     codes.push(vec![i64::from(INVALID_PARAMS)]);
                     continue;
                 };
+                if to.0.len() != sizes.0.len() || from.0.len() != sizes.0.len() {
+                    // Upstream's answer has a code for each range there might be.
+                    let ranges = to.0.len().max(from.0.len()).max(sizes.0.len());
+                    pieces.push(None);
+                    codes.push(vec![i64::from(INVALID_PARAMS); ranges]);
+                    continue;
+                }
                 let addresses: Vec<usize> = to.0.iter().map(|o| base.saturating_add(*o)).collect();
                 let scattered = self.scattered(&addresses, &sizes.0, &from.0, true);
                 let code = scattered.as_ref().err().copied().unwrap_or(RPC_TIMEOUT);
@@ -336,20 +344,16 @@ impl Store {
         })
     }
 
-    /// Ends sessions: 0, or -600 for a key without one.
-    fn batch_get_session_end(&self, keys: Keys) -> Vec<i32> {
+    /// Ends sessions; a key without one is passed over. 0, or -600.
+    fn batch_get_session_end(&self, keys: Keys) -> i32 {
         let Ok(pool) = self.pool() else {
-            return vec![INVALID_PARAMS; keys.len()];
+            return INVALID_PARAMS;
         };
         let mut readers = pool.readers.lock();
-        let mut end = |name: &[u8]| {
-            if readers.remove(name).is_some() {
-                0
-            } else {
-                INVALID_PARAMS
-            }
-        };
-        keys.bytes().into_iter().map(&mut end).collect()
+        for name in keys.bytes() {
+            readers.remove(name);
+        }
+        0
     }
 
     /// Takes places for objects of the given sizes: 0 (also for a key that is there already, whose pieces are then
@@ -371,7 +375,7 @@ impl Store {
         })
     }
 
-    /// Writes pieces of objects of a session: 0, or a negative code, per key.
+    /// Writes pieces of objects of a session: bytes written, or a negative code, per key.
     fn batch_put_from_multi_buffer_ranges(
         &self,
         py: Python<'_>,

@@ -79,9 +79,46 @@ pub(super) fn unresolved(check: &str, host: &str, why: NoAddress) -> Finding {
     }
 }
 
+/// What is wrong with how a master's address is written, and how it was probably meant.
+pub(super) fn misspelt(address: &str) -> Option<(String, String)> {
+    let is = |reason: &str, meant: String| Some((reason.to_owned(), meant));
+    if let Some((_, rest)) = address.split_once("://") {
+        let meant = rest.split('/').next().unwrap_or(rest);
+        return is(
+            "is a URL; the master is given as HOST:PORT",
+            meant.to_owned(),
+        );
+    }
+    if let Some((meant, _)) = address.split_once('/') {
+        return is(
+            "has a path; the master is given as HOST:PORT",
+            meant.to_owned(),
+        );
+    }
+    let (host, port) = match split_host_port(address, 50_051) {
+        Ok(both) => both,
+        Err(reason) => return is(&reason, "HOST:50051".to_owned()),
+    };
+    if host.contains(':') && host.parse::<std::net::Ipv6Addr>().is_err() {
+        let (host, port) = address.rsplit_once(':').unwrap_or((address, "50051"));
+        return is(
+            "an IPv6 address that is followed by a port stands in brackets",
+            format!("[{host}]:{port}"),
+        );
+    }
+    if port == 0 {
+        return is("port 0 is none", join_host_port(&host, 50_051));
+    }
+    None
+}
+
 /// Checks the names of this host and of the master.
 pub(super) fn check(wanted: &Wanted, master: &str) -> Vec<Finding> {
     let mut found = Vec::new();
+    if let Some((reason, meant)) = misspelt(master) {
+        let f = Finding::fail("master's name", "bad_address", master, reason);
+        return vec![f.remedy(format!("write {meant}"))];
+    }
     let named = split_host_port(master, 50_051).ok();
     let all = named.map(|(host, port)| (host.clone(), resolve(&join_host_port(&host, port))));
     let master_is_here = match &all {
@@ -191,6 +228,19 @@ fn own_name(own: &str, master_is_here: bool) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_as_they_were_meant() {
+        let meant = |address: &str| misspelt(address).map(|(_, meant)| meant);
+        assert_eq!(meant("http://m:8080/x").as_deref(), Some("m:8080"));
+        assert_eq!(meant("m:50051/").as_deref(), Some("m:50051"));
+        assert_eq!(meant("fd00::7:50051").as_deref(), Some("[fd00::7]:50051"));
+        assert_eq!(meant("::1:50872").as_deref(), Some("[::1]:50872"));
+        assert_eq!(meant("m:0").as_deref(), Some("m:50051"));
+        for good in ["m", "m:1", "[::1]:1", "::1", "10.0.0.1:50051"] {
+            assert_eq!(meant(good), None, "{good}");
+        }
+    }
 
     #[test]
     fn own_and_foreign_addresses() {

@@ -2,22 +2,37 @@
 //!
 //! Loads no driver and calls none: reads `/proc`, `/sys`, `/dev` and library directories below the root.
 
+use super::pci::PCI;
 use super::rdma::has_library;
 use super::report::Finding;
 use super::system::Root;
 
-const PCI: &str = "/sys/bus/pci/devices";
+/// PCI addresses of NVIDIA's GPUs.
+pub(super) fn cards(root: &Root) -> Vec<String> {
+    let read = |d: &str, f: &str| root.read(&format!("{PCI}/{d}/{f}")).unwrap_or_default();
+    let is_gpu = |d: &String| read(d, "vendor") == "0x10de" && read(d, "class").starts_with("0x03");
+    root.names(PCI).into_iter().filter(is_gpu).collect()
+}
+
+/// What reads GPU memory for NICs, beside the driver itself: the names of its users, with versions.
+fn memory_peers(root: &Root) -> Vec<String> {
+    const PEERS: &str = "/sys/kernel/mm/memory_peers";
+    let peers = root
+        .names(PEERS)
+        .into_iter()
+        .filter(|n| n.starts_with("nv_mem"));
+    peers
+        .map(|n| {
+            let version = root
+                .read(&format!("{PEERS}/{n}/version"))
+                .unwrap_or_default();
+            format!("{n} {version}").trim_end().to_owned()
+        })
+        .collect()
+}
 
 pub(super) fn check(root: &Root, rdma: bool) -> Vec<Finding> {
-    let read = |device: &str, file: &str| {
-        root.read(&format!("{PCI}/{device}/{file}"))
-            .unwrap_or_default()
-    };
-    let cards = root
-        .names(PCI)
-        .into_iter()
-        .filter(|d| read(d, "vendor") == "0x10de" && read(d, "class").starts_with("0x03"))
-        .count();
+    let cards = cards(root).len();
     let driver = root.read("/proc/driver/nvidia/version");
     if cards == 0 && driver.is_none() {
         return vec![Finding::skipped("GPU", "no NVIDIA GPU")];
@@ -80,18 +95,21 @@ pub(super) fn check(root: &Root, rdma: bool) -> Vec<Finding> {
     });
     let peermem = root.exists("/sys/module/nvidia_peermem");
     let open = driver.contains("Open Kernel Module");
-    found.push(match (peermem, open) {
-        (true, _) => Finding::ok("GPUDirect", "nvidia_peermem is loaded"),
-        (false, true) => Finding::ok("GPUDirect", "the open kernel module exports dma-buf"),
-        (false, false) if rdma => Finding::warn(
-            "GPUDirect",
-            "no_gpudirect",
-            "neither nvidia_peermem nor the open kernel module",
-            "NICs cannot read GPU memory: data goes through host memory",
-        )
-        .remedy("load nvidia_peermem, or install the open kernel module")
-        .command("modprobe nvidia_peermem"),
-        (false, false) => Finding::ok("GPUDirect", "not there, and not needed without RDMA"),
+    let peers = memory_peers(root);
+    found.push(if peermem {
+        Finding::ok("GPUDirect", "nvidia_peermem is loaded")
+    } else if !peers.is_empty() {
+        Finding::ok("GPUDirect", peers.join(", "))
+    } else if open {
+        Finding::ok("GPUDirect", "the open kernel module exports dma-buf")
+    } else if rdma {
+        let shown = "neither nvidia_peermem nor the open kernel module";
+        let reason = "NICs cannot read GPU memory: data goes through host memory";
+        Finding::warn("GPUDirect", "no_gpudirect", shown, reason)
+            .remedy("load nvidia_peermem, or install the open kernel module")
+            .command("modprobe nvidia_peermem")
+    } else {
+        Finding::ok("GPUDirect", "not there, and not needed without RDMA")
     });
     found
 }

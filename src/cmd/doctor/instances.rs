@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use super::reach;
+use super::http::{bearer, http};
 use super::report::Finding;
 use crate::base::trust::Token;
 
@@ -16,10 +16,10 @@ const ASKED_MAX: usize = 32;
 /// All findings; `target` is a proxy that is healthy.
 pub(super) fn check(target: &str, key: Option<&Token>) -> Vec<Finding> {
     if let Some(key) = key {
-        let header = reach::bearer(Some(key));
-        return match reach::http(target, "GET", "/instances", &header, "") {
+        let header = bearer(Some(key));
+        return match http(target, "GET", "/instances", &header, "") {
             Ok(a) if a.status == 200 => {
-                let ready = reach::http(target, "GET", "/ready", "", "");
+                let ready = http(target, "GET", "/ready", "", "");
                 let aggregated = ready.is_ok_and(|r| r.body.contains("\"prefill\":true"));
                 judge(&serde_json::from_str(&a.body).unwrap_or_default(), aggregated)
             }
@@ -164,7 +164,7 @@ fn one(i: &Value, name: &str, role: &str, model: &str) -> Option<Finding> {
 
 /// Without the key: the names from /status, each asked for its models from this host.
 fn from_here(target: &str) -> Vec<Finding> {
-    let answer = match reach::http(target, "GET", "/status", "", "") {
+    let answer = match http(target, "GET", "/status", "", "") {
         Ok(a) if a.status == 200 => a,
         _ => {
             let reason = "the proxy has no /status: its instances are not looked at";
@@ -187,7 +187,7 @@ fn from_here(target: &str) -> Vec<Finding> {
                 (
                     name,
                     *role,
-                    s.spawn(move || reach::http(name, "GET", "/v1/models", "", "")),
+                    s.spawn(move || http(name, "GET", "/v1/models", "", "")),
                 )
             })
             .collect();

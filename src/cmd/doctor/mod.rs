@@ -6,18 +6,36 @@
 
 mod address;
 mod config;
+mod disk;
+mod environment;
+mod fabric;
 mod firewall;
 mod gpu;
 mod host;
+mod http;
 mod instances;
+mod load;
+mod memory;
 mod mesh;
 mod mesh_judge;
+mod mesh_speed;
+mod metadata;
+mod pci;
 mod pool;
+mod pressure;
 mod python;
 mod rdma;
+mod rdma_ports;
 mod reach;
 mod report;
+mod rules;
+mod servers;
+mod sockets;
+mod stranger;
 mod system;
+mod values;
+mod verbs;
+mod way;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -26,11 +44,11 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use self::config::Wanted;
 use self::firewall::Port;
-use self::reach::MasterSeen;
 use self::report::{Finding, Report};
+use self::servers::MasterSeen;
 use self::system::Root;
 use super::print::Output;
-use super::{ExitStatus, Outcome, UsageError, settings};
+use super::{ExitStatus, Outcome, UsageError, connect, settings};
 use crate::base::net::{host_id, join_host_port, split_host_port};
 use crate::base::telemetry::{self, LogFormat};
 use crate::base::trust::{ClusterKeys, Token};
@@ -51,19 +69,7 @@ pub(super) fn command() -> Command {
             "Looks at the configuration, names, connections, firewall, this host's limits, RDMA, GPUs, Python and the pool.\n\
              Changes nothing. Exit code 0 when no check failed, 1 when one did. docs/doctor.md lists the faults it knows.",
         )
-        .arg(
-            Arg::new("config")
-                .long("config")
-                .value_name("FILE")
-                .value_parser(clap::value_parser!(PathBuf))
-                .help("mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]"),
-        )
-        .arg(
-            Arg::new("master")
-                .long("master")
-                .value_name("HOST:PORT")
-                .help("Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]"),
-        )
+        .args(connect::place())
         .arg(
             Arg::new("proxy")
                 .long("proxy")
@@ -101,13 +107,6 @@ pub(super) fn command() -> Command {
                 .long("rdma")
                 .action(ArgAction::SetTrue)
                 .help("RDMA is wanted: its absence is a fault"),
-        )
-        .arg(
-            Arg::new("token-file")
-                .long("token-file")
-                .value_name("FILE")
-                .value_parser(clap::value_parser!(PathBuf))
-                .help("File with the cluster token (or MOONCAKE_TOKEN)"),
         )
         .arg(
             Arg::new("fix")
@@ -181,12 +180,12 @@ struct Network {
 
 fn examine(matches: &ArgMatches, asked: &Asked) -> Report {
     let path = |name: &str| matches.get_one::<PathBuf>(name).map(PathBuf::as_path);
+    let token = matches.get_one::<String>("token-file").map(Path::new);
     let root = Root::new(path("root").unwrap_or(Path::new("/")));
     let variables: Vec<(String, String)> = std::env::vars_os()
         .filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?)))
         .collect();
-    let (configuration, mut wanted) =
-        config::check(path("config"), path("token-file"), &variables, &root);
+    let (mut configuration, mut wanted) = config::check(path("config"), token, &variables, &root);
     wanted.rdma |= matches.get_flag("rdma");
     let named = matches
         .get_one::<String>("master")
@@ -194,20 +193,19 @@ fn examine(matches: &ArgMatches, asked: &Asked) -> Report {
         .or_else(|| wanted.master.clone());
     // An address that is none was named by `config`, or is by `address`.
     let master = named.unwrap_or_else(|| format!("127.0.0.1:{MASTER_PORT}"));
-    let master =
-        split_host_port(&master, MASTER_PORT).map_or(master, |(h, p)| join_host_port(&h, p));
+    let master = match split_host_port(&master, MASTER_PORT) {
+        Ok((host, port)) if address::misspelt(&master).is_none() => join_host_port(&host, port),
+        _ => master,
+    };
     let keys = ClusterKeys::derive(wanted.token.as_ref());
     let peers: Vec<String> = matches
         .get_many::<String>("peer")
         .unwrap_or_default()
         .cloned()
         .collect();
-    let proxy = matches.get_one::<String>("proxy").cloned();
+    let proxy_url = matches.get_one::<String>("proxy").cloned();
 
-    let gid_index = variables
-        .iter()
-        .find(|(n, v)| n == "MC_GID_INDEX" && !v.is_empty())
-        .map(|(_, v)| v.as_str());
+    let fabric = rdma::Asked::new(wanted.rdma, &wanted.devices, &variables);
 
     let mut report = Report::default();
     std::thread::scope(|s| {
@@ -217,18 +215,18 @@ fn examine(matches: &ArgMatches, asked: &Asked) -> Report {
             wanted
                 .metadata
                 .as_deref()
-                .map_or_else(Vec::new, reach::metadata)
+                .map_or_else(Vec::new, metadata::check)
         });
         let proxy = s.spawn(|| {
             let key = asked.proxy_key.as_ref();
-            proxy
+            proxy_url
                 .as_deref()
-                .map_or_else(Vec::new, |url| reach::proxy(url, key))
+                .map_or_else(Vec::new, |url| servers::proxy(url, key))
         });
         let keys = &keys;
         let peers: Vec<_> = peers
             .iter()
-            .map(|p| s.spawn(move || vec![reach::data_port("peer", p, keys)]))
+            .map(|p| s.spawn(move || vec![servers::data_port("peer", p, keys)]))
             .collect();
         let engines = s.spawn(|| {
             if root.is_real() {
@@ -237,7 +235,13 @@ fn examine(matches: &ArgMatches, asked: &Asked) -> Report {
                 Vec::new()
             }
         });
-        let fabric = s.spawn(|| rdma::check(&root, wanted.rdma, &wanted.devices, gid_index));
+        let fabric = s.spawn(|| {
+            let mut found = rdma::check(&root, &fabric);
+            if root.is_real() {
+                found.extend(verbs::check(&root, wanted.rdma, &wanted.devices));
+            }
+            found
+        });
         let listings = s.spawn(|| root.is_real().then(firewall::listings));
 
         let network = network.join().ok();
@@ -266,13 +270,22 @@ fn examine(matches: &ArgMatches, asked: &Asked) -> Report {
         reached.extend(join(metadata));
         reached.extend(join(proxy));
         reached.extend(peers.into_iter().flat_map(join));
+        let urls: Vec<&str> = wanted
+            .metadata
+            .as_deref()
+            .into_iter()
+            .chain(proxy_url.as_deref())
+            .collect();
+        configuration.extend(environment::check(&variables, &urls));
         report.add("configuration", configuration);
         report.add("names and addresses", join(names));
         report.add("connections", reached);
         if let Some(listings) = listings.join().ok().flatten() {
             report.add("firewall", firewall::check(&root, &listings, &ports));
         }
-        report.add("host", host::check(&root, &wanted, &need));
+        let mut on_host = host::check(&root, &wanted, &need);
+        on_host.extend(pressure::check(&root));
+        report.add("host", on_host);
         report.add("RDMA", join(fabric));
         report.add("GPU", gpu::check(&root, wanted.rdma));
         report.add("Python", join(engines));
@@ -291,7 +304,7 @@ fn join(thread: std::thread::ScopedJoinHandle<'_, Vec<Finding>>) -> Vec<Finding>
 
 fn network(wanted: &Wanted, master: &str, keys: &ClusterKeys) -> Network {
     let mut seen = Network {
-        master: reach::master(master, keys, wanted.token.as_ref()),
+        master: servers::master(master, keys, wanted.token.as_ref()),
         nodes: Vec::new(),
         pool: Vec::new(),
         peers: 0,
@@ -323,6 +336,8 @@ fn network(wanted: &Wanted, master: &str, keys: &ClusterKeys) -> Network {
             return seen;
         }
     };
+    let port = split_host_port(master, MASTER_PORT).map_or(MASTER_PORT, |(_, p)| p);
+    seen.master.findings.extend(way::check(&client, port));
     let own = host_id();
     let nodes = pool::nodes(&asked.segments);
     seen.peers = nodes.len() as u64 + asked.overview.clients;
@@ -336,19 +351,11 @@ fn network(wanted: &Wanted, master: &str, keys: &ClusterKeys) -> Network {
             .iter()
             .take(NODES_MAX)
             .map(|(name, address, _)| {
-                s.spawn(move || vec![reach::data_port(&format!("node {name}"), address, keys)])
+                s.spawn(move || vec![servers::data_port(&format!("node {name}"), address, keys)])
             })
             .collect();
-        let bearer = reach::bearer(wanted.token.as_ref());
-        let metrics = reach::http(master, "GET", "/metrics", &bearer, "")
-            .ok()
-            .filter(|a| a.status == 200);
-        seen.pool = pool::check(
-            &client,
-            &asked,
-            metrics.as_ref().map(|m| m.body.as_str()),
-            &own,
-        );
+        let told = load::ask(master, wanted.token.as_ref());
+        seen.pool = pool::check(&client, &asked, &told, &own, &wanted.tenant);
         seen.nodes = probes.into_iter().flat_map(join).collect();
     });
     if nodes.len() > NODES_MAX {

@@ -1,17 +1,13 @@
-//! RDMA devices of this host, read from sysfs: there, up, addressed, of one speed, near.
+//! RDMA devices of this host, read from sysfs: there, and can programs open them. Ports are in `rdma_ports`, slots in `pci`,
+//! the network between them in `fabric`.
 //!
-//! Works on any tree below the root, so that fixtures stand for hardware. This build moves no data by RDMA: nothing is
-//! opened or registered here, and the checks that would need it (loopback, registration) are not made.
-
-use std::collections::BTreeMap;
-use std::time::Duration;
+//! Works on any tree below the root, so that fixtures stand for hardware. Opens and registers nothing.
 
 use super::report::Finding;
 use super::system::Root;
+use super::{fabric, gpu, pci, rdma_ports as ports};
 
-const CLASS: &str = "/sys/class/infiniband";
-/// Time between two readings of error counters.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
+pub(super) const CLASS: &str = "/sys/class/infiniband";
 /// Where `libibverbs.so.1` is looked for.
 const LIBRARIES: [&str; 8] = [
     "/usr/lib/x86_64-linux-gnu",
@@ -23,27 +19,15 @@ const LIBRARIES: [&str; 8] = [
     "/usr/lib",
     "/usr/local/lib",
 ];
-/// Counters that stand still on a fabric that loses nothing.
-const LOSSES: [&str; 8] = [
-    "hw_counters/out_of_sequence",
-    "hw_counters/packet_seq_err",
-    "hw_counters/local_ack_timeout_err",
-    "hw_counters/rnr_nak_retry_err",
-    "hw_counters/np_cnp_sent",
-    "hw_counters/np_ecn_marked_roce_packets",
-    "counters/symbol_error",
-    "counters/link_downed",
-];
-
 /// A port of a device.
-struct Port {
-    device: String,
+pub(super) struct Port {
+    pub(super) device: String,
     number: String,
-    path: String,
+    pub(super) path: String,
 }
 
 impl Port {
-    fn name(&self) -> String {
+    pub(super) fn name(&self) -> String {
         if self.number == "1" {
             self.device.clone()
         } else {
@@ -52,74 +36,112 @@ impl Port {
     }
 }
 
+/// What the configuration and the environment want of RDMA.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Asked {
+    /// Its absence is a fault.
+    pub(super) wanted: bool,
+    /// Devices named; empty = all.
+    pub(super) devices: Vec<String>,
+    /// The variable that names an index of the GID table, and its value.
+    pub(super) gid_index: Option<(String, String)>,
+    /// `MC_IB_TC`.
+    pub(super) traffic_class: Option<String>,
+    /// A variable asks libibverbs to protect registered memory from forks.
+    pub(super) fork_safe: bool,
+}
+
+impl Asked {
+    pub(super) fn new(wanted: bool, devices: &[String], variables: &[(String, String)]) -> Self {
+        let value = |name: &str| {
+            let set = variables.iter().find(|(n, v)| n == name && !v.is_empty());
+            set.map(|(_, v)| v.clone())
+        };
+        let first = |names: [&str; 2]| {
+            names
+                .iter()
+                .find_map(|n| Some(((*n).to_owned(), value(n)?)))
+        };
+        let safe = ["RDMAV_FORK_SAFE", "IBV_FORK_SAFE"];
+        Self {
+            wanted,
+            devices: devices.to_vec(),
+            gid_index: first(["MC_GID_INDEX", "NCCL_IB_GID_INDEX"]),
+            traffic_class: value("MC_IB_TC"),
+            fork_safe: first(safe).is_some(),
+        }
+    }
+}
+
 /// All checks; one line when there is no device and none is wanted.
-pub(super) fn check(
-    root: &Root,
-    wanted: bool,
-    only: &[String],
-    gid_index: Option<&str>,
-) -> Vec<Finding> {
+pub(super) fn check(root: &Root, asked: &Asked) -> Vec<Finding> {
     let mut devices = root.names(CLASS);
     if devices.is_empty() {
-        let why = if root.exists("/sys/module/ib_core") {
-            "ib_core is loaded, and no driver has made a device"
-        } else {
-            "no RDMA driver is loaded"
-        };
-        if wanted {
-            return vec![
-                Finding::fail(
-                    "devices",
-                    "no_device",
-                    "none",
-                    format!("RDMA is wanted: {why}"),
-                )
-                .remedy("load the NIC's driver, or use TCP")
-                .command("modprobe mlx5_ib"),
-            ];
-        }
-        return vec![Finding::skipped("devices", format!("none: {why}"))];
+        return vec![no_device(root, asked.wanted)];
     }
-    let chosen: Vec<String> = devices
-        .iter()
-        .filter(|d| only.contains(d))
-        .cloned()
-        .collect();
-    if !chosen.is_empty() {
-        devices = chosen;
+    if devices.iter().any(|d| asked.devices.contains(d)) {
+        devices.retain(|d| asked.devices.contains(d));
     }
     let mut found = vec![Finding::ok("devices", devices.join(", "))];
-    found.push(library(root, wanted));
-    found.extend(nodes_of_devices(root, wanted));
-    let ports: Vec<Port> = devices
-        .iter()
-        .flat_map(|d| {
-            root.names(&format!("{CLASS}/{d}/ports"))
-                .into_iter()
-                .map(move |n| Port {
-                    device: d.clone(),
-                    path: format!("{CLASS}/{d}/ports/{n}"),
-                    number: n,
-                })
-        })
-        .collect();
+    found.push(library(root, asked.wanted));
+    found.extend(providers(root, asked.wanted, &devices));
+    found.push(nodes_of_devices(root, asked.wanted, &devices));
+    let ports: Vec<Port> = devices.iter().flat_map(|d| ports_of(root, d)).collect();
     for port in &ports {
-        let link = link(root, port);
+        let link = ports::link(root, port);
         let up = link.cause.is_empty();
         found.push(link);
         if up {
-            found.extend(gids(root, port, gid_index));
-            found.extend(mtu(root, port));
+            found.extend(ports::gids(root, port, asked.gid_index.as_ref()));
+            found.extend(ports::mtu(root, port));
         }
     }
-    found.extend(rates(root, &ports));
+    found.extend(ports::rates(root, &ports));
+    found.extend(ports::mtus(root, &ports));
     for device in &devices {
-        found.extend(place(root, device));
+        found.extend(pci::place(root, device));
     }
-    found.extend(iommu(root));
-    found.extend(one_subnet(root, &ports));
-    found.extend(losses(root, &ports));
+    found.push(pci::iommu(root, &devices));
+    found.extend(pci::redirects(root, &devices, &gpu::cards(root)));
+    found.extend(fabric::reverse_path(root, &ports));
+    found.extend(fabric::one_network(root, &ports));
+    found.extend(fabric::marks(root, &ports, asked.traffic_class.as_deref()));
+    found.extend(fabric::counters(root, &ports));
+    found.extend(fork(root, asked));
     found
+}
+
+fn ports_of(root: &Root, device: &str) -> Vec<Port> {
+    let numbers = root.names(&format!("{CLASS}/{device}/ports")).into_iter();
+    let port = |number: String| Port {
+        device: device.to_owned(),
+        path: format!("{CLASS}/{device}/ports/{number}"),
+        number,
+    };
+    numbers.map(port).collect()
+}
+
+/// Why there is no device, and whether that matters.
+fn no_device(root: &Root, wanted: bool) -> Finding {
+    let idle = pci::idle_cards(root);
+    if let Some((card, module)) = idle.first() {
+        let shown = format!("{} card(s), the first at {card}", idle.len());
+        let reason = format!("{module} is not loaded: the cards make no RDMA devices");
+        let f = severe(wanted, "devices", "nic_without_driver", &shown, &reason);
+        return f.remedy("load it").command(format!("modprobe {module}"));
+    }
+    let why = if root.exists("/sys/module/ib_core") {
+        "ib_core is loaded, and no driver has made a device"
+    } else {
+        "no RDMA driver is loaded"
+    };
+    if !wanted {
+        return Finding::skipped("devices", format!("none: {why}"));
+    }
+    let reason = format!("RDMA is wanted: {why}");
+    Finding::fail("devices", "no_device", "none", reason)
+        .remedy("load the NIC's driver, or use TCP")
+        .command("modprobe mlx5_ib")
 }
 
 /// Whether a library is in one of the usual directories.
@@ -151,37 +173,123 @@ fn library(root: &Root, wanted: bool) -> Finding {
     }
 }
 
-fn nodes_of_devices(root: &Root, wanted: bool) -> Option<Finding> {
-    let check = "/dev/infiniband";
-    if !root.exists("/sys/module/ib_uverbs") {
-        return Some(
-            severe(
-                wanted,
-                check,
-                "no_uverbs_module",
-                "ib_uverbs is not loaded",
-                "programs cannot open the devices",
-            )
-            .remedy("load it")
-            .command("modprobe ib_uverbs"),
-        );
+/// libibverbs finds the code for a device by the files in this directory.
+const PROVIDERS: &str = "/etc/libibverbs.d";
+/// Beginnings of device names, and the provider each wants, where the driver is not told.
+const BY_NAME: [(&str, &str); 8] = [
+    ("mlx5", "mlx5"),
+    ("mlx4", "mlx4"),
+    ("bnxt_re", "bnxt_re"),
+    ("irdma", "irdma"),
+    ("efa", "efa"),
+    ("erdma", "erdma"),
+    ("hns", "hns"),
+    ("rxe", "rxe"),
+];
+
+/// The provider that a device wants: by its kernel driver, since names may be changed.
+fn provider_of(root: &Root, device: &str) -> Option<&'static str> {
+    let text = root
+        .read(&format!("{CLASS}/{device}/device/uevent"))
+        .unwrap_or_default();
+    let driver = text.lines().find_map(|l| l.strip_prefix("DRIVER="));
+    let by = |name: &str| BY_NAME.iter().find(|(start, _)| name.starts_with(start));
+    driver
+        .and_then(by)
+        .or_else(|| by(device))
+        .map(|(_, provider)| *provider)
+}
+
+/// Devices that the kernel has and libibverbs would pass over.
+fn providers(root: &Root, wanted: bool, devices: &[String]) -> Option<Finding> {
+    let files = root.names(PROVIDERS);
+    if files.is_empty() {
+        // A libibverbs with its providers built in, or none, which was said.
+        return None;
     }
-    let nodes: Vec<String> = root
+    let has = |provider: &str| {
+        let text = |f: &String| root.read(&format!("{PROVIDERS}/{f}")).unwrap_or_default();
+        files.iter().any(|f| {
+            text(f)
+                .lines()
+                .any(|l| l.split_whitespace().eq(["driver", provider]))
+        })
+    };
+    let mut missing: Vec<&str> = devices
+        .iter()
+        .filter_map(|d| provider_of(root, d))
+        .filter(|p| !has(p))
+        .collect();
+    missing.sort_unstable();
+    missing.dedup();
+    if missing.is_empty() {
+        return Some(Finding::ok(
+            "providers",
+            format!("{} known to libibverbs", files.len()),
+        ));
+    }
+    let shown = format!("none for {}", missing.join(", "));
+    let reason =
+        "the kernel has the device, and libibverbs does not know it: programs see no device";
+    let f = severe(wanted, "providers", "no_provider", &shown, reason);
+    Some(
+        f.remedy("install the providers")
+            .command("apt-get install -y ibverbs-providers"),
+    )
+}
+
+/// The nodes of `/dev/infiniband` that belong to the devices: `uverbs0` and so on.
+fn nodes_wanted(root: &Root, devices: &[String]) -> Vec<String> {
+    const VERBS: &str = "/sys/class/infiniband_verbs";
+    let of = |n: &String| {
+        root.read(&format!("{VERBS}/{n}/ibdev"))
+            .is_some_and(|d| devices.contains(&d))
+    };
+    root.names(VERBS).into_iter().filter(of).collect()
+}
+
+fn nodes_of_devices(root: &Root, wanted: bool, devices: &[String]) -> Finding {
+    let check = "/dev/infiniband";
+    let fault = |cause, value: &str, reason: &str| severe(wanted, check, cause, value, reason);
+    let there: Vec<String> = root
         .names("/dev/infiniband")
         .into_iter()
         .filter(|n| n.starts_with("uverbs"))
         .collect();
-    if nodes.is_empty() {
-        return Some(
-            severe(
-                wanted,
-                check,
-                "no_device_node",
-                "no uverbs node",
-                "the devices cannot be opened; in a container they were not passed in",
-            )
-            .remedy("start the container with --device=/dev/infiniband"),
+    // A module that is built in has no directory of its own.
+    if there.is_empty()
+        && !root.exists("/sys/module/ib_uverbs")
+        && !root.exists("/sys/class/infiniband_verbs")
+    {
+        return fault(
+            "no_uverbs_module",
+            "ib_uverbs is not loaded",
+            "programs cannot open the devices",
+        )
+        .remedy("load it")
+        .command("modprobe ib_uverbs");
+    }
+    if there.is_empty() {
+        let reason = "the devices cannot be opened; in a container they were not passed in";
+        return fault("no_device_node", "no uverbs node", reason)
+            .remedy("start the container with --device=/dev/infiniband");
+    }
+    let missing: Vec<String> = nodes_wanted(root, devices)
+        .into_iter()
+        .filter(|n| !there.contains(n))
+        .collect();
+    if !missing.is_empty() {
+        let shown = format!(
+            "{} of {} missing",
+            missing.join(", "),
+            missing.len() + there.len()
         );
+        return fault(
+            "device_node_missing",
+            &shown,
+            "these devices cannot be opened; in a container they were not passed in",
+        )
+        .remedy("start the container with --device=/dev/infiniband, the whole directory");
     }
     let forbidden = |n: &&String| {
         let path = root.at(&format!("/dev/infiniband/{n}"));
@@ -191,420 +299,41 @@ fn nodes_of_devices(root: &Root, wanted: bool) -> Option<Finding> {
             .open(path);
         opened.is_err_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied)
     };
-    let closed = nodes.iter().find(forbidden);
-    Some(match closed {
-        Some(node) => severe(
-            wanted,
-            check,
-            "device_node_forbidden",
-            node,
-            "this user may not open it",
-        )
-        .remedy("add the user to the group that owns it")
-        .command("ls -l /dev/infiniband"),
-        None => Finding::ok(check, nodes.join(", ")),
-    })
+    match there.iter().find(forbidden) {
+        Some(node) => fault("device_node_forbidden", node, "this user may not open it")
+            .remedy("add the user to the group that owns it")
+            .command("ls -l /dev/infiniband"),
+        None => Finding::ok(check, there.join(", ")),
+    }
 }
 
-/// `4: ACTIVE` as number and word.
-fn state(text: &str) -> (u32, &str) {
-    let (number, word) = text.split_once(':').unwrap_or((text, ""));
-    (number.trim().parse().unwrap_or(0), word.trim())
-}
+/// The first kernel that copies registered pages when a process forks, instead of leaving them to the child.
+const COPIES_ON_FORK: (u32, u32) = (5, 12);
 
-fn is_infiniband(root: &Root, port: &Port) -> bool {
-    root.read(&format!("{}/link_layer", port.path)).as_deref() == Some("InfiniBand")
-}
-
-fn link(root: &Root, port: &Port) -> Finding {
-    let read = |name: &str| {
-        root.read(&format!("{}/{name}", port.path))
-            .unwrap_or_default()
+/// Engines fork workers: on old kernels the NIC and the parent then write to different pages.
+fn fork(root: &Root, asked: &Asked) -> Option<Finding> {
+    let release = root.read("/proc/sys/kernel/osrelease")?;
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
+        return None;
     };
-    let check = format!("{} link", port.name());
-    let (logical, physical) = (read("state"), read("phys_state"));
-    let ((l, lw), (p, pw)) = (state(&logical), state(&physical));
-    let shown = format!("{lw}, {pw}, {}", read("rate"));
-    if l == 4 {
-        let lid = read("lid");
-        let lid = lid.trim_start_matches("0x");
-        if is_infiniband(root, port) && u32::from_str_radix(lid, 16) == Ok(0) {
-            return Finding::fail(
-                check,
-                "no_lid",
-                shown,
-                "the port has no LID: no subnet manager has seen it",
-            )
-            .remedy("start a subnet manager on the fabric")
-            .command("systemctl start opensm");
-        }
-        return Finding::ok(check, shown);
-    }
-    // Physically up and logically not: the fabric is there and nobody has brought the port up.
-    if l == 2 && p == 5 {
-        return Finding::fail(
-            check,
-            "link_init",
-            shown,
-            "the cable is up, and no subnet manager has activated the port",
-        )
-        .remedy("start a subnet manager on the fabric")
-        .command("systemctl start opensm");
-    }
-    match p {
-        3 => Finding::fail(check, "link_disabled", shown, "the port is switched off")
-            .remedy("switch it on")
-            .command(format!(
-                "ip link set dev {} up",
-                netdev(root, port).unwrap_or_else(|| port.device.clone())
-            )),
-        _ => Finding::fail(
-            check,
-            "link_down",
-            shown,
-            "no link: cable, transceiver or switch port",
-        )
-        .remedy("plug the cable, or bring the interface up")
-        .command(format!(
-            "ip link set dev {} up",
-            netdev(root, port).unwrap_or_else(|| port.device.clone())
-        )),
-    }
-}
-
-/// The network interface of a port.
-fn netdev(root: &Root, port: &Port) -> Option<String> {
-    let of_gid = root
-        .names(&format!("{}/gid_attrs/ndevs", port.path))
-        .into_iter();
-    let named = of_gid
-        .filter_map(|i| root.read(&format!("{}/gid_attrs/ndevs/{i}", port.path)))
-        .find(|n| !n.is_empty());
-    named.or_else(|| {
-        root.names(&format!("{CLASS}/{}/device/net", port.device))
-            .into_iter()
-            .next()
-    })
-}
-
-const NO_GID: &str = "0000:0000:0000:0000:0000:0000:0000:0000";
-
-fn gids(root: &Root, port: &Port, chosen: Option<&str>) -> Option<Finding> {
-    if is_infiniband(root, port) {
-        return None;
-    }
-    let check = format!("{} GIDs", port.name());
-    let mut all: BTreeMap<u32, (String, String)> = BTreeMap::new();
-    for index in root.names(&format!("{}/gids", port.path)) {
-        let gid = root
-            .read(&format!("{}/gids/{index}", port.path))
-            .unwrap_or_default();
-        // Reading the type of an empty slot is an error.
-        if let (Ok(n), false) = (index.parse(), gid.is_empty() || gid == NO_GID) {
-            let kind = root
-                .read(&format!("{}/gid_attrs/types/{index}", port.path))
-                .unwrap_or_default();
-            all.insert(n, (gid, kind));
-        }
-    }
-    if let Some(index) = chosen {
-        let shown = format!("MC_GID_INDEX={index}");
-        return Some(match index.parse().ok().and_then(|i: u32| all.get(&i)) {
-            None => Finding::fail(
-                check,
-                "gid_index_empty",
-                shown,
-                format!(
-                    "that slot is empty; used are {}",
-                    all.keys()
-                        .map(u32::to_string)
-                        .collect::<Vec<_>>()
-                        .join(", ")
-                ),
-            )
-            .remedy("unset MC_GID_INDEX: it is chosen by itself")
-            .command("unset MC_GID_INDEX"),
-            Some((gid, kind)) if !kind.contains("v2") => Finding::warn(
-                check,
-                "gid_v1",
-                format!("{shown}: {gid}, {kind}"),
-                "RoCE v1 does not pass routers",
-            )
-            .remedy("unset MC_GID_INDEX: it is chosen by itself")
-            .command("unset MC_GID_INDEX"),
-            Some((gid, kind)) => Finding::ok(check, format!("{shown}: {gid}, {kind}")),
-        });
-    }
-    if all.is_empty() {
-        return Some(
-            Finding::fail(
-                check,
-                "no_gid",
-                "none",
-                "RoCE needs an address on the interface",
-            )
-            .remedy("give the interface an address")
-            .command(format!(
-                "ip addr add ADDRESS/24 dev {}",
-                netdev(root, port).unwrap_or_else(|| port.device.clone())
-            )),
-        );
-    }
-    let v2 = |k: &str| k.contains("v2");
-    let local = |gid: &str| gid.starts_with("fe80");
-    if !all.values().any(|(_, k)| v2(k)) {
-        return Some(
-            Finding::warn(
-                check,
-                "gid_v1",
-                format!("{} of RoCE v1", all.len()),
-                "RoCE v1 does not pass routers",
-            )
-            .remedy("give the interface an IP address, and load the driver in RoCE v2 mode"),
-        );
-    }
-    match all.iter().find(|(_, (g, k))| v2(k) && !local(g)) {
-        Some((i, (gid, kind))) => Some(Finding::ok(
-            check,
-            format!("{} in use; index {i} is routable: {gid}, {kind}", all.len()),
-        )),
-        None => Some(
-            Finding::warn(
-                check,
-                "gid_link_local",
-                format!("{} in use, all link-local", all.len()),
-                "hosts of other networks cannot be reached",
-            )
-            .remedy("give the interface an IP address")
-            .command(format!(
-                "ip addr add ADDRESS/24 dev {}",
-                netdev(root, port).unwrap_or_else(|| port.device.clone())
-            )),
-        ),
-    }
-}
-
-fn mtu(root: &Root, port: &Port) -> Option<Finding> {
-    if is_infiniband(root, port) {
-        return None;
-    }
-    let interface = netdev(root, port)?;
-    let mtu = root.number(&format!("/sys/class/net/{interface}/mtu"))?;
-    let check = format!("{} MTU", port.name());
-    let shown = format!("{mtu} on {interface}");
-    // 4096 bytes of payload and about 100 of headers make one RDMA packet of the largest size.
-    if mtu < 4200 {
-        return Some(
-            Finding::warn(
-                check,
-                "rdma_mtu",
-                shown,
-                "RDMA packets of 4096 bytes do not fit: they are cut to 1024",
-            )
-            .remedy("set 9000 on the interface and on the switch")
-            .command(format!("ip link set dev {interface} mtu 9000")),
-        );
-    }
-    Some(Finding::ok(check, shown))
-}
-
-fn rates(root: &Root, ports: &[Port]) -> Option<Finding> {
-    let gbits = |p: &Port| {
-        root.read(&format!("{}/rate", p.path))?
-            .split_whitespace()
-            .next()?
-            .parse::<f64>()
-            .ok()
-    };
-    let all: Vec<(String, f64)> = ports
-        .iter()
-        .filter_map(|p| Some((p.name(), gbits(p)?)))
-        .collect();
-    let best = all.iter().map(|(_, r)| *r).fold(0.0, f64::max);
-    let slow: Vec<String> = all
-        .iter()
-        .filter(|(_, r)| *r < best)
-        .map(|(n, r)| format!("{n} {r} Gb/s"))
-        .collect();
-    if all.len() < 2 {
-        return None;
-    }
-    if slow.is_empty() {
+    let shown = format!("Linux {major}.{minor}");
+    if (major, minor) >= COPIES_ON_FORK {
         return Some(Finding::ok(
-            "rates",
-            format!("{best} Gb/s on all {} ports", all.len()),
+            "fork",
+            format!("{shown} copies registered pages"),
         ));
     }
-    Some(
-        Finding::warn(
-            "rates",
-            "rate_differs",
-            format!("{}; the others {best} Gb/s", slow.join(", ")),
-            "transfers are spread over all devices: the slowest one holds them up",
-        )
-        .remedy("look for a bad cable or a forced speed, or name the fast devices in device_name"),
-    )
-}
-
-fn place(root: &Root, device: &str) -> Vec<Finding> {
-    let base = format!("{CLASS}/{device}/device");
-    if !root.exists(&base) {
-        // Software devices have no PCI parent.
-        return Vec::new();
-    }
-    let mut found = Vec::new();
-    let check = format!("{device} PCIe");
-    let read = |name: &str| root.read(&format!("{base}/{name}")).unwrap_or_default();
-    let (width, most_width) = (read("current_link_width"), read("max_link_width"));
-    let (speed, most_speed) = (read("current_link_speed"), read("max_link_speed"));
-    let number = |t: &str| {
-        t.split_whitespace()
-            .next()
-            .and_then(|n| n.parse::<f64>().ok())
-            .unwrap_or(0.0)
-    };
-    if number(&width) < number(&most_width) || number(&speed) < number(&most_speed) {
-        found.push(
-            Finding::warn(
-                check,
-                "pcie_degraded",
-                format!("x{width} at {speed}, of x{most_width} at {most_speed}"),
-                "the slot gives less than the device can take",
-            )
-            .remedy("seat the card in a slot with all lanes, and look at the BIOS settings"),
-        );
-    } else if !width.is_empty() {
-        found.push(Finding::ok(check, format!("x{width} at {speed}")));
-    }
-    let nodes = root
-        .names("/sys/devices/system/node")
-        .iter()
-        .filter(|n| {
-            n.strip_prefix("node")
-                .is_some_and(|r| r.parse::<u32>().is_ok())
-        })
-        .count();
-    match read("numa_node").parse::<i64>() {
-        Ok(-1) if nodes > 1 => found.push(
-            Finding::warn(format!("{device} NUMA"), "numa_unknown", "-1", "the firmware does not say which node the device belongs to: memory may be far from it").remedy("update the BIOS, or bind the process: numactl --cpunodebind=N --membind=N"),
-        ),
-        Ok(n) if n >= 0 => found.push(Finding::ok(format!("{device} NUMA"), format!("node {n}"))),
-        _ => {}
-    }
-    found
-}
-
-fn iommu(root: &Root) -> Option<Finding> {
-    let groups = root.names("/sys/kernel/iommu_groups");
-    if groups.is_empty() {
-        return Some(Finding::ok("IOMMU", "off"));
-    }
-    let translated = groups
-        .iter()
-        .filter_map(|g| root.read(&format!("/sys/kernel/iommu_groups/{g}/type")))
-        .any(|t| t.starts_with("DMA"));
-    if translated {
-        return Some(Finding::warn("IOMMU", "iommu_translates", "DMA is translated", "each transfer of the NIC is looked up: slower, and peer-to-peer with GPUs may fail").remedy("boot with iommu=pt"));
-    }
-    Some(Finding::ok("IOMMU", "pass-through"))
-}
-
-/// Several interfaces in one network, and one of them answers for all.
-fn one_subnet(root: &Root, ports: &[Port]) -> Option<Finding> {
-    let interfaces: Vec<String> = ports.iter().filter_map(|p| netdev(root, p)).collect();
-    if interfaces.len() < 2 {
-        return None;
-    }
-    let flag = |i: &str, name: &str| {
-        root.number(&format!("/proc/sys/net/ipv4/conf/{i}/{name}"))
-            .unwrap_or(0)
-            .max(
-                root.number(&format!("/proc/sys/net/ipv4/conf/all/{name}"))
-                    .unwrap_or(0),
-            )
-    };
-    let strict: Vec<&str> = interfaces
-        .iter()
-        .filter(|i| flag(i, "rp_filter") == 1)
-        .map(String::as_str)
-        .collect();
-    if strict.is_empty() {
+    if asked.fork_safe {
         return Some(Finding::ok(
-            "reverse path",
-            format!("loose or off on {}", interfaces.join(", ")),
+            "fork",
+            format!("{shown}, and libibverbs is told to protect registered pages"),
         ));
     }
+    let reason = "after a fork the NIC may write to pages that only the child still sees";
+    let f = severe(asked.wanted, "fork", "fork_unsafe", &shown, reason);
     Some(
-        Finding::warn(
-            "reverse path",
-            "rp_filter",
-            format!("rp_filter = 1 on {}", strict.join(", ")),
-            "with several NICs in one network, answers that come in by another NIC are dropped",
-        )
-        .remedy("make it loose")
-        .command(
-            strict
-                .iter()
-                .map(|i| format!("sysctl -w net.ipv4.conf.{i}.rp_filter=2"))
-                .collect::<Vec<_>>()
-                .join("; "),
-        ),
+        f.remedy("set RDMAV_FORK_SAFE=1 (and RDMAV_HUGEPAGES_SAFE=1 with huge pages), or use Linux 5.12 or newer")
+            .command("export RDMAV_FORK_SAFE=1 RDMAV_HUGEPAGES_SAFE=1"),
     )
-}
-
-fn losses(root: &Root, ports: &[Port]) -> Option<Finding> {
-    let read = || -> BTreeMap<String, u64> {
-        let counters = ports
-            .iter()
-            .flat_map(|p| LOSSES.iter().map(move |c| (p, c)));
-        counters
-            .filter_map(|(p, c)| {
-                Some((
-                    format!("{} {}", p.name(), c.rsplit('/').next()?),
-                    root.number(&format!("{}/{c}", p.path))?,
-                ))
-            })
-            .collect()
-    };
-    let before = read();
-    if before.is_empty() {
-        return None;
-    }
-    std::thread::sleep(LOOK_AGAIN);
-    let after = read();
-    let grown: Vec<String> = after
-        .iter()
-        .filter_map(|(n, v)| {
-            before
-                .get(n)
-                .filter(|b| v > *b)
-                .map(|b| format!("{n} +{}", v - b))
-        })
-        .collect();
-    if grown.is_empty() {
-        return Some(Finding::ok(
-            "losses",
-            format!("{} counters stand still", before.len()),
-        ));
-    }
-    Some(
-        Finding::warn(
-            "losses",
-            "fabric_loses",
-            grown.join(", "),
-            "the fabric is losing or marking packets right now",
-        )
-        .remedy("set up PFC and ECN on NICs and switches, or replace the cable"),
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn states() {
-        assert_eq!(state("4: ACTIVE"), (4, "ACTIVE"));
-        assert_eq!(state(""), (0, ""));
-    }
 }

@@ -1,20 +1,22 @@
-//! `inspect events`: follows what is stored and removed.
+//! `inspect events`: follows what is stored and removed, and goes on where it was when the master comes back.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Arg, ArgMatches, Command};
 use serde_json::json;
 
 use super::clock;
 use crate::base::units::ByteSize;
+use crate::cmd::api::{Api, number};
 use crate::cmd::print::{self, Output};
 use crate::cmd::{ExitStatus, connect};
 use crate::store::client::stream;
+use crate::store::model::error::StoreError;
 use crate::store::wire::{self, object_event::Kind, object_event::Reason};
 
 pub(super) fn command() -> Command {
     Command::new("events")
-        .about("Follow what is stored and removed, as it happens; JSON is one event per line")
+        .about("Follow what is stored and removed, as it happens, also over a restart of the master; JSON is one event per line")
         .arg(
             Arg::new("from")
                 .long("from")
@@ -74,46 +76,108 @@ fn show(event: &wire::ObjectEvent, output: Output) -> std::io::Result<()> {
     ))
 }
 
+/// Where a follower is in the stream; what it needs to go on after the master was away.
+struct Position {
+    next: u64,
+    epoch: u64,
+}
+
+/// Asks where the stream is now, so that nothing that happens before the first event is missed when the master goes away.
+fn begin(matches: &ArgMatches, from: u64) -> anyhow::Result<Position> {
+    let overview = Api::new(matches)?.get("overview")?;
+    let events = overview.get("events").cloned().unwrap_or_default();
+    let (next, epoch) = (number(&events, "next_seq"), number(&events, "epoch"));
+    Ok(Position {
+        next: if from == 0 { next } else { from },
+        epoch,
+    })
+}
+
+/// What is missing before the events that follow.
+fn show_gap(gap: &wire::EventGap, output: Output) -> std::io::Result<()> {
+    let lost = gap.to_seq.saturating_sub(gap.from_seq);
+    if output == Output::Json {
+        let lost = (!gap.restarted).then_some(lost);
+        let line = json!({"event": "gap", "restarted": gap.restarted, "lost": lost});
+        return print::line(&line.to_string());
+    }
+    print::error_line(&if gap.restarted {
+        "another master began: events before its start may be missing, and what was known may have changed".to_owned()
+    } else {
+        format!("{lost} events are no longer kept")
+    });
+    Ok(())
+}
+
+/// Pause before the master is asked again.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Follows the stream, also over a restart of the master, until it is to end or the master stays away for longer than --timeout.
 pub(super) fn run(matches: &ArgMatches, output: Output) -> anyhow::Result<ExitStatus> {
     let config = connect::config(matches)?;
     let number = |name: &str| matches.get_one::<u64>(name).copied();
     let mut left = number("count");
-    let time = super::time(matches, "for")?;
-    let request = wire::EventsRequest {
-        from_seq: number("from").unwrap_or(0),
-        prefix: matches
-            .get_one::<String>("prefix")
-            .cloned()
-            .unwrap_or_default()
-            .into(),
-        tenant: matches
-            .get_one::<String>("tenant")
-            .map(|_| config.tenant.clone()),
-        ..wire::EventsRequest::default()
-    };
+    let end = super::time(matches, "for")?.and_then(|t| Instant::now().checked_add(t));
+    let mut position = begin(matches, number("from").unwrap_or(0))?;
+    let prefix = matches
+        .get_one::<String>("prefix")
+        .cloned()
+        .unwrap_or_default();
+    let named = matches.get_one::<String>("tenant").is_some();
     let mut failed = None;
-    stream::events(&config, request, time.unwrap_or(Duration::MAX), |batch| {
-        if let Some(gap) = &batch.gap {
-            let lost = gap.to_seq.saturating_sub(gap.from_seq);
-            print::error_line(&if gap.restarted {
-                "another master began: what was known may have changed".to_owned()
-            } else {
-                format!("{lost} events are no longer kept")
-            });
-        }
-        for event in &batch.events {
-            if let Err(error) = show(event, output) {
-                failed = Some(error);
-                return false;
+    let mut away: Option<Instant> = None;
+    loop {
+        let request = wire::EventsRequest {
+            from_seq: position.next,
+            epoch: position.epoch,
+            prefix: prefix.clone().into(),
+            tenant: named.then(|| config.tenant.clone()),
+            ..wire::EventsRequest::default()
+        };
+        let patience = end.map_or(Duration::MAX, |e| {
+            e.saturating_duration_since(Instant::now())
+        });
+        let ended = stream::events(&config, request, patience, |batch| {
+            if away.take().is_some() {
+                print::error_line("the master is back");
             }
-            if let Some(n) = &mut left {
-                *n -= 1;
-                if *n == 0 {
-                    return false;
+            let mut shown = batch
+                .gap
+                .as_ref()
+                .map_or(Ok(()), |gap| show_gap(gap, output));
+            for event in &batch.events {
+                shown = shown.and_then(|()| show(event, output));
+                if let Some(n) = &mut left {
+                    *n -= 1;
+                    if *n == 0 {
+                        break;
+                    }
                 }
             }
+            position = Position {
+                next: batch.next_seq,
+                epoch: batch.epoch,
+            };
+            failed = shown.err();
+            failed.is_none() && left != Some(0)
+        });
+        match ended {
+            Ok(()) => break,
+            Err(error @ StoreError::MasterUnreachable { .. }) => {
+                let since = *away.get_or_insert_with(|| {
+                    print::error_line(&format!("mooncake: {error}; asking again"));
+                    Instant::now()
+                });
+                if since.elapsed() >= config.timeout {
+                    return Err(error.into());
+                }
+                if end.is_some_and(|e| Instant::now() >= e) {
+                    break;
+                }
+                std::thread::sleep(PAUSE);
+            }
+            Err(error) => return Err(error.into()),
         }
-        true
-    })?;
+    }
     failed.map_or(Ok(ExitStatus::Ok), |e| Err(e.into()))
 }

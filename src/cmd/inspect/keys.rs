@@ -355,11 +355,12 @@ pub(super) fn maps(
     names
         .iter()
         .map(|name| {
-            if Instant::now() >= end {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
                 return None;
             }
             let path = format!("segments/map?segment={}&cells={cells}", escaped(name));
-            let map = api.get(&path).ok()?;
+            let map = api.get_within(&path, left).ok()?;
             Some(
                 list(&map, "cells")
                     .iter()

@@ -262,27 +262,32 @@ fn nodes(client: &PoolClient, output: Output) -> anyhow::Result<()> {
                 json!({
                     "node": s.node, "address": s.address, "state": s.state, "segments": count,
                     "size_bytes": size, "used_bytes": used, "objects": objects, "path": path(s),
-                    "host_id": s.host_id, "build": s.build,
+                    "host_id": s.host_id, "build": s.build, "bytes": served(s),
                 })
             })
             .collect();
         print::json(&Value::Array(all))?;
         return Ok(());
     }
-    let headings = [
+    let mut headings = vec![
         "NODE",
-        "ADDRESS",
+        "?ADDRESS",
         "STATE",
-        "RELEASE",
-        "PATH",
-        ">SEGMENTS",
+        "?RELEASE",
+        "?PATH",
+        "?>SEGMENTS",
         ">SIZE",
         ">USED",
-        ">OBJECTS",
+        "?>OBJECTS",
     ];
+    // Where no node has moved a byte by RDMA, a column about it says nothing.
+    let by_rdma = rows.iter().any(|r| moved(r.0, "rdma") > 0);
+    if by_rdma {
+        headings.extend([">BY TCP", ">BY RDMA"]);
+    }
     let mut table = Columns::new(&headings);
     for (s, size, used, objects, count) in &rows {
-        table.row(&[
+        let mut row = vec![
             s.node.clone(),
             s.address.clone(),
             s.state.clone(),
@@ -297,10 +302,32 @@ fn nodes(client: &PoolClient, output: Output) -> anyhow::Result<()> {
             ByteSize(*size).to_string(),
             percent(*used, *size),
             objects.to_string(),
-        ]);
+        ];
+        if by_rdma {
+            row.extend(["tcp", "rdma"].map(|way| ByteSize(moved(s, way)).to_string()));
+        }
+        table.row(&row);
     }
     table.print()?;
     Ok(())
+}
+
+/// Bytes a node has moved one way, in and out.
+fn moved(s: &SegmentView, way: &str) -> u64 {
+    let mine = s.served.iter().filter(|b| b.transport == way);
+    mine.map(|b| b.bytes).sum()
+}
+
+/// `{"rdma": {"read": …, "write": …}, …}`.
+fn served(s: &SegmentView) -> Value {
+    let mut all = serde_json::Map::new();
+    for b in &s.served {
+        all.entry(b.transport.clone())
+            .or_insert_with(|| json!({}))
+            .as_object_mut()
+            .and_then(|of| of.insert(b.operation.clone(), json!(b.bytes)));
+    }
+    Value::Object(all)
 }
 
 fn segments(client: &PoolClient, matches: &ArgMatches, output: Output) -> anyhow::Result<()> {
@@ -311,7 +338,10 @@ fn segments(client: &PoolClient, matches: &ArgMatches, output: Output) -> anyhow
         .map(|s| s.name.clone())
         .collect();
     let api = Api::new(matches)?;
-    let maps = keys::maps(&api, &names, CELLS, MAPS_TIME);
+    let longest = names.iter().map(|n| n.chars().count()).max().unwrap_or(0);
+    // A map is as wide as there is room for beside its name.
+    let cells = print::columns().map_or(CELLS, |c| c.saturating_sub(longest + 4).clamp(8, CELLS));
+    let maps = keys::maps(&api, &names, cells, MAPS_TIME);
     if output == Output::Json {
         let all: Vec<Value> = segments
             .iter()
@@ -332,14 +362,14 @@ fn segments(client: &PoolClient, matches: &ArgMatches, output: Output) -> anyhow
     let headings = [
         "SEGMENT",
         "STATE",
-        "PAGES",
+        "?PAGES",
         ">SIZE",
-        "OCCUPANCY",
+        "?OCCUPANCY",
         ">USED",
-        ">LARGEST FREE",
-        ">FREE RANGES",
+        "?>LARGEST FREE",
+        "?>FREE RANGES",
         ">FRAGMENTED",
-        ">OBJECTS",
+        "?>OBJECTS",
     ];
     let mut table = Columns::new(&headings);
     for s in &segments {

@@ -48,6 +48,7 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
         crate::base::net::join_host_port(&host, port)
     );
     let agent: ureq::Agent = ureq::Agent::config_builder()
+        .proxy(None)
         .timeout_global(Some(std::time::Duration::from_secs(5)))
         .http_status_as_error(false)
         .build()

@@ -47,15 +47,15 @@ pub(super) fn repeat(
     };
     let count = matches.get_one::<u64>("count").copied();
     let in_place = std::io::stdout().is_terminal();
+    if in_place {
+        let mut out = std::io::stdout().lock();
+        write!(out, "\x1b[2J")?;
+        out.flush()?;
+    }
     let mut shown = 0;
     loop {
         let start = Instant::now();
-        if in_place {
-            let mut out = std::io::stdout().lock();
-            write!(out, "\x1b[H\x1b[2J")?;
-            out.flush()?;
-        }
-        let seen = show();
+        let seen = print::frame(&mut show)?;
         shown += 1;
         let last = count.is_some_and(|c| shown >= c);
         match seen {
@@ -121,16 +121,21 @@ fn frame(
     let up = format_duration(Duration::from_secs(o.uptime_ms / 1000));
     let state = if o.rebuilding { ", rebuilding" } else { "" };
     print::line(&format!(
-        "{}  {}  up {up}{state}  {} clients  {} objects  {} puts under way",
+        "{}  {}  up {up}{state}  {} {}  {} objects  {} puts under way",
         client.master(),
         o.build,
         o.clients,
+        if o.clients == 1 { "client" } else { "clients" },
         o.objects,
         o.pending_puts
     ))?;
     print::line(&format!(
         "memory  {} {} of {}",
-        bar(o.used_bytes, o.capacity_bytes, 40),
+        bar(
+            o.used_bytes,
+            o.capacity_bytes,
+            print::columns().map_or(40, |c| c.saturating_sub(38).clamp(8, 40))
+        ),
         ByteSize(o.used_bytes),
         ByteSize(o.capacity_bytes)
     ))?;
@@ -150,17 +155,15 @@ fn frame(
     ))?;
     let segments = client.segments()?;
     let mut table = Columns::new(&[
-        "NODE",
         "SEGMENT",
         "STATE",
-        "OCCUPANCY",
+        "?OCCUPANCY",
         ">USED",
-        ">OBJECTS",
-        ">FREE RANGES",
+        "?>OBJECTS",
+        "?>FREE RANGES",
     ]);
     for s in &segments {
         table.row(&[
-            print::shown(&s.node),
             print::shown(&s.name),
             s.state.clone(),
             bar(s.used_bytes, s.size_bytes, 20),

@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 use smallvec::SmallVec;
 
 use super::faulty::{Fault, Faulty};
+use super::rdma::Fabric;
 use super::server::{DataServer, LANE_STACK};
 use super::tcp::TcpTransport;
 use super::{Transport, TransportKind};
@@ -53,6 +54,10 @@ struct World {
 
 impl World {
     fn new(listen: &str) -> Self {
+        Self::with_fabric(listen, None)
+    }
+
+    fn with_fabric(listen: &str, fabric: Option<Arc<Fabric>>) -> Self {
         let keys = ClusterKeys::derive(Token::new("conformance").as_ref());
         let sink = Arc::new(Recorder::default());
         let node = Id128::random();
@@ -61,7 +66,7 @@ impl World {
         let incarnation = random_u64();
         host.add("seg".into(), incarnation, memory.clone());
         let listener = std::net::TcpListener::bind(listen).unwrap();
-        let server = DataServer::start(host.clone(), listener, 16, LANE_STACK).unwrap();
+        let server = DataServer::start(host.clone(), listener, 16, LANE_STACK, fabric).unwrap();
         let peer = Arc::new(Peer {
             node,
             name: "node".into(),
@@ -376,6 +381,64 @@ fn shm() {
     }
 }
 
+#[cfg(feature = "rdma")]
+#[test]
+#[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
+fn rdma() {
+    use super::rdma::RdmaConfig;
+    let of = |device: &str| Fabric::open(&RdmaConfig::default().with_devices(device)).unwrap();
+    let world = World::with_fabric("127.0.0.1:0", Some(of("rxe1")));
+    let mut config = EngineConfig::new(world.client, world.keys.clone());
+    config.transports = vec![TransportKind::Rdma];
+    config.fabric = Some(of("rxe0"));
+    let engine = TransferEngine::open(config);
+    laws(&world, &engine);
+    let counters = world.server.counters();
+    let by_rdma = |ways: &[std::sync::atomic::AtomicU64; 3]| {
+        ways.each_ref()
+            .map(|n| n.load(std::sync::atomic::Ordering::Relaxed))
+    };
+    let (read, written) = (
+        by_rdma(&counters.way_read_bytes),
+        by_rdma(&counters.way_written_bytes),
+    );
+    assert_eq!((read[0], read[1], written[0], written[1]), (0, 0, 0, 0));
+    assert!(read[2] > 20 << 20 && written[2] > 20 << 20);
+    // Registered memory is named as it is.
+    let mut buffer = [pattern(1 << 20, 7)];
+    // SAFETY: the buffer outlives the registration.
+    unsafe { engine.register(buffer[0].as_mut_ptr(), 1 << 20) };
+    one(&engine, {
+        let mut write = world.request(Opcode::Write, 2 << 20, &mut buffer);
+        write.grant.term = 6;
+        write.grant = write.grant.signed(Access::Write, &world.keys);
+        write
+    })
+    .unwrap();
+    buffer[0].fill(0);
+    one(&engine, world.request(Opcode::Read, 2 << 20, &mut buffer)).unwrap();
+    assert_eq!(buffer[0], pattern(1 << 20, 7));
+    engine.unregister(buffer[0].as_mut_ptr());
+}
+
+#[cfg(feature = "rdma")]
+#[test]
+#[ignore = "needs RDMA devices: tests/e2e/rdma/run"]
+fn rdma_to_a_node_without_it() {
+    let world = World::new("127.0.0.1:0");
+    let mut config = EngineConfig::new(world.client, world.keys.clone());
+    config.transports = vec![TransportKind::Rdma, TransportKind::Tcp];
+    config.fabric = Some(Fabric::open(&super::rdma::RdmaConfig::default()).unwrap());
+    let engine = TransferEngine::open(config);
+    assert_eq!(engine.path(&world.peer), Some(TransportKind::Rdma));
+    laws(&world, &engine);
+    assert_eq!(
+        engine.path(&world.peer),
+        Some(TransportKind::Tcp),
+        "it is not asked for each transfer"
+    );
+}
+
 #[test]
 fn faulty_wrapper_without_faults() {
     let world = World::new("127.0.0.1:0");
@@ -522,7 +585,7 @@ fn a_restarted_node_is_reached_again() {
         }
         std::thread::sleep(Duration::from_millis(10));
     };
-    let _server = DataServer::start(host, listener, 16, LANE_STACK).unwrap();
+    let _server = DataServer::start(host, listener, 16, LANE_STACK, None).unwrap();
     one(&engine, request).unwrap();
 }
 

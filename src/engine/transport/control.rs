@@ -101,18 +101,16 @@ impl ControlSocket {
             .write_all_from(framed, &[], Until::Deadline(deadline))
     }
 
-    /// Waits at most this long for a message without sleeping; see `Socket::spin`.
-    pub fn spin(&self, most: Duration) {
-        self.socket.spin(most);
-    }
-
     /// The next message.
     ///
     /// # Errors
     /// `UnexpectedEof` when the peer closed, `InvalidData` for a length beyond `most`, `TimedOut`.
     pub fn receive(&mut self, most: usize, deadline: Instant) -> io::Result<Bytes> {
-        self.message(most, Until::Deadline(deadline), deadline)?
-            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+        let since = Instant::now();
+        self.socket.watch(since);
+        let message = self.message(most, Until::Deadline(deadline), deadline)?;
+        self.socket.heard(since);
+        message.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
 
     /// The next message, waiting without end for its first byte; `None` when the peer closed.
@@ -120,9 +118,12 @@ impl ControlSocket {
     /// # Errors
     /// As [`ControlSocket::receive`].
     pub fn receive_idle(&mut self, most: usize, stall: Duration) -> io::Result<Option<Bytes>> {
+        let since = Instant::now();
+        self.socket.watch(since);
         if !self.socket.need_or_end(1, Until::Idle)? {
             return Ok(None);
         }
+        self.socket.heard(since);
         let deadline = Instant::now() + stall;
         self.message(most, Until::Deadline(deadline), deadline)
     }

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use super::rdma;
 use crate::base::id::Id128;
 use crate::base::trust::MAC_BYTES;
 use crate::engine::batch::{TransferRequest, Word};
@@ -42,6 +43,12 @@ pub(crate) enum Operation {
     Attach = 4,
     /// List the registered segments with their addresses.
     Describe = 5,
+    /// Bring up queue pairs for this lane: the payload names the caller's ends.
+    Join = 6,
+    /// A write whose bytes the node fetches by RDMA from the pieces that the payload names.
+    Fetch = 7,
+    /// A read whose bytes the node brings by RDMA.
+    Bring = 8,
 }
 
 impl Operation {
@@ -52,6 +59,9 @@ impl Operation {
             3 => Self::Ping,
             4 => Self::Attach,
             5 => Self::Describe,
+            6 => Self::Join,
+            7 => Self::Fetch,
+            8 => Self::Bring,
             _ => return None,
         })
     }
@@ -68,6 +78,8 @@ pub(crate) enum Status {
     Changed = 4,
     NotifyRefused = 5,
     Malformed = 6,
+    /// The bytes could not be moved this way; another one may do.
+    PathFailed = 7,
 }
 
 impl Status {
@@ -79,6 +91,7 @@ impl Status {
             TransferError::OutOfBounds => Self::OutOfBounds,
             TransferError::Changed => Self::Changed,
             TransferError::NotifyRefused => Self::NotifyRefused,
+            error if error.is_path_failure() => Self::PathFailed,
             _ => Self::Malformed,
         }
     }
@@ -94,6 +107,10 @@ impl Status {
             5 => TransferError::NotifyRefused,
             6 => TransferError::Invalid {
                 what: "the peer found the frame malformed",
+            },
+            7 => TransferError::Broken {
+                peer: peer.to_owned(),
+                reason: "the bytes could not be moved this way".to_owned(),
             },
             _ => TransferError::Protocol {
                 peer: peer.to_owned(),
@@ -243,6 +260,29 @@ pub(crate) fn encode_request(
     }
 }
 
+/// Appends a request frame whose bytes go by RDMA: its payload names the caller's memory.
+#[cfg(feature = "rdma")]
+pub(crate) fn encode_remote(
+    out: &mut Vec<u8>,
+    operation: Operation,
+    id: u64,
+    requests: &[&TransferRequest],
+    pieces: &[u8],
+) {
+    let notifies: usize = requests.iter().map(|r| r.notify.len()).sum();
+    let meta = requests.len() * ITEM_BYTES + notifies;
+    let payload = pieces.len() as u64;
+    out.reserve(HEADER_BYTES + meta + pieces.len());
+    encode_header(out, operation, requests.len(), meta, payload, id);
+    for r in requests {
+        encode_item(out, r, true, true);
+    }
+    for r in requests {
+        out.extend_from_slice(&r.notify);
+    }
+    out.extend_from_slice(pieces);
+}
+
 /// Appends a request header.
 pub(crate) fn encode_header(
     out: &mut Vec<u8>,
@@ -312,6 +352,8 @@ pub(crate) fn decode_request(bytes: &[u8; HEADER_BYTES]) -> Result<RequestHeader
     let most = match operation {
         Operation::Write => u64::MAX,
         Operation::Ping => PING_BYTES_MAX,
+        Operation::Join => rdma::wire::JOIN_BYTES_MAX,
+        Operation::Fetch | Operation::Bring => rdma::wire::PIECES_BYTES_MAX,
         _ => 0,
     };
     if header.payload_bytes > most {
@@ -367,7 +409,11 @@ pub(crate) fn decode_items(
     if header.items * ITEM_BYTES + notifies != meta.len() {
         return Err("length of notifies");
     }
-    if payload != header.payload_bytes && header.operation != Operation::Ping {
+    let counted = matches!(
+        header.operation,
+        Operation::Read | Operation::Write | Operation::Attach | Operation::Describe
+    );
+    if counted && payload != header.payload_bytes {
         return Err("payload length");
     }
     Ok(())
@@ -403,6 +449,7 @@ pub(crate) fn decode_reply(bytes: &[u8; HEADER_BYTES]) -> Result<ReplyHeader, &'
 /// Drives every decoder with arbitrary bytes; for the fuzz target and its corpus test.
 #[doc(hidden)]
 pub fn fuzz(bytes: &[u8]) {
+    rdma::wire::fuzz(bytes);
     let Some((head, meta)) = bytes.split_first_chunk::<HEADER_BYTES>() else {
         return;
     };

@@ -1,5 +1,6 @@
-//! Pools of connected lanes and the client's half of a frame exchange. Shared by tcp and shm (Unix sockets).
+//! Pools of connected lanes and the client's half of a frame exchange. Shared by tcp, shm (Unix sockets) and rdma.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -44,10 +45,13 @@ struct PeerLanes {
 
 #[derive(Default)]
 struct PeerState {
-    idle: Vec<Socket>,
+    idle: Vec<(Socket, Option<Rider>)>,
     open: usize,
     failed: Option<(Instant, TransferError)>,
 }
+
+/// What a transport keeps with a lane; it goes before the lane does.
+pub(crate) type Rider = Box<dyn Any + Send + Sync>;
 
 /// A lane in use; goes back to the pool by [`Lane::done`], closes when dropped.
 pub(crate) struct Lane {
@@ -56,6 +60,7 @@ pub(crate) struct Lane {
     pub(crate) peer: Arc<str>,
     /// Taken from the pool rather than newly connected: it may have died meanwhile.
     pub(crate) reused: bool,
+    pub(crate) rider: Option<Rider>,
     /// Whether the pool has it back.
     returned: bool,
 }
@@ -96,12 +101,13 @@ impl LanePool {
                 state.idle.clear();
             }
             loop {
-                if let Some(socket) = state.idle.pop() {
+                if let Some((socket, rider)) = state.idle.pop() {
                     return Ok(Lane {
                         socket: Some(socket),
                         home: home.clone(),
                         peer: address.into(),
                         reused: true,
+                        rider,
                         returned: false,
                     });
                 }
@@ -125,6 +131,7 @@ impl LanePool {
             home,
             peer: address.into(),
             reused: false,
+            rider: None,
             returned: false,
         };
         match self.open(address, deadline) {
@@ -165,7 +172,7 @@ impl Lane {
             self.returned = true;
             socket.shrink();
             let mut state = self.home.state.lock();
-            state.idle.push(socket);
+            state.idle.push((socket, self.rider.take()));
             self.home.returned.notify_one();
         }
     }
@@ -182,6 +189,7 @@ impl Drop for Lane {
         if self.returned {
             return;
         }
+        drop(self.rider.take());
         if let Some(socket) = self.socket.take() {
             socket.shutdown();
         }
@@ -193,6 +201,11 @@ impl Drop for Lane {
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
+/// A number for a request.
+pub(crate) fn next_id() -> u64 {
+    NEXT_ID.fetch_add(1, Ordering::Relaxed)
+}
+
 /// Sends a request frame; returns its id.
 pub(crate) fn send(
     lane: &mut Lane,
@@ -202,7 +215,7 @@ pub(crate) fn send(
     with_word: bool,
     deadline: Instant,
 ) -> Result<u64, TransferError> {
-    let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+    let id = next_id();
     let mut head = Vec::with_capacity(HEADER_BYTES + requests.len() * (frame::ITEM_BYTES + 64));
     frame::encode_request(&mut head, operation, id, requests, with_data, with_word);
     if requests.len() > frame::ITEMS_MAX || head.len() > frame::META_BYTES_MAX {
@@ -241,7 +254,10 @@ pub(crate) fn receive(
         what,
     };
     let socket = lane.socket()?;
+    let since = Instant::now();
+    socket.watch(since);
     socket.need(HEADER_BYTES, until).map_err(io)?;
+    socket.heard(since);
     let mut head = [0; HEADER_BYTES];
     head.copy_from_slice(socket.take(HEADER_BYTES));
     let reply = frame::decode_reply(&head).map_err(wrong)?;

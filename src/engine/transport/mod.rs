@@ -1,4 +1,4 @@
-//! The ways bytes move between this process and a node: loopback, shm, tcp. One trait, one file each.
+//! The ways bytes move between this process and a node: loopback, shm, rdma, tcp. One trait, one file or folder each.
 //!
 //! A transport carries out requests for one peer; it decides nothing. The gate is `engine::host`, the order in which
 //! transports are tried is the engine's.
@@ -10,6 +10,7 @@ pub(crate) mod frame;
 pub(crate) mod lane;
 pub mod loopback;
 pub mod probe;
+pub mod rdma;
 pub mod server;
 pub mod shm;
 pub(crate) mod socket;
@@ -32,6 +33,8 @@ pub enum TransportKind {
     Loopback,
     /// Shared memory of a process on this host.
     Shm,
+    /// RDMA by verbs.
+    Rdma,
     /// TCP.
     Tcp,
 }
@@ -42,6 +45,7 @@ impl TransportKind {
         match self {
             Self::Loopback => "loopback",
             Self::Shm => "shm",
+            Self::Rdma => "rdma",
             Self::Tcp => "tcp",
         }
     }

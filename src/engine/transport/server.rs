@@ -2,6 +2,8 @@
 //! [`SegmentHost`]. A blocking thread per lane is what gives a small read the round trip of a bare echo; their number
 //! is bounded and lanes beyond it are turned away in the handshake.
 
+mod remote;
+
 use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -15,6 +17,7 @@ use parking_lot::Mutex;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::frame::{self, HEADER_BYTES, Item, Operation, RequestHeader, Status};
+use super::rdma::{Fabric, ServedRails};
 use super::socket::{Socket, Timed, Until};
 use crate::base::handshake::{self, HandshakeError, LaneKind};
 use crate::base::histogram::{Histogram, NANOSECONDS};
@@ -43,22 +46,33 @@ pub struct ServerCounters {
     pub refused: AtomicU64,
     /// Lanes turned away.
     pub lanes_refused: AtomicU64,
-    /// Nanoseconds from the first byte of a read to the last of its answer: over tcp, and over the Unix socket.
-    pub reads: [Histogram; 2],
+    /// Nanoseconds from the first byte of a read to the last of its answer, by way ([`WAYS`]).
+    pub reads: [Histogram; 3],
     /// The same of writes.
-    pub writes: [Histogram; 2],
+    pub writes: [Histogram; 3],
+    /// Bytes of reads, by way. They add up to `read_bytes`.
+    pub way_read_bytes: [AtomicU64; 3],
+    /// Bytes of writes, likewise.
+    pub way_written_bytes: [AtomicU64; 3],
 }
+
+/// The ways a server is reached: tcp, the Unix socket beside shared memory, RDMA.
+pub const WAYS: [&str; 3] = ["tcp", "unix", "rdma"];
+const RDMA: usize = 2;
 
 impl Default for ServerCounters {
     fn default() -> Self {
-        let two = || [Histogram::new(NANOSECONDS), Histogram::new(NANOSECONDS)];
+        let times = || std::array::from_fn(|_| Histogram::new(NANOSECONDS));
+        let bytes = || std::array::from_fn(|_| AtomicU64::new(0));
         Self {
             read_bytes: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             lanes_refused: AtomicU64::new(0),
-            reads: two(),
-            writes: two(),
+            reads: times(),
+            writes: times(),
+            way_read_bytes: bytes(),
+            way_written_bytes: bytes(),
         }
     }
 }
@@ -83,11 +97,24 @@ struct Shared {
     lanes: Mutex<HashMap<u64, OwnedFd>>,
     next: AtomicU64,
     counters: ServerCounters,
+    fabric: Option<Arc<Fabric>>,
+}
+
+impl ServerCounters {
+    fn read(&self, way: usize, bytes: u64) {
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.way_read_bytes[way].fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn written(&self, way: usize, bytes: u64) {
+        self.written_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.way_written_bytes[way].fetch_add(bytes, Ordering::Relaxed);
+    }
 }
 
 impl DataServer {
     /// Serves `host` on a bound TCP listener, and on an abstract Unix socket for same-host peers, each lane by a thread with
-    /// `lane_stack` bytes of stack.
+    /// `lane_stack` bytes of stack. With a `fabric` callers may have their bytes moved by RDMA.
     ///
     /// # Errors
     /// When a listener cannot be set up.
@@ -96,6 +123,7 @@ impl DataServer {
         listener: TcpListener,
         lanes_max: usize,
         lane_stack: usize,
+        fabric: Option<Arc<Fabric>>,
     ) -> io::Result<Self> {
         use std::os::linux::net::SocketAddrExt;
         let address = listener.local_addr()?;
@@ -110,6 +138,7 @@ impl DataServer {
             lanes: Mutex::default(),
             next: AtomicU64::new(0),
             counters: ServerCounters::default(),
+            fabric,
         });
         let (tcp_side, unix_side) = (shared.clone(), shared.clone());
         std::thread::Builder::new()
@@ -237,11 +266,14 @@ impl Shared {
                     same_host,
                     items: Vec::new(),
                     reply: Vec::new(),
+                    number: slot,
+                    rails: None,
                 };
                 let _writer = same_host.then(|| SharedWriter::new(&self.host, greeting.peer));
                 if let Err(error) = lane.serve() {
                     tracing::debug!(%error, client = %greeting.peer, "a data lane ended");
                 }
+                drop(lane.rails.take());
                 lane.socket.shutdown();
             }
             Err(error) => {
@@ -306,6 +338,10 @@ struct ServedLane<'a> {
     same_host: bool,
     items: Vec<Item>,
     reply: Vec<u8>,
+    /// Of this lane among all there were.
+    number: u64,
+    /// Once the caller has joined.
+    rails: Option<ServedRails>,
 }
 
 /// The bound for moving `bytes` that the gate has let through.
@@ -323,9 +359,12 @@ impl ServedLane<'_> {
     /// be trusted to be in step.
     fn serve(&mut self) -> io::Result<()> {
         loop {
+            let idle = Instant::now();
+            self.socket.watch(idle);
             if !self.socket.need_or_end(1, Until::Idle)? {
                 return Ok(());
             }
+            self.socket.heard(idle);
             let start = Instant::now();
             let until = Until::Deadline(start + FRAME_TIMEOUT);
             self.socket.need(HEADER_BYTES, until)?;
@@ -358,6 +397,18 @@ impl ServedLane<'_> {
                 }
                 Operation::Attach => self.attach(&header, until)?,
                 Operation::Describe => self.describe(&header, until)?,
+                Operation::Join => self.join(&header)?,
+                Operation::Fetch => {
+                    let notifies = meta[header.items * frame::ITEM_BYTES..].to_vec();
+                    self.fetch(&header, &notifies, until)?;
+                    let times = &self.shared.counters.writes[RDMA];
+                    times.observe(start.elapsed().as_nanos() as u64);
+                }
+                Operation::Bring => {
+                    self.bring(&header, until)?;
+                    let times = &self.shared.counters.reads[RDMA];
+                    times.observe(start.elapsed().as_nanos() as u64);
+                }
             }
             self.socket.shrink();
         }
@@ -473,10 +524,8 @@ impl ServedLane<'_> {
             self.push_verdicts(&segments);
             self.socket.write_all_from(&self.reply, &[], until)?;
         }
-        self.shared
-            .counters
-            .read_bytes
-            .fetch_add(payload, Ordering::Relaxed);
+        let way = usize::from(self.same_host);
+        self.shared.counters.read(way, payload);
         Ok(())
     }
 
@@ -608,6 +657,21 @@ impl ServedLane<'_> {
             let target = unsafe { LocalSlice::new(pointer, length as usize) };
             self.socket.read_into(&[target], time_for(length))?;
         }
+        let told = self.tell_and_publish(&segment, item, notify);
+        if told.is_ok() {
+            let way = usize::from(self.same_host);
+            self.shared.counters.written(way, length);
+        }
+        Ok(told)
+    }
+
+    /// The data of an item is in place: its notify, then its word.
+    fn tell_and_publish(
+        &self,
+        segment: &Segment,
+        item: &Item,
+        notify: &[u8],
+    ) -> Result<(), TransferError> {
         let origin = NotifyOrigin {
             client: self.client,
             segment: item.grant.segment,
@@ -620,15 +684,11 @@ impl ServedLane<'_> {
                 Reach::Network
             },
         };
-        if let Err(error) = host.notify(origin, notify) {
-            return Ok(Err(error));
-        }
+        self.shared.host.notify(origin, notify)?;
         if let Some(word) = item.word {
             segment.memory.publish(word.offset, word.value);
         }
-        let counters = &self.shared.counters;
-        counters.written_bytes.fetch_add(length, Ordering::Relaxed);
-        Ok(Ok(()))
+        Ok(())
     }
 
     /// Sends what is registered here: who we are, then the regions.

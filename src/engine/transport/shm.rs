@@ -28,8 +28,6 @@ use crate::engine::memory::Memory;
 
 /// Writes up to this go through the socket: one exchange instead of two.
 const INLINE_BYTES: u64 = 256 << 10;
-/// How long an answer is looked for without sleeping: to be woken up takes as long.
-const SPIN: Duration = Duration::from_micros(50);
 /// How long a peer that could not be mapped is left to other transports.
 const REST_AFTER_FAILURE: Duration = Duration::from_secs(5);
 
@@ -309,10 +307,6 @@ impl Copying<'_> {
             id,
             inline,
         } = recording;
-        // What goes through the socket is small, and the node answers at once.
-        if inline && let Some(socket) = &lane.socket {
-            socket.spin(SPIN);
-        }
         let mut results = lane::receive(&mut lane, id, self.requests, self.deadline)?;
         if inline {
             lane.done();

@@ -7,6 +7,8 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -17,11 +19,24 @@ use crate::engine::batch::LocalSlice;
 const TICK: Duration = Duration::from_millis(250);
 /// Bytes buffered ahead of the caller's memory: small frames come in with one read.
 const BUFFER_BYTES: usize = 64 << 10;
+/// Bytes read beyond what is needed next: enough for a small frame to come in with one read; what is larger goes straight to
+/// where it belongs.
+const AHEAD_BYTES: usize = 16 << 10;
 /// Bytes given to one vectored call. The kernel holds the socket for the length of a call and queues what arrives
 /// meanwhile; calls of tens of megabytes were half as fast as calls of one.
 const CALL_BYTES: usize = 1 << 20;
 /// Pieces given to one vectored call.
 const VECTOR_MAX: usize = 128;
+/// A wait that takes less than this is over before a thread that went to sleep is running again.
+const DUE: Duration = Duration::from_micros(100);
+/// Threads of this process that wait without sleeping.
+static WATCHING: AtomicUsize = AtomicUsize::new(0);
+
+/// How many threads may: half of the processors.
+fn watchers_max() -> usize {
+    static MOST: OnceLock<usize> = OnceLock::new();
+    *MOST.get_or_init(|| std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2)))
+}
 
 /// When an operation must have ended.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +54,8 @@ pub(crate) struct Socket {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
+    /// How long the last wait for the peer took.
+    waited: Duration,
 }
 
 impl Socket {
@@ -85,6 +102,7 @@ impl Socket {
             buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
             start: 0,
             end: 0,
+            waited: Duration::MAX,
         })
     }
 
@@ -106,18 +124,34 @@ impl Socket {
         )
     }
 
-    /// Looks for bytes for at most this long without sleeping, for an answer that is due: to be woken up can take longer
-    /// than what is left to wait. Whoever else wants this processor gets it meanwhile.
-    pub(crate) fn spin(&self, most: Duration) {
-        let end = Instant::now() + most;
-        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
-        let mut byte = [0u8; 1];
-        while self.start == self.end
-            && rustix::net::recv(&self.fd, &mut byte[..], flags) == Err(Errno::AGAIN)
-            && Instant::now() < end
-        {
-            std::thread::yield_now();
+    /// Waits for the peer's next bytes without sleeping where they are due: where the last wait was short. To be woken up
+    /// takes longer than what is left to wait, and costs more. Whoever else wants this processor gets it meanwhile, and
+    /// no more than half of the processors are watched from. `since`: when the wait began. Errors are left to the call
+    /// that reads.
+    pub(crate) fn watch(&mut self, since: Instant) {
+        if self.start == self.end && self.waited < DUE {
+            self.look(since + DUE);
         }
+    }
+
+    /// The wait is over.
+    pub(crate) fn heard(&mut self, since: Instant) {
+        self.waited = since.elapsed();
+    }
+
+    fn look(&mut self, end: Instant) {
+        if WATCHING.fetch_add(1, Ordering::AcqRel) < watchers_max() {
+            (self.start, self.end) = (0, 0);
+            while self.end == 0 {
+                let flags = rustix::net::RecvFlags::DONTWAIT;
+                match rustix::net::recv(&self.fd, &mut self.buffer[..AHEAD_BYTES], flags) {
+                    Ok((got, _)) if got > 0 => self.end = got,
+                    Err(Errno::AGAIN) if Instant::now() < end => std::thread::yield_now(),
+                    _ => break,
+                }
+            }
+        }
+        WATCHING.fetch_sub(1, Ordering::AcqRel);
     }
 
     fn wait<T>(until: Until, mut progress: impl FnMut() -> Result<T, Errno>) -> io::Result<T> {
@@ -168,7 +202,8 @@ impl Socket {
         }
         while self.end - self.start < n {
             let fd = self.fd.as_fd();
-            let room = &mut self.buffer[self.end..];
+            let most = self.buffer.len().min(self.start + n + AHEAD_BYTES);
+            let room = &mut self.buffer[self.end..most];
             let got = Self::wait(until, || rustix::io::read(fd, &mut *room))?;
             if got == 0 {
                 if self.start == self.end {

@@ -13,24 +13,21 @@ pub(crate) const BOOTSTRAP_PORT: u16 = 8998;
 /// Most ranks of an instance.
 const ENGINES_MAX: usize = 1024;
 
-fn params(value: &Value) -> Edit {
-    Edit::Set("kv_transfer_params", Bytes::from(value.to_string()))
-}
-
 /// Added to the prefill body.
 pub(crate) fn prefill_edit(transfer_id: &str) -> Edit {
-    params(
-        &json!({"do_remote_decode": true, "do_remote_prefill": false, "transfer_id": transfer_id}),
-    )
+    let params =
+        json!({"do_remote_decode": true, "do_remote_prefill": false, "transfer_id": transfer_id});
+    Edit::Set("kv_transfer_params", Bytes::from(params.to_string()))
 }
 
-/// Added to the decode body.
-pub(crate) fn decode_edit(transfer_id: &str, host: &str, port: u16, engine_id: &str) -> Edit {
+/// `kv_transfer_params` of the decode body.
+pub(crate) fn decode_params(transfer_id: &str, host: &str, port: u16, engine_id: &str) -> Bytes {
     let address = format!("http://{}", join_host_port(host, port));
-    params(&json!({
+    let params = json!({
         "do_remote_decode": false, "do_remote_prefill": true, "remote_bootstrap_addr": address,
         "remote_engine_id": engine_id, "transfer_id": transfer_id,
-    }))
+    });
+    Bytes::from(params.to_string())
 }
 
 /// The engines in a bootstrap server's answer: `{"<rank>": {"engine_id": "…", …}}`. `None`: it is no bootstrap server.

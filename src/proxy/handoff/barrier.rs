@@ -43,7 +43,7 @@ impl HandOff {
 
     fn is_pooled(&self, prefill: &Instance, began: Instant) -> bool {
         let kv = &self.app.kv;
-        let bytes = self.job.prompt().len();
+        let bytes = self.prompt().len();
         match self.known() {
             Some(known) if known.bytes >= bytes * COVERED / 8 => {
                 kv.index.is_pooled(&known.chain, known.tokens)

@@ -10,7 +10,7 @@ use super::super::http::head::ReplyHead;
 use super::super::http::upstream::{LegError, UpstreamConn};
 use super::super::registry::{Instance, Leg};
 use super::super::reply::LocalReply;
-use super::{Answer, Attempts, HandOff, Route, Served};
+use super::{Answer, Attempts, Cause, HandOff, Route, Served};
 
 /// How long the release of a hand-off may take once its client has gone.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -73,7 +73,7 @@ impl HandOff {
                 return Ok((conn, reply, Vec::new()));
             }
             let mut kept = Vec::new();
-            let kept_max = if pins {
+            let kept_max = if pins || self.asks_of_prompt() {
                 PREFILL_REPLY_MAX
             } else {
                 USAGE_REPLY_MAX
@@ -123,6 +123,8 @@ impl HandOff {
             route: Route::default(),
             _place: None,
             cached: None,
+            mask: None,
+            resume: None,
         });
         match status {
             429 | 502..=504 => Tried::Again(Served::Answer(answer), Failure::Sent),
@@ -182,7 +184,10 @@ impl HandOff {
             let elsewhere = !pinned || failure == Failure::NotSent;
             // A hand-off whose client has gone is still tried elsewhere: it is the KV that must be released.
             let releasing = pinned && self.owner.is_gone() && attempts.tried.len() <= 2;
-            if !elsewhere || !(releasing || self.may_retry(&mut attempts, "decode")) {
+            if !elsewhere
+                || !(releasing
+                    || self.may_retry(&mut attempts, "decode", Cause::of(&last, failure)))
+            {
                 return (last, Some(failure));
             }
             let with = self.route.prefill.clone().unwrap_or(instance);
@@ -225,6 +230,8 @@ impl HandOff {
                     route: Route::default(),
                     _place: None,
                     cached: None,
+                    mask: None,
+                    resume: None,
                 }))
             }
             Ok((conn, head)) => self.judge(leg, conn, head),
@@ -247,19 +254,23 @@ impl HandOff {
     ) -> Vec<u8> {
         let job = &self.job;
         let length: usize = body.iter().map(Bytes::len).sum();
-        let mut head = Vec::with_capacity(job.lines.len() + target.len() + 128);
+        let mut head = Vec::with_capacity(job.lines.len() + target.len() + 256);
         for part in [
             job.method.as_str(),
             " ",
             target,
             " HTTP/1.1\r\nhost: ",
-            &instance.name,
+            &instance.authority,
             "\r\n",
         ] {
             head.extend_from_slice(part.as_bytes());
         }
         head.extend_from_slice(&job.lines);
-        if let Some(rank) = rank {
+        head.extend_from_slice(b"x-request-id: ");
+        let id = self.wire_id.as_deref().unwrap_or(&job.request_id);
+        head.extend_from_slice(id.as_bytes());
+        head.extend_from_slice(b"\r\n");
+        if let Some(rank) = rank.or(instance.address.rank) {
             head.extend_from_slice(format!("x-data-parallel-rank: {rank}\r\n").as_bytes());
         }
         if length > 0 || job.method == "POST" {

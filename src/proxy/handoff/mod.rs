@@ -4,14 +4,20 @@
 //! client's connection: when the client leaves it is told so ([`Owner`]) and goes on until the KV is released. Where nothing
 //! is pinned, dropping the future is enough: connections close, workers stop, the legs leave the counters.
 
+mod answers;
 mod at_once;
 mod barrier;
+mod batch;
 mod leg;
 mod one_after_the_other;
+mod paired;
+mod pick;
 pub(crate) mod places;
 mod release;
+pub(crate) mod resume;
 mod tokens;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -23,23 +29,29 @@ use tokio::sync::Notify;
 use super::App;
 use super::admission::{Claim, Place, Refusal};
 use super::config::{ConnectorKind, PrefillDown, Role};
-use super::connector::{self, store};
+use super::connector::{self, Way, store};
 use super::http::head::ReplyHead;
 use super::http::upstream::UpstreamConn;
 use super::kv::text::Known;
-use super::openai::Facts;
-use super::policy::Ask;
+use super::list::elements;
+use super::mask::Mask;
+use super::merge::PromptPart;
+use super::openai::{Facts, PROMPTS_MAX};
 use super::registry::{Instance, Leg};
 use super::reply::LocalReply;
 use super::splice::{Edit, Members, Pieces};
+use super::usage::Cached;
+use leg::Failure;
+use resume::Resume;
 
 /// A request ready to be sent.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) method: String,
     pub(crate) target: String,
-    /// Header lines for workers, without the request line, `Host` and length.
+    /// Header lines for workers, without the request line, `Host`, request id and length.
     pub(crate) lines: Vec<u8>,
+    pub(crate) request_id: String,
     pub(crate) body: Bytes,
     pub(crate) members: Option<Members>,
     pub(crate) facts: Facts,
@@ -49,8 +61,6 @@ pub(crate) struct Job {
     pub(crate) claim: Claim,
     /// Asks for a WebSocket.
     pub(crate) upgrades: bool,
-    /// The prompt's tokens, as far as they were known when somebody asked first.
-    pub(crate) known: OnceLock<Option<Known>>,
     pub(crate) arrived: Instant,
 }
 
@@ -66,7 +76,7 @@ impl Owner {
     /// The client has gone. Says whether the hand-off must go on.
     pub(crate) fn leave(&self) -> bool {
         self.gone.store(true, Ordering::Release);
-        self.news.notify_one();
+        self.news.notify_waiters();
         self.pins.load(Ordering::Acquire)
     }
 
@@ -75,8 +85,12 @@ impl Owner {
     }
 
     async fn left(&self) {
-        while !self.is_gone() {
-            self.news.notified().await;
+        loop {
+            let news = self.news.notified();
+            if self.is_gone() {
+                return;
+            }
+            news.await;
         }
     }
 
@@ -95,7 +109,11 @@ pub(crate) struct Answer {
     pub(crate) route: Route,
     pub(crate) _place: Option<Place>,
     /// Prompt tokens that prefill had cached, where decode's count would be misleading.
-    pub(crate) cached: Option<u64>,
+    pub(crate) cached: Option<Cached>,
+    /// What clients must not see of it.
+    pub(crate) mask: Option<Mask>,
+    /// How it can be gone on with when its worker dies.
+    pub(crate) resume: Option<Box<Resume>>,
 }
 
 /// Which way a request went, for the log and debug headers.
@@ -133,6 +151,33 @@ impl Served {
     }
 }
 
+/// Why something is tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// It cannot be connected to.
+    Connect,
+    /// It broke off, or what it said is no answer.
+    Lost,
+    /// 429.
+    Busy,
+    /// 5xx.
+    Status,
+}
+
+impl Cause {
+    /// For metrics, in their order.
+    pub(crate) const NAMES: [&'static str; 4] = ["connect", "lost", "busy", "status"];
+
+    fn of(served: &Served, failure: Failure) -> Self {
+        match served {
+            Served::Answer(answer) if answer.head.status == 429 => Self::Busy,
+            Served::Answer(_) => Self::Status,
+            _ if failure == Failure::NotSent => Self::Connect,
+            _ => Self::Lost,
+        }
+    }
+}
+
 /// What was tried so far.
 #[derive(Default)]
 struct Attempts {
@@ -145,9 +190,20 @@ struct HandOff {
     job: Arc<Job>,
     owner: Arc<Owner>,
     route: Route,
-    cached: Option<u64>,
+    cached: Option<Cached>,
     place: Option<places::Place>,
+    /// The request id that workers see, where a connector needs its own.
+    wire_id: Option<String>,
+    /// What prefill has told about the prompt, to go into decode's answer.
+    told: Option<PromptPart>,
+    /// The prompt this is about, of a request with several.
+    part: Option<Range<usize>>,
+    /// The prompt's tokens, as far as they were known when somebody asked first.
+    known: OnceLock<Option<Known>>,
+    /// Any decode instance could go on with the answer.
+    resumable: bool,
 }
+
 /// Carries a request out up to the first byte of its answer.
 pub(crate) async fn run(app: Arc<App>, job: Arc<Job>, owner: Arc<Owner>) -> Served {
     app.budget.earn();
@@ -169,104 +225,53 @@ pub(crate) async fn run(app: Arc<App>, job: Arc<Job>, owner: Arc<Owner>) -> Serv
         }
     };
     app.metrics.queue.record(waited.elapsed());
-    let mut handoff = HandOff {
-        app,
-        job,
-        owner,
-        route: Route::default(),
-        cached: None,
-        place: None,
-    };
+    let mut handoff = HandOff::new(app, job, owner);
     let mut served = handoff.carry_out().await;
     if let Served::Answer(answer) = &mut served {
         answer._place = Some(place);
+        if handoff.resumable {
+            answer.resume = Resume::of(&handoff);
+        }
         answer.route = handoff.route;
         answer.cached = handoff.cached;
+        answer.mask = handoff
+            .wire_id
+            .map(|wire| Mask::new(&wire, &handoff.job.request_id));
     }
     served
 }
 
 impl HandOff {
-    fn ask(&self, role: Role) -> Ask<'_> {
-        Ask {
-            role,
-            prompt: self.job.prompt(),
-            tokens: self.job.facts.tokens,
-            session: self.job.session,
-            known: self.known(),
+    fn new(app: Arc<App>, job: Arc<Job>, owner: Arc<Owner>) -> Self {
+        Self {
+            app,
+            job,
+            owner,
+            route: Route::default(),
+            cached: None,
+            place: None,
+            wire_id: None,
+            told: None,
+            part: None,
+            known: OnceLock::new(),
+            resumable: false,
         }
     }
 
-    /// Tokens that an instance will have to compute: the load it takes on, as far as the policy knows.
-    fn uncached(&self, ask: &Ask<'_>, instance: &Arc<Instance>) -> u64 {
-        if ask.role != Role::Prefill {
-            return 0;
-        }
-        let cached = self.app.policy(ask.role).cached_tokens(ask, instance);
-        ask.tokens.saturating_sub(cached)
-    }
-
-    /// Takes a place at an instance, waiting for one that is only busy. `Ok(None)`: all were tried.
-    ///
-    /// `with`: who it must suit, for a decode leg its prefill instance.
-    async fn pick(
-        &self,
-        role: Role,
-        tried: &[u64],
-        with: Option<&Instance>,
-    ) -> Result<Option<Leg>, LocalReply> {
-        let app = &self.app;
-        let deadline = tokio::time::Instant::now() + app.config.queue_timeout;
-        loop {
-            let changed = app.registry.changed.notified();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
-            let mut free =
-                app.registry
-                    .candidates(role, app.config.instance_max, with.and_then(group_of));
-            free.retain(|i| !tried.contains(&i.number) && self.has_room(role, i, with));
-            let ask = self.ask(role);
-            while !free.is_empty() {
-                let chosen = app.policy(role).choose(&ask, &free).min(free.len() - 1);
-                let tokens = self.uncached(&ask, &free[chosen]);
-                if let Some(leg) = app.registry.enter(&free[chosen], role, tokens) {
-                    app.policy(role).routed(&ask, &leg.instance);
-                    if role == Role::Prefill || self.app.config.aggregated {
-                        self.learn_tokens(&leg.instance);
-                    }
-                    return Ok(Some(leg));
-                }
-                // Its breaker has let another probe in meanwhile.
-                free.remove(chosen);
-            }
-            if !tried.is_empty() {
-                return Ok(None);
-            }
-            if !app.registry.serves(role) && !app.registry.expects(role) {
-                app.metrics.refused_none.add();
-                let text = format!("no {} instance is available", role.name());
-                return Err(LocalReply::later(503, &text, 2));
-            }
-            if tokio::time::timeout_at(deadline, changed).await.is_err() {
-                app.metrics.refused_busy.add();
-                let text = format!("all {} instances are busy", role.name());
-                return Err(LocalReply::later(503, &text, 1));
-            }
+    /// Another hand-off of the same request, for what runs beside this one.
+    fn beside(&self) -> Self {
+        Self {
+            wire_id: self.wire_id.clone(),
+            part: self.part.clone(),
+            known: self.known.clone(),
+            ..Self::new(self.app.clone(), self.job.clone(), self.owner.clone())
         }
     }
 
-    /// Whether one more hand-off may begin there.
-    fn has_room(&self, role: Role, instance: &Instance, with: Option<&Instance>) -> bool {
-        let (config, handoffs) = (&self.app.config, &self.app.handoffs);
-        let below = |max: usize, count: usize| max == 0 || count < max;
-        match (role, with) {
-            (Role::Prefill, _) => below(config.handoffs_max, handoffs.of(instance.number)),
-            (_, Some(prefill)) => {
-                let count = || handoffs.of_pair(prefill.number, instance.number);
-                config.pair_handoffs_max == 0 || below(config.pair_handoffs_max, count())
-            }
-            _ => true,
-        }
+    /// From here on it is about all prompts of the request.
+    fn about_all(&mut self) {
+        self.part = None;
+        self.known = OnceLock::new();
     }
 
     /// Counts this request's hand-off from here until decode's first byte.
@@ -280,20 +285,34 @@ impl HandOff {
         let Some(limit) = self.prefill_limit() else {
             return self.decode_alone().await;
         };
+        let special = self.job.facts.special;
+        if special.batch {
+            self.part = parts(&self.job).first().cloned();
+        }
         let prefill = match self.pick(Role::Prefill, &[], None).await {
             Ok(Some(leg)) => leg,
-            Err(reply) if self.app.config.prefill_down == PrefillDown::Refuse => {
+            Err(reply)
+                if self.app.config.prefill_down == PrefillDown::Refuse || self.needs_prefill() =>
+            {
                 return Served::local(reply);
             }
             _ => {
+                self.about_all();
                 self.route.reason = "prefill down";
                 return self.decode_alone().await;
             }
         };
-        if self.is_short(&prefill) {
+        let kind = prefill.instance.link.read().kind;
+        let way = kind.map(connector::way);
+        if let Some(reason) = self.alone_at(kind, &prefill) {
             drop(prefill);
-            self.route.reason = "short prompt";
+            self.about_all();
+            self.app.metrics.alone.add();
+            self.route.reason = reason;
             return self.decode_alone().await;
+        }
+        if way != Some(Way::OneAfterTheOther) {
+            self.about_all();
         }
         self.hold(&prefill.instance, None);
         // Decode's place is taken before prefill begins: what is being prefilled is decode's future load.
@@ -305,22 +324,26 @@ impl HandOff {
             Err(reply) => return Served::local(reply),
         };
         self.hold(&prefill.instance, Some(&decode.instance));
-        let kind = prefill.instance.link.read().kind;
-        if kind == Some(ConnectorKind::Mooncake) {
-            return self.at_once(prefill, decode, limit).await;
+        match way {
+            Some(Way::AtOnce) => self.at_once(prefill, decode, limit).await,
+            Some(Way::Paired) => self.paired(prefill, decode, limit).await,
+            Some(Way::OneAfterTheOther) if special.batch => {
+                self.batch(prefill, decode, limit).await
+            }
+            _ => self.one_after_the_other(prefill, decode, limit).await,
         }
-        self.one_after_the_other(prefill, decode, limit).await
     }
 
     /// The name of the output bound, when this request takes two legs.
     fn prefill_limit(&mut self) -> Option<&'static str> {
         let limit = self.job.limit?;
+        let special = self.job.facts.special;
         let reason = if self.app.config.aggregated {
             "aggregated"
         } else if self.app.config.connector == Some(ConnectorKind::None) {
             "no connector"
-        } else if let Some(alone) = self.job.facts.alone {
-            alone
+        } else if let Some(name) = special.name().filter(|_| !self.anybody_takes()) {
+            name
         } else {
             self.route.reason = "prefill and decode";
             return Some(limit);
@@ -330,18 +353,58 @@ impl HandOff {
         None
     }
 
+    /// Whether some prefill instance hands over what is special about this request.
+    fn anybody_takes(&self) -> bool {
+        let all = self.app.registry.all();
+        let mut kinds = all
+            .iter()
+            .filter(|i| i.role().does(Role::Prefill))
+            .map(|i| i.link.read().kind);
+        kinds.any(|kind| connector::takes(kind, &self.job.facts))
+    }
+
+    /// Whether decode instances cannot compute a prompt: their connector says so.
+    fn needs_prefill(&self) -> bool {
+        let all = self.app.registry.all();
+        let mut kinds = all
+            .iter()
+            .filter(|i| i.role().does(Role::Prefill))
+            .filter_map(|i| {
+                let link = i.link.read();
+                link.kind.or(link.before)
+            });
+        kinds.any(|kind| !connector::is_optional(kind))
+            || self
+                .app
+                .config
+                .connector
+                .is_some_and(|kind| !connector::is_optional(kind))
+    }
+
+    /// Why a request does not take a leg to a prefill instance that has been chosen.
+    fn alone_at(&self, kind: Option<ConnectorKind>, prefill: &Leg) -> Option<&'static str> {
+        if kind == Some(ConnectorKind::None) {
+            return Some("no connector");
+        }
+        if !connector::takes(kind, &self.job.facts) {
+            return self.job.facts.special.name();
+        }
+        let optional = kind.is_none_or(connector::is_optional);
+        (optional && self.is_short(prefill)).then_some("short prompt")
+    }
+
     /// Whether computing the prompt is not worth a leg. By what was uncached when the leg was taken: routing it has
     /// entered the prompt into the policy's index since.
     fn is_short(&self, prefill: &Leg) -> bool {
-        let short = prefill.tokens() < self.app.config.prefill_min_tokens;
-        if short {
-            self.app.metrics.alone.add();
-        }
-        short
+        let tokens = match self.part {
+            Some(_) => self.job.facts.tokens,
+            None => prefill.tokens(),
+        };
+        tokens < self.app.config.prefill_min_tokens
     }
 
     /// Whether another try is allowed.
-    fn may_retry(&mut self, attempts: &mut Attempts, leg: &str) -> bool {
+    fn may_retry(&mut self, attempts: &mut Attempts, leg: &str, cause: Cause) -> bool {
         if attempts.retries >= self.app.config.retries || self.owner.is_gone() {
             return false;
         }
@@ -355,6 +418,7 @@ impl HandOff {
             "prefill" => self.app.metrics.retries_prefill.add(),
             _ => self.app.metrics.retries_decode.add(),
         }
+        self.app.metrics.causes[cause as usize].add();
         true
     }
 
@@ -366,6 +430,7 @@ impl HandOff {
             }
             Err(reply) => return Served::local(reply),
         };
+        self.resumable = true;
         let body = store::decode_body(&self.job.body);
         self.decode(leg, &body, false).await.0
     }
@@ -376,18 +441,25 @@ impl HandOff {
         } else {
             Vec::new()
         };
+        edits.extend(self.untold_edits());
         edits.push(edit);
         self.splice(&edits)
     }
 
     fn splice(&self, edits: &[Edit]) -> Pieces {
         match &self.job.members {
-            Some(members) => members.apply(&self.job.body, edits),
-            None => store::decode_body(&self.job.body),
+            Some(members) if !edits.is_empty() => members.apply(&self.job.body, edits),
+            _ => store::decode_body(&self.job.body),
         }
     }
 }
 
-fn group_of(instance: &Instance) -> Option<&str> {
-    Some(instance.group.as_str()).filter(|g| !g.is_empty())
+/// Where the prompts of a list lie in the body.
+fn parts(job: &Job) -> Vec<Range<usize>> {
+    let prompt = job.facts.prompt.clone();
+    let list = job.body.get(prompt.clone()).unwrap_or_default();
+    let all = elements(list, PROMPTS_MAX).unwrap_or_default();
+    all.into_iter()
+        .map(|r| prompt.start + r.start..prompt.start + r.end)
+        .collect()
 }

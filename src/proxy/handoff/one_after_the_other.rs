@@ -6,12 +6,12 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use super::super::config::{ConnectorKind, Role};
-use super::super::connector::{self, nixl, store};
+use super::super::connector::{self, nixl};
 use super::super::registry::{Health, Instance, Leg};
 use super::super::reply::LocalReply;
-use super::super::usage;
+use super::super::usage::Cached;
 use super::leg::{Failure, Tried};
-use super::{Attempts, HandOff, Served};
+use super::{Attempts, Cause, HandOff, Served};
 
 impl HandOff {
     /// Prefill, then decode: store and nixl, and instances of which neither is known yet.
@@ -40,14 +40,16 @@ impl HandOff {
                     Err(served) => return served,
                 };
                 self.wait_for_pool(&from, started).await;
-                let body = store::decode_body(&self.job.body);
-                return self.decode(decode, &body, false).await.0;
+                self.resumable = true;
+                let body = self.splice(&self.untold_edits());
+                let served = self.decode(decode, &body, false).await.0;
+                return self.with_prompt_part(served).await;
             };
             self.app.metrics.handoffs.add();
             decode = match self.still_usable(decode, &from).await {
                 Ok(leg) => leg,
                 Err(served) => {
-                    self.release(&from, limit, &params);
+                    self.release(&from, limit, Some(&params), None);
                     return served;
                 }
             };
@@ -55,14 +57,15 @@ impl HandOff {
             let (served, failure) = self.decode(decode, &body, true).await;
             let Some(failure) = failure else {
                 if served.is_refusal() {
-                    self.release(&from, limit, &params);
+                    self.release(&from, limit, Some(&params), None);
                 }
-                return served;
+                return self.with_prompt_part(served).await;
             };
             // The parameters may have been used up: the prompt is computed again, once.
-            let again =
-                failure == Failure::Sent && self.may_retry(&mut Attempts::default(), "prefill");
-            self.release(&from, limit, &params);
+            let cause = Cause::of(&served, failure);
+            let again = failure == Failure::Sent
+                && self.may_retry(&mut Attempts::default(), "prefill", cause);
+            self.release(&from, limit, Some(&params), None);
             if !again {
                 return served;
             }
@@ -80,7 +83,7 @@ impl HandOff {
     }
 
     /// The decode instance chosen before prefill, or another when that one has left meanwhile.
-    async fn still_usable(&self, leg: Leg, prefill: &Instance) -> Result<Leg, Served> {
+    pub(super) async fn still_usable(&self, leg: Leg, prefill: &Instance) -> Result<Leg, Served> {
         let i = &leg.instance;
         let registered = self
             .app
@@ -103,7 +106,7 @@ impl HandOff {
     }
 
     /// The prefill leg with its retries: the parameters it gave, if any, and who computed it.
-    async fn prefill(
+    pub(super) async fn prefill(
         &mut self,
         mut leg: Leg,
         limit: &'static str,
@@ -114,6 +117,7 @@ impl HandOff {
             attempts.tried.push(instance.number);
             let kind = instance.link.read().kind;
             let mut edits = connector::prefill_edits(limit);
+            self.prompt_edits(kind, &mut edits);
             // Of an instance that is not known yet the reply tells: with parameters it is nixl, without store.
             let pins = kind != Some(ConnectorKind::Store);
             if pins {
@@ -121,10 +125,15 @@ impl HandOff {
                 edits.push(nixl::prefill_edit());
             }
             let body = self.splice(&edits);
-            let (last, _) = match self.prefill_once(leg, &body, pins, None).await {
+            let uncached = leg.tokens();
+            let (last, failure) = match self.prefill_once(leg, &body, pins, None).await {
                 Ok(reply) => {
+                    let reply = Bytes::from(reply);
                     let params = pins.then(|| nixl::params(&reply)).flatten();
-                    self.cached = usage::cached_tokens(&reply);
+                    self.told = self.prompt_part(&reply);
+                    let told = self.told_counts(&reply);
+                    self.cached = told.cached.map(Cached::Known);
+                    self.learn_if_wrong(&instance, uncached, told);
                     if kind.is_none() && !self.owner.is_gone() {
                         let found = if params.is_some() {
                             ConnectorKind::Nixl
@@ -140,7 +149,8 @@ impl HandOff {
                 Err(Tried::Final(served)) => return Err(served),
                 Err(Tried::Answer(answer)) => return Err(Served::Answer(answer)),
             };
-            if !self.may_retry(&mut attempts, "prefill") {
+            let cause = Cause::of(&last, failure);
+            if !self.may_retry(&mut attempts, "prefill", cause) {
                 return Err(last);
             }
             leg = match self

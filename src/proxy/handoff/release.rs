@@ -4,13 +4,15 @@
 //! that a worker could have refused, and is dropped at its first byte.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::time::timeout;
 
 use super::super::config::Role;
 use super::super::registry::Instance;
+use super::HandOff;
 use super::leg::Tried;
-use super::{HandOff, Route};
 
 /// Fields that decide what the prompt's tokens are.
 const KEPT: &[&str] = &[
@@ -28,11 +30,13 @@ const KEPT: &[&str] = &[
     "cache_salt",
     "mm_processor_kwargs",
 ];
+/// How long that may take.
+const RELEASE_MAX: Duration = Duration::from_secs(60);
 /// Decode instances that are asked to fetch.
 const TRIES: usize = 2;
 
 impl HandOff {
-    fn smallest_body(&self, limit: &str, params: &[u8]) -> Vec<u8> {
+    fn smallest_body(&self, limit: &str, params: Option<&Bytes>) -> Vec<u8> {
         let mut body = vec![b'{'];
         let mut field = |name: &str, value: &[u8]| {
             let comma = if body.len() > 1 { "," } else { "" };
@@ -47,42 +51,55 @@ impl HandOff {
             }
         }
         field(limit, b"1");
-        field("kv_transfer_params", params);
+        if let Some(params) = params {
+            field("kv_transfer_params", params);
+        }
         body.push(b'}');
         body
     }
 
-    /// Lets go of what `prefill` keeps, beside everything else. Counts as released or as orphaned.
-    pub(super) fn release(&self, prefill: &Arc<Instance>, limit: &'static str, params: &Bytes) {
+    /// Lets go of what `prefill` keeps, or of what it has sent to the decode instance `at`, beside everything else. Counts as
+    /// released or as orphaned.
+    pub(super) fn release(
+        &self,
+        prefill: &Arc<Instance>,
+        limit: &'static str,
+        params: Option<&Bytes>,
+        at: Option<&Arc<Instance>>,
+    ) {
         let body = Bytes::from(self.smallest_body(limit, params));
-        let other = Self {
-            app: self.app.clone(),
-            job: self.job.clone(),
-            owner: self.owner.clone(),
-            route: Route::default(),
-            cached: None,
-            place: None,
-        };
-        let prefill = prefill.clone();
-        tokio::spawn(async move {
-            let _busy = other.app.releasing();
+        let other = self.beside();
+        let (prefill, at) = (prefill.clone(), at.cloned());
+        let app = self.app.clone();
+        let fetching = async move {
             let metrics = &other.app.metrics;
             let mut tried = Vec::new();
             for _ in 0..TRIES {
                 // An instance that has refused the request may well take this one.
-                let Ok(Some(leg)) = other.pick(Role::Decode, &tried, Some(&prefill)).await else {
-                    break;
+                let found = match &at {
+                    Some(at) => other.app.registry.enter(at, Role::Decode, 0),
+                    None => {
+                        let picked = other.pick(Role::Decode, &tried, Some(&prefill)).await;
+                        picked.ok().flatten()
+                    }
                 };
+                let Some(leg) = found else { break };
                 tried.push(leg.instance.number);
                 let body = std::slice::from_ref(&body);
                 if let Tried::Answer(answer) = other.decode_once(leg, body).await
                     && answer.head.status < 300
                 {
                     metrics.released.add();
-                    return;
+                    return true;
                 }
             }
-            metrics.orphans.add();
+            false
+        };
+        tokio::spawn(async move {
+            let _busy = app.releasing();
+            if !timeout(RELEASE_MAX, fetching).await.unwrap_or(false) {
+                app.metrics.orphans.add();
+            }
         });
     }
 }

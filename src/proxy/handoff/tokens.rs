@@ -9,24 +9,46 @@ use tokio::time::timeout;
 use super::super::http::upstream::LegError;
 use super::super::kv::text::{self, Known};
 use super::super::registry::Instance;
-use super::super::splice;
-use super::{HandOff, Job};
+use super::super::usage::{self, Told};
+use super::super::{openai, splice};
+use super::HandOff;
 
 /// Bound of a question for tokens.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest body that is sent to `/tokenize`.
 const QUESTION_BYTES_MAX: usize = 1 << 20;
+/// A prompt of which this many tokens more or less were cached than thought, and an eighth of it, is worth a question.
+const WRONG_TOKENS_MIN: f64 = 320.0;
 /// Largest answer that is read.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 
-impl Job {
-    /// The prompt as it is written in the body.
-    pub(super) fn prompt(&self) -> &[u8] {
-        self.body.get(self.facts.prompt.clone()).unwrap_or_default()
-    }
-}
-
 impl HandOff {
+    /// Takes in what prefill's reply counts.
+    pub(super) fn told_counts(&self, reply: &[u8]) -> Told {
+        let told = usage::told(reply);
+        let prompt = self.prompt();
+        // A list of token ids says nothing about texts.
+        if !text::is_ids(prompt) {
+            self.app.bytes_per_token.learn(prompt.len(), told.prompt);
+        }
+        told
+    }
+
+    /// The prompt as it is written in the body; of several the one this is about.
+    pub(super) fn prompt(&self) -> &[u8] {
+        let job = &self.job;
+        let range = self.part.clone().unwrap_or(job.facts.prompt.clone());
+        job.body.get(range).unwrap_or_default()
+    }
+
+    /// Its length in tokens, estimated.
+    pub(super) fn tokens(&self) -> u64 {
+        match self.part {
+            Some(_) => openai::estimate(self.prompt(), true, self.app.bytes_per_token.get()),
+            None => self.job.facts.tokens,
+        }
+    }
+
     /// What is known of the prompt's tokens.
     pub(super) fn known(&self) -> Option<&Known> {
         if !self.app.wants_tokens() {
@@ -35,9 +57,9 @@ impl HandOff {
         let (kv, job) = (&self.app.kv, &self.job);
         let look = || {
             kv.texts
-                .known(&kv.index, job.prompt(), job.facts.seed, self.adapter())
+                .known(&kv.index, self.prompt(), job.facts.seed, self.adapter())
         };
-        job.known.get_or_init(look).as_ref()
+        self.known.get_or_init(look).as_ref()
     }
 
     /// The adapter a request names in the place of the model; its blocks are not the model's.
@@ -47,6 +69,25 @@ impl HandOff {
             return b"";
         }
         model.as_bytes()
+    }
+
+    /// Asks for the tokens of a text of which not as much was cached as thought (`uncached`: what was thought to be left to
+    /// compute). As long as that is right nobody needs to know its tokens.
+    pub(super) fn learn_if_wrong(&self, instance: &Arc<Instance>, uncached: u64, told: Told) {
+        if !self.app.wants_tokens() {
+            return;
+        }
+        let (Some(cached), Some(prompt)) = (told.cached, told.prompt) else {
+            return;
+        };
+        instance.tells_cached.store(true, Ordering::Relaxed);
+        let estimated = self.tokens().max(1) as f64;
+        let prompt = prompt as f64;
+        let thought = (1.0 - uncached as f64 / estimated) * prompt;
+        let error = (thought - cached as f64).abs();
+        if error > WRONG_TOKENS_MIN.max(prompt / 8.0) {
+            self.learn_tokens(instance);
+        }
     }
 
     /// Asks a worker for the tokens of a text that is new, for the next request that begins alike. Nobody waits for it,
@@ -61,7 +102,8 @@ impl HandOff {
             && app.kv.index.knows_sizes()
             && !instance.is_mute.load(Ordering::Relaxed)
             && job.body.len() <= QUESTION_BYTES_MAX
-            && app.kv.texts.wants(job.prompt(), self.known());
+            && self.part.is_none()
+            && app.kv.texts.wants(self.prompt(), self.known());
         if !is_asked || app.kv.questions.available_permits() == 0 {
             return;
         }
@@ -97,8 +139,10 @@ impl HandOff {
             };
             if let Some(tokens) = members.get(&answer, "tokens").and_then(text::ids) {
                 let kv = &app.kv;
+                let prompt = job.body.get(job.facts.prompt.clone());
+                let prompt = prompt.unwrap_or_default();
                 kv.texts
-                    .learn(&kv.index, job.prompt(), job.facts.seed, &adapter, &tokens);
+                    .learn(&kv.index, prompt, job.facts.seed, &adapter, &tokens);
                 app.metrics.tokenized.add();
             }
         });

@@ -4,21 +4,21 @@
 //! has gone: nobody will read the answer, so the workers should stop. Knows no worker.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::time::timeout;
 
+use super::bodies::{Bodies, LONG_BYTES, LONG_BYTES_MAX};
 use super::chunked::BodyScanner;
 use super::head::{self, HeadError, RequestHead};
 
 /// Most bytes a client may send ahead while its request is under way.
 const AHEAD_BYTES_MAX: usize = 64 << 10;
-/// Bodies up to this get their memory at once.
-const AT_ONCE_BYTES: usize = 1 << 20;
 /// How long a refused client may take to read why.
 const LINGER: Duration = Duration::from_millis(500);
 
@@ -55,15 +55,17 @@ pub(crate) struct Downstream {
     stream: TcpStream,
     inbox: BytesMut,
     limits: ClientLimits,
+    bodies: Arc<Bodies>,
 }
 
 impl Downstream {
-    pub(crate) fn new(stream: TcpStream, limits: ClientLimits) -> Self {
+    pub(crate) fn new(stream: TcpStream, limits: ClientLimits, bodies: Arc<Bodies>) -> Self {
         let _ = stream.set_nodelay(true);
         Self {
             stream,
             inbox: BytesMut::new(),
             limits,
+            bodies,
         }
     }
 
@@ -124,6 +126,9 @@ impl Downstream {
                     return Err(ReceiveError::TooLarge);
                 }
                 self.allow(head.expects_continue).await?;
+                if (LONG_BYTES..=LONG_BYTES_MAX).contains(&wanted) {
+                    return self.long(wanted).await;
+                }
                 self.fill(wanted).await?;
                 Ok(self.inbox.split_to(wanted).freeze())
             }
@@ -143,11 +148,31 @@ impl Downstream {
         Ok(())
     }
 
+    /// A long body, into memory that may have served before: what has come of it with the head is copied, the rest is not.
+    async fn long(&mut self, wanted: usize) -> Result<Bytes, ReceiveError> {
+        let mut body = self.bodies.take(wanted);
+        let here = self.inbox.len().min(wanted);
+        body.extend_from_slice(&self.inbox.split_to(here));
+        while body.len() < wanted {
+            let missing = wanted - body.len();
+            let mut room = (&mut body).limit(missing);
+            let read = timeout(self.limits.stall, self.stream.read_buf(&mut room))
+                .await
+                .map_err(|_| ReceiveError::Slow)?;
+            if !matches!(read, Ok(n) if n > 0) {
+                return Err(ReceiveError::Gone);
+            }
+        }
+        let whole = body.split_to(wanted).freeze();
+        self.bodies.give(body);
+        Ok(whole)
+    }
+
     async fn fill(&mut self, wanted: usize) -> Result<(), ReceiveError> {
         // Room for all of it at once where that is little: untouched memory costs nothing, and nothing is copied again. Beyond
         // that it grows with what has come, not with what was announced.
         self.inbox
-            .reserve(wanted.saturating_sub(self.inbox.len()).min(AT_ONCE_BYTES));
+            .reserve(wanted.saturating_sub(self.inbox.len()).min(LONG_BYTES_MAX));
         while self.inbox.len() < wanted {
             let missing = wanted - self.inbox.len();
             self.inbox

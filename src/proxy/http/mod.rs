@@ -4,6 +4,7 @@
 //! body is relayed as the bytes that came, chunk framing included; a stock client and server would take every chunk
 //! apart and put it together again through two tasks and a channel. Knows nothing of OpenAI, roles or policies.
 
+pub(crate) mod bodies;
 pub(crate) mod chunked;
 pub(crate) mod downstream;
 pub(crate) mod head;

@@ -89,6 +89,15 @@ impl ConnPool {
         }
     }
 
+    /// Closes what has been idle for too long to be used again.
+    pub(crate) fn prune(&self) {
+        let old = |(since, _): &(Instant, UpstreamConn)| since.elapsed() > IDLE_AGE_MAX;
+        // Given back one after the other: the oldest come first.
+        let mut idle = self.idle.lock();
+        let count = idle.iter().take_while(|c| old(c)).count();
+        idle.drain(..count);
+    }
+
     /// Closes all idle connections: the worker restarted or leaves.
     pub(crate) fn clear(&self) {
         self.idle.lock().clear();
@@ -219,7 +228,7 @@ impl UpstreamConn {
         }
     }
 
-    /// Reads a body to its end. Cancel-safe when called again with the same arguments.
+    /// Reads a body to its end, keeping its first `kept_max` bytes. Cancel-safe when called again with the same arguments.
     pub(crate) async fn read_body(
         &mut self,
         body: &mut BodyScanner,
@@ -232,9 +241,8 @@ impl UpstreamConn {
         loop {
             let progress = body
                 .advance(&self.inbox, |data| {
-                    if kept.len() + data.len() <= kept_max {
-                        kept.extend_from_slice(data);
-                    }
+                    let room = kept_max.saturating_sub(kept.len());
+                    kept.extend_from_slice(&data[..data.len().min(room)]);
                 })
                 .map_err(|_| LegError::Malformed)?;
             let _ = self.inbox.split_to(progress.consumed);

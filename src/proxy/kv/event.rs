@@ -121,12 +121,26 @@ impl Fields {
                     self.name = name.to_vec();
                 }
             }
-            b"block_hashes" => {
+            // The names of the standard that came later.
+            b"event_type" => {
+                if let Value::Bytes(name) = reader.next()? {
+                    let name: &[u8] = match name {
+                        b"stored" => b"BlockStored",
+                        b"removed" => b"BlockRemoved",
+                        b"cleared" => b"AllBlocksCleared",
+                        other => other,
+                    };
+                    self.name = name.to_vec();
+                }
+            }
+            // Under either name, and some write both.
+            b"block_hashes" | b"seq_hashes" => {
+                stored.hashes.clear();
                 for _ in 0..count(reader)? {
                     stored.hashes.extend(hash_of(reader.next()?)?);
                 }
             }
-            b"parent_block_hash" => stored.parent = hash_of(reader.next()?)?,
+            b"parent_block_hash" | b"parent_hash" => stored.parent = hash_of(reader.next()?)?,
             b"token_ids" => {
                 for _ in 0..count(reader)? {
                     match reader.next()? {
@@ -326,6 +340,32 @@ mod tests {
             let events = batch(&form).unwrap().events;
             assert_eq!(events, std::slice::from_ref(&wanted), "{form:?}");
         }
+    }
+
+    #[test]
+    fn the_names_of_the_standard() {
+        let mut map = vec![0x86];
+        for (name, value) in [
+            ("event_type", &b"\xa6stored"[..]),
+            ("seq_hashes", &[0x92, 9, 8]),
+            ("block_hashes", &[0x92, 9, 8]),
+            ("parent_hash", &[7]),
+            ("medium", b"\xa4disk"),
+            ("base_block_idx", &[0xc0]),
+        ] {
+            text(&mut map, name);
+            map.extend_from_slice(value);
+        }
+        let events = batch(&[&[0x93, 1, 0x91], &map[..], &[0xc0]].concat())
+            .unwrap()
+            .events;
+        let wanted = Stored {
+            hashes: vec![9, 8],
+            parent: Some(7),
+            tier: Some(Tier::Disk),
+            ..Stored::default()
+        };
+        assert_eq!(events, [Event::Stored(wanted)]);
     }
 
     #[test]

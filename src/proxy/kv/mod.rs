@@ -1,16 +1,19 @@
 //! What is known of instances' KV caches: who holds which beginning of a prompt.
 //!
-//! Rooms: `zmtp`, `msgpack` and `event` how engines tell it; `source` following one of them; `master` following our master; `index` the table; `text` from
+//! Rooms: `zmtp`, `msgpack` and `event` how engines tell it; `source` following one of them; `conductor` and `blocks` publishers
+//! that others register and ask about; `master` following our master; `index` the table; `text` from
 //! a prompt's text to its tokens. Owns the sources' bounds. Refuses to choose an instance (`policy`).
 
+mod blocks;
+pub(crate) mod conductor;
 pub(crate) mod event;
 mod generations;
 pub(crate) mod index;
 pub(crate) mod master;
-mod msgpack;
+pub(crate) mod msgpack;
 pub(crate) mod source;
 pub(crate) mod text;
-mod zmtp;
+pub(crate) mod zmtp;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,6 +23,7 @@ use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::sync::Semaphore;
 
+use conductor::Conductor;
 use index::KvIndex;
 use text::Texts;
 
@@ -36,6 +40,7 @@ pub(crate) struct Kv {
     pub(crate) index: KvIndex,
     pub(crate) texts: Texts,
     pub(crate) questions: Semaphore,
+    pub(crate) conductor: Conductor,
     /// Instances tell what comes into the pool.
     instances_tell: AtomicBool,
     /// The master does.
@@ -48,6 +53,7 @@ impl Default for Kv {
             index: KvIndex::default(),
             texts: Texts::default(),
             questions: Semaphore::new(QUESTIONS_MAX),
+            conductor: Conductor::default(),
             instances_tell: AtomicBool::new(false),
             master_tells: AtomicBool::new(false),
         }

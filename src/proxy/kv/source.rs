@@ -1,7 +1,7 @@
-//! Follows what one instance says about its KV cache, and never believes more than it has heard without a gap.
+//! Follows what one publisher says about its KV cache, and never believes more than it has heard without a gap.
 //!
-//! Messages are numbered. What is missing is fetched from the replay endpoint where there is one; else everything the
-//! instance was thought to hold is forgotten. After a reconnect the last message is asked for again: if it is not the same
+//! Messages are numbered. What is missing is fetched from the replay endpoint where there is one; else everything it
+//! was thought to hold is forgotten. After a reconnect the last message is asked for again: if it is not the same
 //! any more, the publisher has restarted. Owns that and the connections; knows no policy.
 
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use super::super::App;
 use super::super::config::EventsAddress;
 use super::super::registry::Instance;
+use super::Feed;
 use super::event::{self, Event, Tier};
 use super::zmtp::{Kind, Message, Socket, ZmtpError};
 
@@ -26,9 +27,62 @@ const REPLAY_END: u64 = u64::MAX;
 /// A message's number and a hash of it.
 type Mark = (u64, u64);
 
+/// Who is told what a publisher says.
+pub(crate) trait Listener: Send + Sync + 'static {
+    /// For people.
+    fn name(&self) -> &str;
+    /// How it is coming along.
+    fn feed(&self) -> &Feed;
+    /// Whether it still wants to hear.
+    fn is_wanted(&self) -> bool;
+    /// Events in their order, without a gap.
+    fn take(&self, events: &[Event]);
+    /// Everything that was told is gone, or not sure any more.
+    fn forget(&self);
+}
+
+/// An instance of this proxy: what it tells goes into the index.
+pub(crate) struct Told {
+    pub(crate) app: Arc<App>,
+    pub(crate) instance: Arc<Instance>,
+}
+
+impl Listener for Told {
+    fn name(&self) -> &str {
+        &self.instance.name
+    }
+
+    fn feed(&self) -> &Feed {
+        &self.instance.feed
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.app.has(&self.instance)
+    }
+
+    fn take(&self, events: &[Event]) {
+        let kv = &self.app.kv;
+        for event in events {
+            if let Event::Stored(stored) = event {
+                if stored.tier == Some(Tier::Store) {
+                    kv.set_pool();
+                } else if !stored.tokens.is_empty() {
+                    self.instance.feed.note(&stored.hashes);
+                }
+            }
+            kv.index.apply(self.instance.number, event);
+        }
+        // Whoever waits for a block looks again.
+        kv.index.pooled.notify_waiters();
+    }
+
+    fn forget(&self) {
+        self.app.kv.index.forget(self.instance.number);
+    }
+}
+
 struct Source {
-    app: Arc<App>,
-    instance: Arc<Instance>,
+    listener: Arc<dyn Listener>,
     address: EventsAddress,
     /// The last message that was taken in.
     last: Option<Mark>,
@@ -37,11 +91,10 @@ struct Source {
     is_current: bool,
 }
 
-/// Follows an instance until it is removed or the proxy stops.
-pub(crate) async fn watch(app: Arc<App>, instance: Arc<Instance>, address: EventsAddress) {
+/// Follows a publisher until nobody wants to hear of it or the proxy stops.
+pub(crate) async fn watch(app: Arc<App>, listener: Arc<dyn Listener>, address: EventsAddress) {
     let mut source = Source {
-        app: app.clone(),
-        instance: instance.clone(),
+        listener: listener.clone(),
         address,
         last: None,
         publisher: None,
@@ -51,29 +104,29 @@ pub(crate) async fn watch(app: Arc<App>, instance: Arc<Instance>, address: Event
     loop {
         let error = tokio::select! {
             error = source.follow() => error,
-            () = gone(&app, &instance) => break,
+            () = gone(&app, listener.as_ref()) => break,
         };
-        if instance.feed.is_live() {
+        if listener.feed().is_live() {
             pause = PAUSE.0;
         }
-        instance.feed.set_live(false);
+        listener.feed().set_live(false);
         if source.address.replay.is_none() {
             source.forget();
         }
-        tracing::info!(instance = %instance.name, events = %source.address, %error, "its KV events are not heard; trying again");
+        tracing::info!(instance = %listener.name(), events = %source.address, %error, "its KV events are not heard; trying again");
         let jitter = pause.mul_f64(0.2 * rand::random::<f64>());
         tokio::select! {
             () = tokio::time::sleep(pause + jitter) => {}
-            () = gone(&app, &instance) => break,
+            () = gone(&app, listener.as_ref()) => break,
         }
         pause = (pause * 2).min(PAUSE.1);
     }
-    instance.feed.set_live(false);
-    app.kv.index.forget(instance.number);
+    listener.feed().set_live(false);
+    listener.forget();
 }
 
-async fn gone(app: &App, instance: &Arc<Instance>) {
-    while app.has(instance) {
+async fn gone(app: &App, listener: &dyn Listener) {
+    while listener.is_wanted() {
         tokio::select! {
             () = tokio::time::sleep(Duration::from_millis(500)) => {}
             () = app.stopping() => return,
@@ -115,8 +168,8 @@ impl Source {
         } else {
             self.forget();
         }
-        self.instance.feed.set_live(true);
-        tracing::info!(instance = %self.instance.name, events = %self.address, "following its KV events");
+        self.listener.feed().set_live(true);
+        tracing::info!(instance = %self.listener.name(), events = %self.address, "following its KV events");
         loop {
             let message = socket.receive().await?;
             self.take(&message).await?;
@@ -130,7 +183,7 @@ impl Source {
             return Ok(());
         };
         if number > last + 1 {
-            self.instance.feed.gaps.fetch_add(1, Ordering::Relaxed);
+            self.listener.feed().gaps.fetch_add(1, Ordering::Relaxed);
             if self.address.replay.is_some() {
                 self.catch_up().await?;
             } else {
@@ -198,11 +251,11 @@ impl Source {
     fn forget(&mut self) {
         self.last = None;
         self.publisher = None;
-        self.app.kv.index.forget(self.instance.number);
+        self.listener.forget();
     }
 
     fn apply(&mut self, number: u64, payload: &[u8]) {
-        let feed = &self.instance.feed;
+        let feed = self.listener.feed();
         let Ok(batch) = event::batch(payload) else {
             // What it said is not known, so nothing is sure any more.
             feed.gaps.fetch_add(1, Ordering::Relaxed);
@@ -217,20 +270,9 @@ impl Source {
             self.publisher = batch.publisher;
         }
         self.last = Some(mark(number, payload));
-        let feed = &self.instance.feed;
-        feed.events
-            .fetch_add(batch.events.len() as u64, Ordering::Relaxed);
-        for event in &batch.events {
-            if let Event::Stored(stored) = event {
-                if stored.tier == Some(Tier::Store) {
-                    self.app.kv.set_pool();
-                } else if !stored.tokens.is_empty() {
-                    feed.note(&stored.hashes);
-                }
-            }
-            self.app.kv.index.apply(self.instance.number, event);
-        }
-        // Whoever waits for a block looks again.
-        self.app.kv.index.pooled.notify_waiters();
+        let heard = batch.events.len() as u64;
+        let feed = self.listener.feed();
+        feed.events.fetch_add(heard, Ordering::Relaxed);
+        self.listener.take(&batch.events);
     }
 }

@@ -56,6 +56,12 @@ impl Default for Texts {
     }
 }
 
+/// Whether a prompt is a list of token ids, by its beginning.
+pub(crate) fn is_ids(prompt: &[u8]) -> bool {
+    let inner = prompt.strip_prefix(b"[").unwrap_or_default();
+    matches!(inner.trim_ascii_start().first(), Some(b'0'..=b'9'))
+}
+
 /// Token ids as they are written in a body: `[1, 2, 3]`.
 pub(crate) fn ids(prompt: &[u8]) -> Option<Vec<u32>> {
     let inner = prompt.strip_prefix(b"[")?.strip_suffix(b"]")?;

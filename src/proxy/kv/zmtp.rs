@@ -42,6 +42,7 @@ pub(crate) enum ZmtpError {
 pub(crate) enum Kind {
     Sub,
     Dealer,
+    Router,
 }
 
 impl Kind {
@@ -49,6 +50,7 @@ impl Kind {
         match self {
             Self::Sub => "SUB",
             Self::Dealer => "DEALER",
+            Self::Router => "ROUTER",
         }
     }
 }
@@ -64,6 +66,40 @@ pub(crate) struct Socket {
     /// Frames of a message that is not complete yet.
     frames: Message,
     bytes: usize,
+    bytes_max: usize,
+}
+
+/// A whole frame of at most `bytes_max` from what has come, taken off it.
+pub(crate) fn next_frame(
+    inbox: &mut BytesMut,
+    bytes_max: usize,
+) -> Result<Option<(u8, Bytes)>, ZmtpError> {
+    let Some(&flags) = inbox.first() else {
+        return Ok(None);
+    };
+    if flags & !FLAGS != 0 {
+        return Err(ZmtpError::Malformed);
+    }
+    let (head, length) = if flags & LONG == 0 {
+        let Some(&length) = inbox.get(1) else {
+            return Ok(None);
+        };
+        (2, usize::from(length))
+    } else {
+        let Some(length) = inbox.get(1..9).and_then(|l| l.try_into().ok()) else {
+            return Ok(None);
+        };
+        let length = usize::try_from(u64::from_be_bytes(length));
+        (9, length.map_err(|_| ZmtpError::Malformed)?)
+    };
+    if length > bytes_max {
+        return Err(ZmtpError::Malformed);
+    }
+    if inbox.len() < head + length {
+        return Ok(None);
+    }
+    inbox.advance(head);
+    Ok(Some((flags, inbox.split_to(length).freeze())))
 }
 
 impl Socket {
@@ -81,18 +117,33 @@ impl Socket {
                 .with_interval(Duration::from_secs(5))
                 .with_retries(3);
             let _ = socket2::SockRef::from(&stream).set_tcp_keepalive(&alive);
-            let mut socket = Self {
-                stream,
-                inbox: BytesMut::new(),
-                frames: Message::new(),
-                bytes: 0,
-            };
-            socket.shake_hands(kind).await?;
-            Ok(socket)
+            Self::open(stream, kind, MESSAGE_BYTES_MAX).await
         };
         timeout(OPEN_TIMEOUT, opening)
             .await
             .unwrap_or(Err(ZmtpError::Timeout))
+    }
+
+    /// Shakes hands with a peer that has connected; its messages may have `bytes_max`.
+    ///
+    /// # Errors
+    /// See [`ZmtpError`]; at the latest after 3 s.
+    pub(crate) async fn accept(stream: TcpStream, bytes_max: usize) -> Result<Self, ZmtpError> {
+        timeout(OPEN_TIMEOUT, Self::open(stream, Kind::Router, bytes_max))
+            .await
+            .unwrap_or(Err(ZmtpError::Timeout))
+    }
+
+    async fn open(stream: TcpStream, kind: Kind, bytes_max: usize) -> Result<Self, ZmtpError> {
+        let mut socket = Self {
+            stream,
+            inbox: BytesMut::new(),
+            frames: Message::new(),
+            bytes: 0,
+            bytes_max,
+        };
+        socket.shake_hands(kind).await?;
+        Ok(socket)
     }
 
     async fn shake_hands(&mut self, kind: Kind) -> Result<(), ZmtpError> {
@@ -105,7 +156,7 @@ impl Socket {
         wire::check_greeting(&theirs)?;
         self.stream.write_all(&wire::ready(kind.name())).await?;
         loop {
-            if let Some((flags, body)) = self.next_frame()? {
+            if let Some((flags, body)) = next_frame(&mut self.inbox, self.bytes_max)? {
                 return if flags & COMMAND != 0 && body.starts_with(b"\x05READY") {
                     Ok(())
                 } else {
@@ -122,36 +173,6 @@ impl Socket {
             0 => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
             _ => Ok(()),
         }
-    }
-
-    /// A whole frame from what has come.
-    fn next_frame(&mut self) -> Result<Option<(u8, Bytes)>, ZmtpError> {
-        let Some(&flags) = self.inbox.first() else {
-            return Ok(None);
-        };
-        if flags & !FLAGS != 0 {
-            return Err(ZmtpError::Malformed);
-        }
-        let (head, length) = if flags & LONG == 0 {
-            let Some(&length) = self.inbox.get(1) else {
-                return Ok(None);
-            };
-            (2, usize::from(length))
-        } else {
-            let Some(length) = self.inbox.get(1..9).and_then(|l| l.try_into().ok()) else {
-                return Ok(None);
-            };
-            let length = usize::try_from(u64::from_be_bytes(length));
-            (9, length.map_err(|_| ZmtpError::Malformed)?)
-        };
-        if length > MESSAGE_BYTES_MAX {
-            return Err(ZmtpError::Malformed);
-        }
-        if self.inbox.len() < head + length {
-            return Ok(None);
-        }
-        self.inbox.advance(head);
-        Ok(Some((flags, self.inbox.split_to(length).freeze())))
     }
 
     /// Subscribes to messages whose first frame begins with `topic`.
@@ -183,14 +204,14 @@ impl Socket {
     /// When the connection is broken or a message is malformed.
     pub(crate) async fn receive(&mut self) -> Result<Message, ZmtpError> {
         loop {
-            while let Some((flags, body)) = self.next_frame()? {
+            while let Some((flags, body)) = next_frame(&mut self.inbox, self.bytes_max)? {
                 if flags & COMMAND != 0 {
                     self.command(&body).await?;
                     continue;
                 }
                 self.bytes += body.len();
                 self.frames.push(body);
-                if self.frames.len() > FRAMES_MAX || self.bytes > MESSAGE_BYTES_MAX {
+                if self.frames.len() > FRAMES_MAX || self.bytes > self.bytes_max {
                     return Err(ZmtpError::Malformed);
                 }
                 if flags & MORE == 0 {

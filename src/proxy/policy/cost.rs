@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::super::registry::Instance;
-use super::prefix::{PrefixIndex, pending};
+use super::prefix::cost;
+use super::prefix_index::PrefixIndex;
 use super::{Ask, Policy, least};
 
 /// One request in so many goes to the next in turn.
@@ -35,17 +36,20 @@ impl Policy for Cost {
         }
         let costs = candidates.iter().zip(&matched).map(|(c, m)| {
             let rate = c.rate.load(Ordering::Relaxed) as f64;
-            pending(ask, c, *m) / if rate > 0.0 { rate } else { mean }
+            cost(ask, c, ask.tokens_of(*m)) / if rate > 0.0 { rate } else { mean }
         });
         least(turn, costs)
     }
 
     fn routed(&self, ask: &Ask<'_>, instance: &Instance) {
-        self.index.insert(ask.prompt, instance.number);
+        self.index.insert(ask, instance);
     }
 
     fn cached_tokens(&self, ask: &Ask<'_>, instance: &Arc<Instance>) -> u64 {
-        self.index.cached_tokens(ask.prompt, instance.number)
+        let matched = self
+            .index
+            .matched(ask.prompt, std::slice::from_ref(instance));
+        ask.tokens_of(matched[0]) as u64
     }
 
     fn forget(&self, number: u64) {

@@ -2,7 +2,8 @@
 //! they have to do.
 //!
 //! The prompt's own tokens decide where they are known. What was routed a moment ago and is not in the events yet counts
-//! as cached for a short time; of instances without events it counts as with `prefix`.
+//! as cached for a short time. Of instances without events, and of texts whose tokens are not known, what was routed counts
+//! as with `prefix`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,11 +13,15 @@ use smallvec::SmallVec;
 
 use super::super::kv::Kv as Knowledge;
 use super::super::registry::Instance;
-use super::prefix::{PrefixIndex, queued};
+use super::prefix::cost;
+use super::prefix_index::PrefixIndex;
 use super::{Ask, Policy, least};
 
 /// How long a routed prompt counts as cached without an event that says so.
-const SPECULATION: Duration = Duration::from_secs(20);
+const SPECULATION: Duration = Duration::from_secs(4);
+
+/// What a hit on the slowest tier is worth.
+const WORTH_MIN: f64 = 0.3;
 
 pub(super) struct Kv {
     knowledge: Arc<Knowledge>,
@@ -37,7 +42,6 @@ impl Kv {
 
     /// Tokens, as the ask counts them, that each instance need not compute.
     fn saved(&self, ask: &Ask<'_>, instances: &[Arc<Instance>]) -> SmallVec<[f64; 8]> {
-        let per_byte = ask.tokens as f64 / ask.prompt.len().max(1) as f64;
         let by_event = match ask.known {
             Some(known) => {
                 let numbers: SmallVec<[u64; 8]> = instances.iter().map(|i| i.number).collect();
@@ -46,24 +50,26 @@ impl Kv {
                     .knowledge
                     .index
                     .saved(&known.chain, known.tokens, &numbers);
-                saved.iter_mut().for_each(|s| *s *= bytes * per_byte);
+                saved
+                    .iter_mut()
+                    .for_each(|s| *s *= bytes * ask.tokens_per_byte());
                 saved
             }
             None => SmallVec::from_elem(0.0, instances.len()),
         };
         let recent = self.recent.matched(ask.prompt, instances);
         let routed = self.routed.matched(ask.prompt, instances);
+        let known = ask.known.map_or(0, |k| k.bytes);
         let bytes = instances.iter().zip(recent.iter().zip(&routed));
         by_event
             .iter()
             .zip(bytes)
             .map(|(saved, (instance, (recent, routed)))| {
-                let bytes = if instance.feed.is_live() {
-                    recent
-                } else {
-                    routed
-                };
-                saved.max(*bytes as f64 * per_byte)
+                // Events have the last word on what they can be asked about; without its beginning the rest is worth nothing.
+                let is_lost = *saved < WORTH_MIN * ask.tokens_of(known);
+                let is_told = instance.feed.is_live() && (known >= *routed || is_lost);
+                let bytes = if is_told { recent } else { routed };
+                saved.max(ask.tokens_of(*bytes))
             })
             .collect()
     }
@@ -73,18 +79,17 @@ impl Policy for Kv {
     fn choose(&self, ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> usize {
         let saved = self.saved(ask, candidates);
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let costs = candidates.iter().zip(&saved).map(|(c, saved)| {
-            let uncached = (ask.tokens as f64 - saved).max(0.0);
-            (queued(ask, c) + uncached) / c.weight
-        });
-        least(turn, costs)
+        let costs = candidates.iter().zip(&saved);
+        least(
+            turn,
+            costs.map(|(c, saved)| cost(ask, c, *saved) / c.weight),
+        )
     }
 
     fn routed(&self, ask: &Ask<'_>, instance: &Instance) {
+        self.routed.insert(ask, instance);
         if instance.feed.is_live() {
-            self.recent.insert(ask.prompt, instance.number);
-        } else {
-            self.routed.insert(ask.prompt, instance.number);
+            self.recent.insert(ask, instance);
         }
     }
 

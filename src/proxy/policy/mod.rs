@@ -7,8 +7,11 @@
 mod cost;
 mod kv;
 mod least_loaded;
+#[cfg(test)]
+mod load_test;
 mod p2c;
 mod prefix;
+mod prefix_index;
 mod random;
 mod round_robin;
 mod session;
@@ -34,6 +37,18 @@ pub(crate) struct Ask<'a> {
     pub(crate) session: Option<u64>,
     /// The prompt's tokens, where they are known.
     pub(crate) known: Option<&'a Known>,
+}
+
+impl Ask<'_> {
+    /// Tokens per byte of the prompt, by the estimate of its tokens.
+    fn tokens_per_byte(&self) -> f64 {
+        self.tokens as f64 / self.prompt.len().max(1) as f64
+    }
+
+    /// Tokens of that many bytes of the prompt.
+    fn tokens_of(&self, bytes: usize) -> f64 {
+        bytes as f64 * self.tokens_per_byte()
+    }
 }
 
 /// Chooses among candidates.

@@ -28,11 +28,6 @@ use crate::store::wire::{self, NodeNotify, node_notify, operation, reply};
 const BEGIN_PATIENCE: Duration = Duration::from_secs(1);
 const END_PATIENCE: Duration = Duration::from_millis(200);
 
-/// After copying this much the master has had the time to answer.
-const SPIN_AFTER_BYTES: u64 = 256 << 10;
-/// For so long an answer that holds up copying is looked for without sleeping.
-const SPIN: Duration = Duration::from_micros(50);
-
 impl PoolClient {
     pub(super) fn put_by_arena(
         &self,
@@ -73,13 +68,6 @@ impl PoolClient {
             }
         };
         let written = self.write_placed(writings, &placed, options, deadline);
-        let copied = placed.iter().filter_map(|i| {
-            let w = &writings[*i];
-            w.place.as_ref()?.table.as_ref().map(|_| w.size)
-        });
-        if copied.sum::<u64>() >= SPIN_AFTER_BYTES {
-            sent.spin(SPIN);
-        }
         let received = self.control.receive(sent);
         if received.is_err() {
             self.arenas.ended(ended);
@@ -284,10 +272,7 @@ impl PoolClient {
         let mut operations: Vec<wire::Operation> = ended.iter().map(close).collect();
         operations.push(open.into());
         let sent = self.control.send(operations, deadline);
-        let replies = sent.and_then(|sent| {
-            sent.spin(SPIN);
-            Ok(self.control.receive(sent)?.replies)
-        });
+        let replies = sent.and_then(|sent| Ok(self.control.receive(sent)?.replies));
         if replies.is_err() {
             self.arenas.ended(ended);
         }

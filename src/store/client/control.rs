@@ -69,15 +69,6 @@ pub(crate) struct Sent {
     deadline: Instant,
 }
 
-impl Sent {
-    /// Waits for the replies without sleeping, briefly: for when they are due. Not for a master across a network.
-    pub(crate) fn spin(&self, most: Duration) {
-        if self.lane.is_local() {
-            self.lane.spin(most);
-        }
-    }
-}
-
 impl ControlLink {
     pub(crate) fn new(
         master: &str,

@@ -502,11 +502,10 @@ impl PoolClient {
     /// # Errors
     /// `NotFound`, and whatever keeps it from being located.
     pub fn reader(&self, key: &[u8]) -> Result<ObjectReader<'_>, StoreError> {
-        let deadline = self.deadline();
-        let location = self
-            .locate(&[key], deadline)?
-            .pop()
-            .unwrap_or(Err(StoreError::NotFound))?;
+        let mut span = Span::begin("open", Kind::Client);
+        let located = self.locate(&[key], self.deadline());
+        let location = located.and_then(|mut all| all.pop().unwrap_or(Err(StoreError::NotFound)));
+        let location = location.inspect_err(|error| span.fail(error))?;
         Ok(ObjectReader {
             client: self,
             location,

@@ -33,6 +33,7 @@ use crate::base::trust::{ClusterKeys, Token};
 use crate::engine::batch::Peer;
 use crate::engine::host::SegmentHost;
 use crate::engine::transport::TransportKind;
+use crate::engine::transport::rdma::Fabric;
 use crate::engine::{EngineConfig, TransferEngine};
 use crate::store::model::error::StoreError;
 use crate::store::wire::{self, operation, reply};
@@ -53,6 +54,8 @@ pub struct ClientConfig {
     pub tenant: String,
     /// Transports that may be used.
     pub transports: Vec<TransportKind>,
+    /// RDMA devices; without, RDMA is left out.
+    pub fabric: Option<Arc<Fabric>>,
     /// Bound of one operation, waits included.
     pub timeout: Duration,
     /// Bound of one attempt with one replica.
@@ -81,8 +84,10 @@ impl ClientConfig {
             transports: vec![
                 TransportKind::Loopback,
                 TransportKind::Shm,
+                TransportKind::Rdma,
                 TransportKind::Tcp,
             ],
+            fabric: None,
             timeout: Duration::from_secs(10),
             transfer_timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(1),
@@ -130,6 +135,7 @@ impl PoolClient {
         let keys = ClusterKeys::derive(config.token.as_ref());
         let mut engine = EngineConfig::new(me, keys.clone());
         engine.transports.clone_from(&config.transports);
+        engine.fabric.clone_from(&config.fabric);
         engine.connect_timeout = config.connect_timeout;
         let control = ControlLink::new(
             &config.master,
@@ -149,6 +155,21 @@ impl PoolClient {
             host_id: host_id(),
             config,
         })
+    }
+
+    /// Makes memory known that many puts and gets will name, so that a NIC can reach it without being told each time.
+    /// Without RDMA it does nothing.
+    ///
+    /// # Safety
+    /// The range stays mapped until [`PoolClient::unregister`].
+    pub unsafe fn register(&self, base: *mut u8, length: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.engine.register(base, length) };
+    }
+
+    /// Takes [`PoolClient::register`] back.
+    pub fn unregister(&self, base: *mut u8) {
+        self.engine.unregister(base);
     }
 
     /// Lets the client reach a node of this process without leaving it.
@@ -180,7 +201,7 @@ impl PoolClient {
             .config
             .transports
             .iter()
-            .any(|t| *t != TransportKind::Tcp);
+            .any(|t| !matches!(t, TransportKind::Tcp | TransportKind::Rdma));
         if near && reply.host_id == self.host_id && !reply.control_socket.is_empty() {
             self.control.prefer_local(&reply.control_socket, deadline);
         }

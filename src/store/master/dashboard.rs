@@ -1,8 +1,8 @@
 //! The page at `/` and the stream that feeds it.
 //!
 //! Owns what leaves for a browser: the page with its policy, one JSON frame a second, the number of viewers. The page asks
-//! `/dashboard/live`, `/metrics` and `/events`, and nothing of other hosts. A walk over the index is done at most every few
-//! seconds, however many look.
+//! `/dashboard/live`, `/metrics` and `/events`, and nothing of other hosts. What it shows of the whole index
+//! comes from `survey`.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -13,7 +13,6 @@ use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -24,12 +23,6 @@ use crate::base::id::random_bytes;
 
 /// Time between frames.
 const FRAME: Duration = Duration::from_secs(1);
-/// Age up to which the result of a walk is shown again.
-const WALK_AGE: Duration = Duration::from_secs(4);
-/// Objects of one walk; what is larger is told from this many.
-const WALK_MAX: usize = 200_000;
-/// Parts of a segment's map.
-const CELLS: usize = 96;
 /// Tenants and prefixes shown.
 const TOP: usize = 12;
 /// Segments of one frame.
@@ -45,7 +38,6 @@ const PAGE: &str = include_str!("dashboard.html");
 #[derive(Default)]
 pub(crate) struct Dashboard {
     viewers: AtomicUsize,
-    walked: Mutex<Option<(Instant, Arc<survey::Survey>)>>,
 }
 
 /// The page. Nothing but its own inline script and style may run, and it may talk to its own server only.
@@ -117,20 +109,6 @@ pub(crate) async fn live(State(master): State<Arc<Master>>) -> Response {
     (headers, Body::from_stream(ReceiverStream::new(receiver))).into_response()
 }
 
-fn walked(master: &Master) -> Arc<survey::Survey> {
-    // Held during the walk: others wait for its result instead of walking as well.
-    let mut walked = master.dashboard.walked.lock();
-    if let Some((at, reply)) = &*walked
-        && at.elapsed() < WALK_AGE
-    {
-        return reply.clone();
-    }
-    let reply = survey::survey(master, CELLS, TOP, WALK_MAX, Millis::now());
-    let reply = Arc::new(reply);
-    *walked = Some((Instant::now(), reply.clone()));
-    reply
-}
-
 /// One frame as an event.
 fn frame(master: &Master) -> String {
     format!("data: {}\n\n", picture(master))
@@ -138,7 +116,7 @@ fn frame(master: &Master) -> String {
 
 fn picture(master: &Master) -> Value {
     let o = master.overview_values();
-    let survey = walked(master);
+    let (survey, _) = master.surveyor.recent(master);
     let now = Millis::now();
     let view = master.state.segments.view();
     let map_of = |slot: u32| {
@@ -161,14 +139,7 @@ fn picture(master: &Master) -> Value {
         })
         .collect();
     let tallies = |all: &[survey::Tally]| -> Vec<Value> {
-        all.iter()
-            .map(|t| {
-                json!({
-                    "tenant": t.tenant, "prefix": String::from_utf8_lossy(&t.prefix), "objects": t.objects,
-                    "bytes": t.bytes, "leased_objects": t.leased_objects,
-                })
-            })
-            .collect()
+        all.iter().take(TOP).map(survey::Tally::json).collect()
     };
     let nodes = master.state.segments.nodes();
     let lost = nodes

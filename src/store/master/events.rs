@@ -375,7 +375,7 @@ mod tests {
             group: None,
             replicas: smallvec::smallvec![],
             checksum: 0,
-            has_checksum: false,
+            put_with: super::super::object::PutWith::default(),
             hard_pin: false,
             read: false,
             data_type: 0,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::eviction::Access;
-use super::object::{Attributes, Group, Object, Replica, Replicas};
+use super::object::{Attributes, Group, Object, PutWith, Replica, Replicas};
 use super::puts::{Replaces, Written};
 use super::quotas::bytes_of;
 use super::segments::{SegmentState, SegmentsView};
@@ -114,7 +114,7 @@ impl MasterState {
             },
             replicas,
             checksum: written.checksum.unwrap_or(0),
-            has_checksum: written.checksum.is_some(),
+            put_with: PutWith::new(attributes.replicas, written.checksum.is_some()),
             hard_pin: attributes.hard_pin,
             read: false,
             data_type: attributes.data_type,

@@ -2,24 +2,22 @@
 //! the time of a bare echo, which is what lets a put and its commit share one round trip.
 
 use std::io;
-use std::net::TcpStream;
+use std::net::{IpAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use prost::Message;
 
 use super::{Master, operations};
-use crate::base::handshake::{self, LaneKind};
+use crate::base::handshake::{self, HandshakeError, LaneKind};
 use crate::base::id::Id128;
 use crate::engine::transport::control::ControlSocket;
 use crate::store::wire::{BATCH_BYTES_MAX, OperationBatch};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const FRAME_TIMEOUT: Duration = Duration::from_secs(30);
-/// Pauses up to this are waited for without sleeping: to be woken up takes as long.
-const POLL: Duration = Duration::from_micros(100);
 /// Replies gathered before they are sent in any case.
 const REPLY_BUFFER: usize = 64 << 10;
 
@@ -28,8 +26,6 @@ pub(crate) struct ControlLanes {
     master: Arc<Master>,
     open: AtomicUsize,
     most: usize,
-    /// Whether a lane is looking for its next batch without sleeping.
-    polled: AtomicBool,
 }
 
 impl ControlLanes {
@@ -38,23 +34,23 @@ impl ControlLanes {
             master,
             open: AtomicUsize::new(0),
             most,
-            polled: AtomicBool::new(false),
         })
     }
 
     /// Serves a connection whose first bytes announced a lane.
     pub(crate) fn serve(self: &Arc<Self>, stream: TcpStream) {
-        self.spawn(false, move || ControlSocket::new(stream));
+        let peer = stream.peer_addr().ok().map(|a| a.ip());
+        self.spawn(peer, move || ControlSocket::new(stream));
     }
 
     /// Serves a connection of this host.
     pub(crate) fn serve_unix(self: &Arc<Self>, stream: UnixStream) {
-        self.spawn(true, move || ControlSocket::from_unix(stream));
+        self.spawn(None, move || ControlSocket::from_unix(stream));
     }
 
     fn spawn(
         self: &Arc<Self>,
-        local: bool,
+        peer: Option<IpAddr>,
         socket: impl FnOnce() -> io::Result<ControlSocket> + Send + 'static,
     ) {
         let lanes = self.clone();
@@ -64,7 +60,7 @@ impl ControlLanes {
             .spawn(move || {
                 let busy = lanes.open.fetch_add(1, Ordering::AcqRel) >= lanes.most;
                 let _counted = Counted(&lanes.open);
-                if let Err(error) = socket().and_then(|socket| lanes.run(socket, local, busy)) {
+                if let Err(error) = socket().and_then(|socket| lanes.run(socket, peer, busy)) {
                     tracing::debug!(%error, "a control lane ended");
                 }
             });
@@ -73,7 +69,8 @@ impl ControlLanes {
         }
     }
 
-    fn run(&self, mut socket: ControlSocket, local: bool, busy: bool) -> io::Result<()> {
+    /// `peer`: `None` for one of this host over a Unix socket.
+    fn run(&self, mut socket: ControlSocket, peer: Option<IpAddr>, busy: bool) -> io::Result<()> {
         let greeting = handshake::accept(
             &mut socket.timed(Instant::now() + HANDSHAKE_TIMEOUT),
             LaneKind::Control,
@@ -83,26 +80,23 @@ impl ControlLanes {
         )
         .map_err(|error| {
             tracing::info!(%error, "control lane refused");
+            if matches!(error, HandshakeError::Token) {
+                self.master.refused.note(peer);
+            }
             io::Error::other(error)
         })?;
         let _client = ClientLane::new(&self.master, greeting.peer);
-        self.batches(&mut socket, local)
+        self.batches(&mut socket)
     }
 
     /// Answers batches in order. Replies to batches that lay ready together leave together: a pipelining client costs
     /// one write per wake-up, not one per batch.
-    fn batches(&self, socket: &mut ControlSocket, local: bool) -> io::Result<()> {
+    fn batches(&self, socket: &mut ControlSocket) -> io::Result<()> {
         let mut out = Vec::new();
-        let mut answered: Option<Instant> = None;
-        let mut pause = Duration::MAX;
         loop {
-            if local && pause < POLL {
-                self.poll(socket);
-            }
             let Some(frame) = socket.receive_idle(BATCH_BYTES_MAX, FRAME_TIMEOUT)? else {
                 return Ok(());
             };
-            pause = answered.map_or(Duration::MAX, |at| at.elapsed());
             let batch = OperationBatch::decode(frame).map_err(io::Error::other)?;
             let reply = operations::execute(&self.master, batch);
             let length = reply.encoded_len() as u32;
@@ -114,16 +108,6 @@ impl ControlLanes {
             socket.send(&out, Instant::now() + FRAME_TIMEOUT)?;
             out.clear();
             out.shrink_to(REPLY_BUFFER);
-            answered = Some(Instant::now());
-        }
-    }
-
-    /// Looks for the next batch of a client of this host that has sent its last ones at short intervals. One lane at a
-    /// time: what it costs is at most one processor, and that only as long as nobody else wants it.
-    fn poll(&self, socket: &ControlSocket) {
-        if !self.polled.swap(true, Ordering::AcqRel) {
-            socket.spin(POLL);
-            self.polled.store(false, Ordering::Release);
         }
     }
 }

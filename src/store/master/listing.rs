@@ -74,7 +74,7 @@ impl Call<'_> {
             size_bytes: o.size,
             version: o.version,
             checksum: o.checksum().unwrap_or(0),
-            has_checksum: o.has_checksum,
+            has_checksum: o.put_with.has_checksum(),
             lease_left_ms: o.leased_until().since(self.now),
             soft_pin_left_ms: o.soft_pin_until.since(self.now),
             hard_pin: o.hard_pin,

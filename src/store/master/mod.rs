@@ -32,6 +32,7 @@ mod puts;
 mod quotas;
 mod rebuild;
 mod reconcile;
+mod refused;
 mod removal;
 mod segments;
 mod server;
@@ -84,7 +85,8 @@ pub struct Master {
     pub(crate) control_socket: OnceLock<String>,
     pub(crate) mesh: mesh::Mesh,
     pub(crate) dashboard: dashboard::Dashboard,
-    pub(crate) census: http::Census,
+    pub(crate) surveyor: survey::Surveyor,
+    pub(crate) refused: refused::Refused,
     pub(crate) slow_log: Duration,
     pub(crate) slow_lines: slow::SlowLog,
     pub(crate) subscribers: Arc<stream::Subscribers>,
@@ -107,7 +109,8 @@ impl Master {
             control_socket: OnceLock::new(),
             mesh: mesh::Mesh::default(),
             dashboard: dashboard::Dashboard::default(),
-            census: http::Census::default(),
+            surveyor: survey::Surveyor::default(),
+            refused: refused::Refused::default(),
             slow_log,
             slow_lines: slow::SlowLog::default(),
             subscribers: Arc::default(),

@@ -28,6 +28,32 @@ pub(crate) struct Attributes {
     pub(crate) soft_pin_ttl_ms: u64,
     pub(crate) group: String,
     pub(crate) data_type: u8,
+    /// Replicas asked for; 0 = not known: only a put in two phases says it.
+    pub(crate) replicas: u8,
+}
+
+/// What its put asked for, in one byte.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PutWith(u8);
+
+impl PutWith {
+    const CHECKSUM: u8 = 0x80;
+
+    /// `replicas`: 0 = not known, as after a restart of the master: nodes remember what they hold, not what was asked for.
+    pub(crate) fn new(replicas: u8, checksum: bool) -> Self {
+        let flag = if checksum { Self::CHECKSUM } else { 0 };
+        Self(replicas.min(Self::CHECKSUM - 1) | flag)
+    }
+
+    /// Replicas asked for; 0 = not known.
+    pub(crate) fn replicas(self) -> u8 {
+        self.0 & !Self::CHECKSUM
+    }
+
+    /// Whether a checksum was recorded.
+    pub(crate) fn has_checksum(self) -> bool {
+        self.0 & Self::CHECKSUM != 0
+    }
 }
 
 /// One complete object. Kept small: a pool holds millions.
@@ -43,7 +69,7 @@ pub(crate) struct Object {
     pub(crate) group: Option<Arc<Group>>,
     pub(crate) replicas: Replicas,
     pub(crate) checksum: u32,
-    pub(crate) has_checksum: bool,
+    pub(crate) put_with: PutWith,
     pub(crate) hard_pin: bool,
     /// Somebody has read it.
     pub(crate) read: bool,
@@ -53,7 +79,7 @@ pub(crate) struct Object {
 impl Object {
     /// Checksum, if one was recorded.
     pub(crate) fn checksum(&self) -> Option<u32> {
-        self.has_checksum.then_some(self.checksum)
+        self.put_with.has_checksum().then_some(self.checksum)
     }
 
     /// End of the lease, the group's included.

@@ -243,7 +243,7 @@ impl Call<'_> {
             size_bytes: object.size,
             version: object.version,
             checksum: object.checksum,
-            has_checksum: object.has_checksum,
+            has_checksum: object.put_with.has_checksum(),
             lease_ms: lease.as_millis() as u32,
             replicas: replicas.into_iter().map(|(_, r)| r).collect(),
         }
@@ -424,6 +424,7 @@ pub(crate) fn segment_view(
         node_segment: s.node_segment,
         page_kind: s.page_kind.clone(),
         build: s.node.build.get().cloned().unwrap_or_default(),
+        served: s.node.served.lock().bytes.clone(),
     }
 }
 

@@ -7,7 +7,6 @@ use super::history::Failure;
 use super::object::Attributes;
 use super::operations::{Call, bounded, code, codes};
 use super::puts::{PutOptions, Written};
-use super::state::add;
 use crate::base::clock::{Millis, unix_ms};
 use crate::engine::grant::Access as GrantAccess;
 use crate::store::model::error::StoreError;
@@ -36,6 +35,7 @@ impl Call<'_> {
                         what: "data_type is 0 to 255".to_owned(),
                     }
                 })?,
+                replicas: 0,
             },
             preferred: config.preferred_segments,
             host_id: config.host_id,
@@ -132,7 +132,7 @@ impl Call<'_> {
                 }
                 Err(error) => {
                     if error != StoreError::Exists {
-                        add(&state.counters.put_failures, 1);
+                        state.counters.put_failed(&error);
                         let waited = begun.elapsed();
                         self.put_failed(&error, size, options.replica_num, waited);
                     }
@@ -279,7 +279,7 @@ impl Call<'_> {
             });
             // Others are told to the writer, which puts elsewhere; a quota is the end of it.
             if let Err(error @ StoreError::Refused { .. }) = &result {
-                add(&self.master.state.counters.put_failures, 1);
+                self.master.state.counters.put_failed(error);
                 self.put_failed(error, item.size_bytes, 1, Duration::ZERO);
             }
             results.push(code(result));

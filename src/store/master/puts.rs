@@ -140,7 +140,10 @@ impl MasterState {
             key: qualified.into(),
             size,
             replicas: replicas.clone(),
-            attributes: options.attributes.clone(),
+            attributes: Attributes {
+                replicas: options.replica_num.min(usize::from(u8::MAX)) as u8,
+                ..options.attributes.clone()
+            },
             replaces: match (upsert, options.if_version) {
                 (false, _) => Replaces::Nothing,
                 (true, 0) => Replaces::Anything,

@@ -256,6 +256,8 @@ async fn authorize(State(master): State<Arc<Master>>, request: Request, next: Ne
         }
         return next.run(request).await;
     }
+    let peer = request.extensions().get::<Peer>();
+    master.refused.note(peer.map(|p| p.0.ip()));
     let is_grpc = request
         .headers()
         .get(header::CONTENT_TYPE)

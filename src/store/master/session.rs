@@ -193,6 +193,7 @@ fn reported(entry: wire::DirectoryEntry) -> Reported {
             soft_pin_ttl_ms: entry.soft_pin_ttl_ms,
             group: entry.group,
             data_type: entry.data_type as u8,
+            replicas: 0,
         },
         pending: entry.pending.then_some(client),
         arena_versions: entry.arena_versions,

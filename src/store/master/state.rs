@@ -33,11 +33,16 @@ use crate::base::clock::{Millis, unix_ms};
 use crate::base::histogram::Histogram;
 use crate::base::id::Id128;
 use crate::base::prefetch::prefetch;
+use crate::store::model::error::StoreError;
 
 /// Shards of the index; a power of two. Many, so that whatever holds one lock is short.
 const SHARDS: usize = 1024;
 /// Shards of the table of unfinished puts.
 pub(crate) const PENDING_SHARDS: usize = 64;
+
+/// Why puts got no place, as metrics name it.
+pub(crate) const PUT_FAILURES: [&str; 5] =
+    ["no_space", "too_large", "no_node", "rebuilding", "other"];
 
 /// Counters, for metrics and the overview.
 #[derive(Debug)]
@@ -46,6 +51,8 @@ pub(crate) struct Counters {
     pub(crate) misses: AtomicU64,
     pub(crate) puts: AtomicU64,
     pub(crate) put_failures: AtomicU64,
+    /// The same by reason, in the order of [`PUT_FAILURES`].
+    pub(crate) put_failures_by: [AtomicU64; PUT_FAILURES.len()],
     pub(crate) removed: AtomicU64,
     /// Objects that went with the last node they lay on.
     pub(crate) lost_objects: AtomicU64,
@@ -94,6 +101,7 @@ impl Default for Counters {
             misses: zero(),
             puts: zero(),
             put_failures: zero(),
+            put_failures_by: PUT_FAILURES.map(|_| zero()),
             removed: zero(),
             lost_objects: zero(),
             evicted_objects: zero(),
@@ -113,6 +121,21 @@ impl Default for Counters {
             lease_age_ms: Histogram::new(AGES_MS),
             eviction_age_ms: Histogram::new(AGES_MS),
         }
+    }
+}
+
+impl Counters {
+    /// A put got no place.
+    pub(crate) fn put_failed(&self, error: &StoreError) {
+        let reason = match error {
+            StoreError::NoSpace { .. } => 0,
+            StoreError::TooLarge { .. } => 1,
+            StoreError::SegmentNotFound => 2,
+            StoreError::Rebuilding => 3,
+            _ => 4,
+        };
+        add(&self.put_failures, 1);
+        add(&self.put_failures_by[reason], 1);
     }
 }
 

@@ -1,9 +1,15 @@
-//! Where the pool's memory is used, and by whom: maps of segments, tenants, prefixes, replicas.
+//! Where the pool's memory is used, and by whom: maps of segments, tenants, prefixes, replicas. What the dashboard,
+//! `/api/v1/census`, `/api/v1/tenants` and `mooncake doctor` say of the whole pool comes from here.
 //!
-//! Owns the walk over the index and its bounds: a lock is held for a few hundred objects at a time, and groups are limited
-//! in number. Grants no lease, changes nothing.
+//! Owns the walk over the index and its bounds: one at a time, shown again for a while, a lock held for a few hundred objects,
+//! groups limited in number. Grants no lease, changes nothing.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use serde_json::{Value, json};
 
 use super::Master;
 use super::object::Object;
@@ -12,8 +18,20 @@ use crate::base::clock::Millis;
 use crate::store::alloc::offset::map_of;
 use crate::store::model::key::{self, DEFAULT_TENANT};
 
-/// Prefixes (tenants) told apart during a walk; what comes after belongs to the empty prefix.
-const GROUPS_MAX: usize = 4096;
+/// Prefixes told apart during a walk; what comes after belongs to the empty prefix.
+const PREFIXES_MAX: usize = 4096;
+/// Tenants likewise; those beyond are counted together.
+const TENANTS_MAX: usize = 10_000;
+/// The name they are counted under.
+const OTHERS: &str = "(others)";
+/// Parts of a segment's map.
+const CELLS: usize = 96;
+/// Prefixes kept of a walk.
+const PREFIXES_KEPT: usize = 64;
+/// What a walk found is shown again for this long, and for this many times as long as it took: looking never takes more than a
+/// twentieth of one processor.
+const AGE: Duration = Duration::from_secs(4);
+const AGE_OF_WALK: u32 = 20;
 /// Numbers of replicas told apart.
 const REPLICAS_MAX: usize = 4;
 
@@ -23,9 +41,20 @@ pub(crate) struct Tally {
     pub(crate) tenant: String,
     pub(crate) prefix: Vec<u8>,
     pub(crate) objects: u64,
-    /// Of the objects, once per replica.
     pub(crate) bytes: u64,
+    /// Once per replica.
+    pub(crate) replica_bytes: u64,
     pub(crate) leased_objects: u64,
+}
+
+impl Tally {
+    /// As dashboards and programs get it.
+    pub(crate) fn json(&self) -> Value {
+        json!({
+            "tenant": self.tenant, "prefix": String::from_utf8_lossy(&self.prefix), "objects": self.objects,
+            "bytes": self.bytes, "replica_bytes": self.replica_bytes, "leased_objects": self.leased_objects,
+        })
+    }
 }
 
 /// What a walk found.
@@ -41,32 +70,62 @@ pub(crate) struct Survey {
     pub(crate) leased_objects: u64,
     /// Objects with 1, 2, … replicas (the last: that many or more).
     pub(crate) by_replicas: [u64; REPLICAS_MAX],
-    /// Objects of which some replicas lie on nodes that are lost, and those of which all do.
+    /// Objects with fewer replicas on living nodes than they were put with, and those with none.
     pub(crate) degraded_objects: u64,
     pub(crate) unreadable_objects: u64,
 }
 
-/// Looks at up to `objects_max` objects; `cells` parts per segment, the `top` tenants and prefixes.
-pub(crate) fn survey(
-    master: &Master,
-    cells: usize,
-    top: usize,
-    objects_max: usize,
-    now: Millis,
-) -> Survey {
+/// The last walk, for everybody who asks.
+#[derive(Debug, Default)]
+pub(crate) struct Surveyor {
+    last: Mutex<Option<Walked>>,
+}
+
+#[derive(Debug)]
+struct Walked {
+    at: Instant,
+    took: Duration,
+    survey: Arc<Survey>,
+}
+
+impl Surveyor {
+    /// A walk that is recent enough, else a new one; with its age. May take as long as the index is large: not for a thread that
+    /// others wait for.
+    pub(crate) fn recent(&self, master: &Master) -> (Arc<Survey>, Duration) {
+        // Held during the walk: others wait for its result instead of walking as well.
+        let mut last = self.last.lock();
+        if let Some(walked) = &*last {
+            let age = walked.at.elapsed();
+            if age < AGE.max(walked.took * AGE_OF_WALK) {
+                return (walked.survey.clone(), age);
+            }
+        }
+        let start = Instant::now();
+        let survey = Arc::new(survey(master, Millis::now()));
+        *last = Some(Walked {
+            at: Instant::now(),
+            took: start.elapsed(),
+            survey: survey.clone(),
+        });
+        (survey, Duration::ZERO)
+    }
+}
+
+/// Looks at every object.
+fn survey(master: &Master, now: Millis) -> Survey {
     let state = &master.state;
     let view = state.segments.view();
     let mut walk = Walk::default();
-    state.walk(0, objects_max, |object| {
+    state.walk(0, usize::MAX, |object| {
         walk.add(object, &view, now);
-        true
+        false
     });
     let mut reply = walk.reply;
-    reply.tenants = largest(walk.tenants, top);
-    reply.prefixes = largest(walk.prefixes, top);
+    reply.tenants = largest(walk.tenants, usize::MAX);
+    reply.prefixes = largest(walk.prefixes, PREFIXES_KEPT);
     let maps = view.iter().flatten().map(|s| {
         let (free, _) = s.allocator.lock().largest_free_ranges();
-        (s.slot, map_of(s.size, &free, cells))
+        (s.slot, map_of(s.size, &free, CELLS))
     });
     reply.maps = maps.collect();
     reply
@@ -97,40 +156,50 @@ impl Walk {
             segment.is_some_and(|s| s.node.phase() != NodePhase::Lost)
         };
         let living = object.replicas.iter().filter(|r| lives(r.segment)).count();
+        let wanted = object.replicas.len().max(object.put_with.replicas().into());
         reply.unreadable_objects += u64::from(living == 0);
-        reply.degraded_objects += u64::from(living > 0 && living < object.replicas.len());
+        reply.degraded_objects += u64::from(living > 0 && living < wanted);
         let head = object.key.len() - bytes.len();
         let cut = head + prefix_length(bytes);
-        let size = object.size.saturating_mul(object.replicas.len() as u64);
-        for (groups, to) in [(&mut self.tenants, head), (&mut self.prefixes, cut)] {
-            let tally = group(groups, &object.key, head, to);
-            if tally.objects == 0 {
-                tally.tenant = if tenant.is_empty() {
-                    DEFAULT_TENANT
-                } else {
-                    tenant
-                }
-                .to_owned();
+        let copies = object.replicas.len() as u64;
+        let groups = [
+            (&mut self.tenants, head, TENANTS_MAX),
+            (&mut self.prefixes, cut, PREFIXES_MAX),
+        ];
+        for (groups, to, most) in groups {
+            let tally = group(groups, &object.key, head, to, most);
+            if tally.objects == 0 && tally.tenant.is_empty() {
+                tally.tenant = match tenant {
+                    "" => DEFAULT_TENANT.to_owned(),
+                    name => name.to_owned(),
+                };
             }
             tally.objects += 1;
-            tally.bytes = tally.bytes.saturating_add(size);
+            tally.bytes = tally.bytes.saturating_add(object.size);
+            tally.replica_bytes = tally
+                .replica_bytes
+                .saturating_add(object.size.saturating_mul(copies));
             tally.leased_objects += u64::from(leased);
         }
     }
 }
 
-/// The tally of the keys that begin with `key[..to]`, of which the first `head` bytes are the tenant.
+/// The tally of the keys that begin with `key[..to]`, of which the first `head` bytes are the tenant; beyond `most` groups, that
+/// of all others.
 fn group<'a>(
     groups: &'a mut HashMap<Box<[u8]>, Tally>,
     key: &[u8],
     head: usize,
     to: usize,
+    most: usize,
 ) -> &'a mut Tally {
-    let full = groups.len() >= GROUPS_MAX && !groups.contains_key(&key[..to]);
+    let full = groups.len() >= most && !groups.contains_key(&key[..to]);
     let name: &[u8] = if full { &[] } else { &key[..to] };
     if !groups.contains_key(name) {
         let prefix = name.get(head..).unwrap_or_default().to_vec();
+        let tenant = if full { OTHERS } else { "" }.to_owned();
         let tally = Tally {
+            tenant,
             prefix,
             ..Tally::default()
         };
@@ -149,7 +218,9 @@ fn largest(groups: HashMap<Box<[u8]>, Tally>, top: usize) -> Vec<Tally> {
     let mut all: Vec<Tally> = groups.into_values().collect();
     all.sort_by(|a, b| {
         let (x, y) = ((&a.tenant, &a.prefix), (&b.tenant, &b.prefix));
-        b.bytes.cmp(&a.bytes).then_with(|| x.cmp(&y))
+        b.replica_bytes
+            .cmp(&a.replica_bytes)
+            .then_with(|| x.cmp(&y))
     });
     all.truncate(top);
     all
@@ -170,13 +241,15 @@ mod tests {
 
     #[test]
     fn groups_are_bounded() {
-        let mut groups = HashMap::new();
-        for n in 0..3 * GROUPS_MAX {
+        let (mut groups, most) = (HashMap::new(), 100);
+        for n in 0..3 * most {
             let key = format!("\0p{n}/x");
-            group(&mut groups, key.as_bytes(), 1, key.len() - 1).objects += 1;
+            group(&mut groups, key.as_bytes(), 1, key.len() - 1, most).objects += 1;
         }
-        assert_eq!(groups.len(), GROUPS_MAX + 1);
+        assert_eq!(groups.len(), most + 1);
         let all: u64 = groups.values().map(|t| t.objects).sum();
-        assert_eq!(all, 3 * GROUPS_MAX as u64);
+        assert_eq!(all, 3 * most as u64);
+        let others = groups.values().find(|t| t.tenant == OTHERS);
+        assert_eq!(others.map(|t| t.objects), Some(2 * most as u64));
     }
 }

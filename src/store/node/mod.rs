@@ -26,6 +26,7 @@ use crate::base::trust::{ClusterKeys, Token};
 use crate::base::units::ByteSize;
 use crate::engine::host::SegmentHost;
 use crate::engine::memory::Memory;
+use crate::engine::transport::rdma::Fabric;
 use crate::engine::transport::server::{DataServer, LANE_STACK, ServerCounters};
 use crate::store::wire;
 
@@ -61,6 +62,8 @@ pub struct NodeConfig {
     pub populate: bool,
     /// Data lanes open at once.
     pub lanes_max: usize,
+    /// RDMA devices; with them callers may have their bytes moved by RDMA.
+    pub fabric: Option<Arc<Fabric>>,
 }
 
 /// What a node is doing.
@@ -242,12 +245,21 @@ impl Node {
                 format!("{name}#{index}")
             };
             directory.add(host.add(segment_name, random_u64(), memory.clone()));
+            if let Some(fabric) = &config.fabric {
+                fabric.prepare(&memory);
+            }
             memories.push(memory);
         }
         if config.populate {
             populate(memories);
         }
-        let server = DataServer::start(host.clone(), listener, config.lanes_max, LANE_STACK)?;
+        let server = DataServer::start(
+            host.clone(),
+            listener,
+            config.lanes_max,
+            LANE_STACK,
+            config.fabric.clone(),
+        )?;
         let mover = mover::Mover::new(id, &host.keys);
         let shared = Arc::new(Shared {
             id,

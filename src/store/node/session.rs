@@ -14,6 +14,7 @@ use crate::base::histogram::Histogram;
 use crate::base::net::{join_host_port, split_host_port};
 use crate::base::trace::{Kind, Span};
 use crate::engine::host::RangeFence;
+use crate::engine::transport::server::WAYS;
 use crate::store::wire::{
     self, BATCH_BYTES_MAX, MasterMessage, NodeMessage, master_message::Kind as In,
     node_message::Kind as Out, pool_client::PoolClient,
@@ -258,7 +259,7 @@ async fn serve(
 fn beat_of(shared: &Shared) -> wire::Heartbeat {
     let counters = shared.server.counters();
     let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
-    let times = |operation: &str, of: &[Histogram; 2]| {
+    let times = |operation: &str, of: &[Histogram; 3]| {
         let one = |(histogram, transport): (&Histogram, &str)| {
             let now = histogram.now();
             (now.count() > 0).then(|| wire::ServedTimes {
@@ -268,11 +269,22 @@ fn beat_of(shared: &Shared) -> wire::Heartbeat {
                 sum_ns: now.sum,
             })
         };
-        let both = of.iter().zip(["tcp", "unix"]);
-        both.filter_map(one).collect::<Vec<_>>()
+        of.iter().zip(WAYS).filter_map(one).collect::<Vec<_>>()
+    };
+    let bytes = |operation: &str, of: &[AtomicU64; 3]| {
+        let one = |(bytes, transport): (&AtomicU64, &str)| {
+            (load(bytes) > 0).then(|| wire::ServedBytes {
+                transport: transport.to_owned(),
+                operation: operation.to_owned(),
+                bytes: load(bytes),
+            })
+        };
+        of.iter().zip(WAYS).filter_map(one).collect::<Vec<_>>()
     };
     let mut all = times("read", &counters.reads);
     all.extend(times("write", &counters.writes));
+    let mut ways = bytes("read", &counters.way_read_bytes);
+    ways.extend(bytes("write", &counters.way_written_bytes));
     wire::Heartbeat {
         read_bytes: load(&counters.read_bytes),
         written_bytes: load(&counters.written_bytes),
@@ -280,6 +292,7 @@ fn beat_of(shared: &Shared) -> wire::Heartbeat {
         lanes_refused: load(&counters.lanes_refused),
         lanes: shared.server.lanes() as u64,
         times: all,
+        bytes: ways,
     }
 }
 

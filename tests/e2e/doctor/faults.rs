@@ -1,10 +1,6 @@
-//! Faults of the configuration, of names, of this host's limits, and of a real pool.
-
-use std::time::Duration;
+//! Faults of the configuration, of names, and of this host's limits and disk.
 
 use super::{Fault, Lab, Said, doctor, strangers};
-use crate::pool::{Pool, eventually, pattern};
-use crate::{copies, put};
 
 macro_rules! fault {
     ($area:expr, $what:expr, $expect:expr, $also:expr, $make:expr) => {
@@ -28,7 +24,7 @@ fn with(lab: &Lab, more: &str) -> Said {
 pub(super) fn all() -> Vec<Fault> {
     let mut all = configuration();
     all.extend(limits());
-    all.extend(pool());
+    all.extend(disk());
     all
 }
 
@@ -193,7 +189,7 @@ fn configuration() -> Vec<Fault> {
             area,
             "an SSD path that is not used",
             ("ssd_offload_path", "warn", "path_without_offload"),
-            &["ssd_no_direct_io", "ssd_slow"],
+            &["ssd_in_memory", "ssd_no_direct_io", "ssd_slow"],
             |lab| {
                 let path = lab.place();
                 with(lab, &format!(r#""ssd_offload_path":"{}""#, path.display()))
@@ -360,213 +356,83 @@ fn limits() -> Vec<Fault> {
     ]
 }
 
-fn pool() -> Vec<Fault> {
-    let area = "Pool";
+/// Stands between the doctor and the C library: a disk without direct I/O, a slow one, one that does not answer.
+const SHIM: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <sys/types.h>
+#include <unistd.h>
+int open64(const char *path, int flags, ...) {
+    va_list more; va_start(more, flags); int mode = va_arg(more, int); va_end(more);
+    if (getenv("NO_DIRECT") && (flags & O_DIRECT)) { errno = EINVAL; return -1; }
+    int (*real)(const char *, int, ...) = dlsym(RTLD_NEXT, "open64");
+    return real(path, flags, mode);
+}
+ssize_t pwrite64(int fd, const void *from, size_t count, off64_t at) {
+    const char *pause = getenv("PAUSE_US");
+    if (pause && count >= 1 << 19) usleep(atoi(pause));
+    ssize_t (*real)(int, const void *, size_t, off64_t) = dlsym(RTLD_NEXT, "pwrite64");
+    return real(fd, from, count, at);
+}
+"#;
+
+/// The doctor, with an SSD path on a disk that is as the variable says.
+fn on_disk(lab: &Lab, variable: (&str, &str)) -> Said {
+    let place = lab.place();
+    std::fs::write(place.join("shim.c"), SHIM).unwrap();
+    let built = std::process::Command::new("cc")
+        .args(["-shared", "-fPIC", "-o", "shim.so", "shim.c", "-ldl"])
+        .current_dir(&place)
+        .status();
+    if !built.is_ok_and(|s| s.success()) {
+        return Err("no cc".to_owned());
+    }
+    // Not below /tmp, which may lie in memory.
+    let ssd = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let file = format!(
+        r#"{{{FILE},"enable_ssd_offload":true,"ssd_offload_path":"{}"}}"#,
+        ssd.path().display()
+    );
+    std::fs::write(
+        place.join("mooncake.json"),
+        file.replace("MASTER", &lab.master),
+    )
+    .unwrap();
+    let shim = place.join("shim.so");
+    doctor(
+        &[],
+        &[("LD_PRELOAD", shim.to_str().unwrap()), variable],
+        &place,
+    )
+}
+
+fn disk() -> Vec<Fault> {
+    let area = "SSD path";
     vec![
         fault!(
             area,
-            "a master without any node",
-            ("nodes", "fail", "no_nodes"),
+            "a file system without direct I/O",
+            ("SSD path", "warn", "ssd_no_direct_io"),
+            &["ssd_slow"],
+            |lab| on_disk(lab, ("NO_DIRECT", "1"))
+        ),
+        fault!(
+            area,
+            "a disk that writes 20 MB/s",
+            ("SSD path", "warn", "ssd_slow"),
+            &["ssd_no_direct_io"],
+            |lab| on_disk(lab, ("PAUSE_US", "50000"))
+        ),
+        fault!(
+            area,
+            "a disk that does not answer",
+            ("SSD path", "fail", "ssd_stuck"),
             &[],
-            |lab| {
-                let pool = Pool::start(0, "16MiB", &[]);
-                doctor(&["--master", &pool.address], &[], &lab.place())
-            }
-        ),
-        fault!(
-            area,
-            "a node was killed",
-            ("nodes", "fail", "node_lost"),
-            &["refused", "node_suspect", "under_replicated"],
-            killed_node
-        ),
-        fault!(
-            area,
-            "objects whose only replica is on a killed node",
-            ("objects at risk", "warn", "under_replicated"),
-            &["refused", "node_lost", "node_suspect"],
-            killed_node
-        ),
-        fault!(
-            area,
-            "puts find no space: everything is leased",
-            ("failed puts", "warn", "puts_failed"),
-            &["pool_full"],
-            |lab| {
-                let pool = Pool::start(1, "16MiB", &["--default-kv-lease-ttl", "60s"]);
-                let mut config = pool.config();
-                config.timeout = Duration::from_millis(700);
-                let client = mooncake::store::client::PoolClient::open(config).unwrap();
-                for n in 0..12u64 {
-                    let key = format!("k{n}");
-                    put(&client, &key, &pattern(1 << 20, n)).unwrap();
-                    assert!(client.exist(&[key.as_bytes()]).unwrap()[0]);
-                }
-                assert!(put(&client, "large", &pattern(8 << 20, 1)).is_err());
-                doctor(&["--master", &pool.address], &[], &lab.place())
-            }
-        ),
-        fault!(
-            area,
-            "the working set is many times the pool",
-            ("eviction", "warn", "eviction_thrash"),
-            &[],
-            |lab| {
-                let pool = Pool::start(1, "16MiB", &["--default-kv-lease-ttl", "1ms"]);
-                let client = pool.client();
-                for n in 0..120u64 {
-                    put(&client, &format!("k{n}"), &pattern(1 << 20, n)).unwrap();
-                }
-                doctor(&["--master", &pool.address], &[], &lab.place())
-            }
-        ),
-        fault!(
-            area,
-            "a client found a node unreachable",
-            ("nodes", "warn", "node_suspect"),
-            &["refused", "under_replicated"],
-            |lab| {
-                strangers::FakeMaster {
-                    state: "suspect",
-                    ..strangers::FakeMaster::default()
-                }
-                .examined(lab)
-            }
-        ),
-        fault!(
-            area,
-            "a node's directory is still read",
-            ("nodes", "warn", "node_rebuilding"),
-            &["rebuilding"],
-            |lab| {
-                strangers::FakeMaster {
-                    state: "rebuilding",
-                    rebuilding: true,
-                    ..strangers::FakeMaster::default()
-                }
-                .examined(lab)
-            }
-        ),
-        fault!(
-            area,
-            "the master rebuilds its index",
-            ("index", "warn", "rebuilding"),
-            &[],
-            |lab| {
-                strangers::FakeMaster {
-                    rebuilding: true,
-                    ..strangers::FakeMaster::default()
-                }
-                .examined(lab)
-            }
-        ),
-        fault!(
-            area,
-            "the pool is full beyond the watermark",
-            ("room", "warn", "pool_full"),
-            &[],
-            |lab| {
-                strangers::FakeMaster {
-                    used: 99,
-                    ..strangers::FakeMaster::default()
-                }
-                .examined(lab)
-            }
-        ),
-        fault!(
-            area,
-            "free space in small pieces",
-            ("fragmentation", "warn", "fragmented"),
-            &[],
-            |lab| {
-                strangers::FakeMaster {
-                    largest_free: 4096,
-                    ..strangers::FakeMaster::default()
-                }
-                .examined(lab)
-            }
-        ),
-        fault!(
-            area,
-            "a node of another release",
-            ("version", "warn", "version_mix"),
-            &[],
-            |lab| {
-                strangers::FakeMaster {
-                    node_build: "0.0.9",
-                    ..strangers::FakeMaster::default()
-                }
-                .examined(lab)
-            }
-        ),
-        fault!(
-            area,
-            "a master of another release",
-            ("version", "warn", "version_mix"),
-            &[],
-            |lab| {
-                strangers::FakeMaster {
-                    build: "0.0.9",
-                    ..strangers::FakeMaster::default()
-                }
-                .examined(lab)
-            }
-        ),
-        fault!(
-            area,
-            "a node of another host announces loopback",
-            ("data addresses", "fail", "loopback_node"),
-            &[],
-            |lab| {
-                strangers::FakeMaster {
-                    host: "another-host",
-                    ..strangers::FakeMaster::default()
-                }
-                .examined(lab)
-            }
-        ),
-        fault!(
-            area,
-            "the master shakes hands and answers nothing",
-            ("pool", "fail", "master_mute"),
-            &[],
-            |lab| {
-                strangers::FakeMaster {
-                    mute: true,
-                    ..strangers::FakeMaster::default()
-                }
-                .examined(lab)
-            }
-        ),
-        fault!(
-            area,
-            "the master's lanes work and its HTTP answers nothing",
-            ("HTTP of the master", "fail", "http_unanswered"),
-            &[],
-            |lab| {
-                strangers::FakeMaster {
-                    http_mute: true,
-                    ..strangers::FakeMaster::default()
-                }
-                .examined(lab)
-            }
+            |lab| on_disk(lab, ("PAUSE_US", "900000"))
         ),
     ]
-}
-
-fn killed_node(lab: &Lab) -> Said {
-    let mut pool = Pool::start(2, "16MiB", &["--client-ttl", "60s"]);
-    let client = pool.client();
-    for n in 0..40u64 {
-        client
-            .put_bytes(format!("k{n}").as_bytes(), &pattern(1000, n), &copies(1))
-            .unwrap();
-    }
-    pool.nodes[0].kill();
-    eventually("the master misses it", Duration::from_secs(10), || {
-        client
-            .segments()
-            .is_ok_and(|all| all.iter().any(|s| s.state == "lost"))
-    });
-    doctor(&["--master", &pool.address], &[], &lab.place())
 }

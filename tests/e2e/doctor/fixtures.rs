@@ -5,20 +5,20 @@ use std::path::{Path, PathBuf};
 use super::faults::fault;
 use super::{Fault, Lab, Said, doctor};
 
-const IB: &str = "sys/class/infiniband";
+pub(super) const IB: &str = "sys/class/infiniband";
 
 /// A tree that a test bends before the doctor reads it.
-struct Tree(PathBuf);
+pub(super) struct Tree(pub(super) PathBuf);
 
 impl Tree {
-    fn write(&self, path: &str, text: &str) -> &Self {
+    pub(super) fn write(&self, path: &str, text: &str) -> &Self {
         let path = self.0.join(path);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, format!("{text}\n")).unwrap();
         self
     }
 
-    fn remove(&self, path: &str) -> &Self {
+    pub(super) fn remove(&self, path: &str) -> &Self {
         let path = self.0.join(path);
         if path.is_dir() {
             std::fs::remove_dir_all(path).unwrap();
@@ -29,7 +29,7 @@ impl Tree {
     }
 
     /// A healthy host with 64 GiB and two NUMA nodes.
-    fn host(place: &Path) -> Self {
+    pub(super) fn host(place: &Path) -> Self {
         let tree = Self(place.join("root"));
         tree.write("proc/meminfo", "MemTotal: 67108864 kB\nMemAvailable: 60000000 kB\nCommitLimit: 30000000 kB\nCommitted_AS: 20000000 kB")
             .write("proc/self/limits", "Limit Soft Hard Units\nMax processes             100000               100000               processes\nMax open files            65536                65536                files\nMax locked memory         unlimited            unlimited            bytes")
@@ -47,9 +47,12 @@ impl Tree {
     }
 
     /// The same with two RoCE devices, up and of one speed.
-    fn rdma(place: &Path) -> Self {
+    pub(super) fn rdma(place: &Path) -> Self {
         let tree = Self::host(place);
         tree.write("usr/lib/x86_64-linux-gnu/libibverbs.so.1", "")
+            .write("etc/libibverbs.d/mlx5.driver", "driver mlx5")
+            .write("proc/sys/kernel/osrelease", "6.1.0-30-amd64")
+            .write("proc/sys/vm/max_map_count", "65530")
             .write("sys/module/ib_uverbs/refcnt", "1");
         for (n, name) in ["mlx5_0", "mlx5_1"].iter().enumerate() {
             let port = format!("{IB}/{name}/ports/1");
@@ -75,6 +78,9 @@ impl Tree {
                 .write(&format!("{port}/gid_attrs/types/0"), "IB/RoCE v1")
                 .write(&format!("{port}/gid_attrs/types/3"), "RoCE v2")
                 .write(&format!("{port}/gid_attrs/ndevs/0"), &interface)
+                .write(&format!("{port}/gid_attrs/ndevs/3"), &interface)
+                .write(&format!("sys/class/infiniband_verbs/uverbs{n}/ibdev"), name)
+                .write(&format!("{IB}/{name}/device/uevent"), "DRIVER=mlx5_core")
                 .write(&format!("{port}/hw_counters/out_of_sequence"), "17")
                 .write(&format!("{port}/counters/symbol_error"), "0")
                 .write(&format!("{IB}/{name}/device/numa_node"), "0")
@@ -97,7 +103,7 @@ impl Tree {
         tree
     }
 
-    fn gpu(place: &Path) -> Self {
+    pub(super) fn gpu(place: &Path) -> Self {
         let tree = Self::host(place);
         tree.write("sys/bus/pci/devices/0000:17:00.0/vendor", "0x10de")
             .write("sys/bus/pci/devices/0000:17:00.0/class", "0x030200")
@@ -107,7 +113,44 @@ impl Tree {
         tree
     }
 
-    fn examined(&self, lab: &Lab, more: &[&str]) -> Said {
+    /// Cards in their slots: a NIC and a GPU, each below a bridge of its own, and devices that point there.
+    pub(super) fn slots(&self) -> &Self {
+        let (nic, gpu) = (
+            "devices/pci0000:16/0000:16:01.0/0000:17:00.0",
+            "devices/pci0000:16/0000:16:02.0/0000:18:00.0",
+        );
+        let link = |from: &str, to: &str| {
+            let from = self.0.join("sys").join(from);
+            std::fs::create_dir_all(from.parent().unwrap()).unwrap();
+            let _ = std::fs::remove_dir_all(&from);
+            std::os::unix::fs::symlink(self.0.join("sys").join(to), from).unwrap();
+        };
+        for (path, class, vendor) in [(nic, "0x020000", "0x15b3"), (gpu, "0x030200", "0x10de")] {
+            let bridge = path.rsplit_once('/').unwrap().0;
+            let name = |p: &str| p.rsplit_once('/').unwrap().1.to_owned();
+            self.write(&format!("sys/{path}/class"), class)
+                .write(&format!("sys/{path}/vendor"), vendor)
+                .write(&format!("sys/{path}/numa_node"), "0")
+                .write(&format!("sys/{path}/uevent"), "DRIVER=mlx5_core")
+                .write(&format!("sys/{bridge}/class"), "0x060400");
+            self.bridge(bridge, 0);
+            link(&format!("bus/pci/devices/{}", name(path)), path);
+            link(&format!("bus/pci/devices/{}", name(bridge)), bridge);
+        }
+        link("class/infiniband/mlx5_0/device", nic);
+        self
+    }
+
+    /// The configuration space of a bridge: AER, then ACS with this control word.
+    pub(super) fn bridge(&self, path: &str, acs: u8) -> &Self {
+        let mut config = vec![0_u8; 4096];
+        config[0x100..0x104].copy_from_slice(&[0x01, 0x00, 0x81, 0x14]);
+        config[0x148..0x150].copy_from_slice(&[0x0d, 0x00, 0x01, 0x00, 0, 0, acs, 0]);
+        std::fs::write(self.0.join("sys").join(path).join("config"), config).unwrap();
+        self
+    }
+
+    pub(super) fn examined(&self, lab: &Lab, more: &[&str]) -> Said {
         let mut arguments = vec![
             "--master",
             lab.master.as_str(),
@@ -119,7 +162,7 @@ impl Tree {
     }
 
     /// With a `mooncake.json` of one more line.
-    fn configured(&self, lab: &Lab, more: &str) -> Said {
+    pub(super) fn configured(&self, lab: &Lab, more: &str) -> Said {
         let place = lab.place();
         let file = format!(
             r#"{{"local_hostname":"localhost","metadata_server":"P2PHANDSHAKE","master_server_address":"{}",{more}}}"#,
@@ -130,12 +173,11 @@ impl Tree {
     }
 }
 
-const SIZE: &str = r#""global_segment_size":"40GB","local_buffer_size":"1GB""#;
+/// What a node of some size asks for.
+pub(super) const SIZE: &str = r#""global_segment_size":"40GB","local_buffer_size":"1GB""#;
 
 pub(super) fn all() -> Vec<Fault> {
     let mut all = host();
-    all.extend(rdma());
-    all.extend(gpu());
     all.extend(python());
     all
 }
@@ -256,7 +298,7 @@ fn host() -> Vec<Fault> {
             area,
             "io_uring is switched off, and an SSD configured",
             ("io_uring", "warn", "io_uring_off"),
-            &["ssd_no_direct_io", "ssd_slow"],
+            &["ssd_in_memory", "ssd_no_direct_io", "ssd_slow"],
             |lab| {
                 let ssd = lab.place();
                 Tree::host(&lab.place())
@@ -279,293 +321,6 @@ fn host() -> Vec<Fault> {
                 let tree = Tree::rdma(&lab.place());
                 tree.write("proc/self/limits", "Max processes             100000               100000               processes\nMax open files            65536                65536                files\nMax locked memory         65536                65536                bytes");
                 tree.configured(lab, &format!(r#""protocol":"rdma",{SIZE}"#))
-            }
-        ),
-    ]
-}
-
-fn rdma() -> Vec<Fault> {
-    let area = "RDMA, by fixture";
-    vec![
-        fault!(
-            area,
-            "protocol rdma on a host without a device",
-            ("protocol", "fail", "rdma_without_device"),
-            &["no_device"],
-            |lab| Tree::host(&lab.place()).configured(lab, r#""protocol":"rdma""#)
-        ),
-        fault!(
-            area,
-            "protocol rdma, which this build does not have",
-            ("protocol", "warn", "rdma_not_built"),
-            &[],
-            |lab| Tree::rdma(&lab.place()).configured(lab, r#""protocol":"rdma""#)
-        ),
-        fault!(
-            area,
-            "a device is named that is not there",
-            ("device_name", "fail", "rdma_device_missing"),
-            &["rdma_not_built"],
-            |lab| {
-                Tree::rdma(&lab.place())
-                    .configured(lab, r#""protocol":"rdma","device_name":"mlx5_7""#)
-            }
-        ),
-        fault!(
-            area,
-            "no device, and --rdma",
-            ("devices", "fail", "no_device"),
-            &[],
-            |lab| Tree::host(&lab.place()).examined(lab, &["--rdma"])
-        ),
-        fault!(
-            area,
-            "libibverbs is not installed",
-            ("library", "warn", "no_libibverbs"),
-            &[],
-            |lab| Tree::rdma(&lab.place())
-                .remove("usr/lib/x86_64-linux-gnu/libibverbs.so.1")
-                .examined(lab, &[])
-        ),
-        fault!(
-            area,
-            "ib_uverbs is not loaded",
-            ("/dev/infiniband", "fail", "no_uverbs_module"),
-            &[],
-            |lab| Tree::rdma(&lab.place())
-                .remove("sys/module/ib_uverbs")
-                .examined(lab, &["--rdma"])
-        ),
-        fault!(
-            area,
-            "a container without /dev/infiniband",
-            ("/dev/infiniband", "fail", "no_device_node"),
-            &[],
-            |lab| Tree::rdma(&lab.place())
-                .remove("dev/infiniband")
-                .examined(lab, &["--rdma"])
-        ),
-        fault!(
-            area,
-            "no link",
-            ("mlx5_1 link", "fail", "link_down"),
-            &[],
-            |lab| {
-                Tree::rdma(&lab.place())
-                    .write(&format!("{IB}/mlx5_1/ports/1/state"), "1: DOWN")
-                    .write(&format!("{IB}/mlx5_1/ports/1/phys_state"), "2: Polling")
-                    .examined(lab, &[])
-            }
-        ),
-        fault!(
-            area,
-            "the port is switched off",
-            ("mlx5_0 link", "fail", "link_disabled"),
-            &[],
-            |lab| {
-                Tree::rdma(&lab.place())
-                    .write(&format!("{IB}/mlx5_0/ports/1/state"), "1: DOWN")
-                    .write(&format!("{IB}/mlx5_0/ports/1/phys_state"), "3: Disabled")
-                    .examined(lab, &[])
-            }
-        ),
-        fault!(
-            area,
-            "InfiniBand without a subnet manager",
-            ("mlx5_0 link", "fail", "link_init"),
-            &[],
-            |lab| {
-                Tree::rdma(&lab.place())
-                    .write(&format!("{IB}/mlx5_0/ports/1/link_layer"), "InfiniBand")
-                    .write(&format!("{IB}/mlx5_0/ports/1/state"), "2: INIT")
-                    .examined(lab, &[])
-            }
-        ),
-        fault!(
-            area,
-            "InfiniBand port without a LID",
-            ("mlx5_0 link", "fail", "no_lid"),
-            &[],
-            |lab| Tree::rdma(&lab.place())
-                .write(&format!("{IB}/mlx5_0/ports/1/link_layer"), "InfiniBand")
-                .examined(lab, &[])
-        ),
-        fault!(
-            area,
-            "an interface without an IP address",
-            ("mlx5_0 GIDs", "warn", "gid_link_local"),
-            &[],
-            |lab| {
-                let types = format!("{IB}/mlx5_0/ports/1/gid_attrs/types/0");
-                Tree::rdma(&lab.place())
-                    .remove(&format!("{IB}/mlx5_0/ports/1/gids/3"))
-                    .write(&types, "RoCE v2")
-                    .examined(lab, &[])
-            }
-        ),
-        fault!(
-            area,
-            "RoCE v1 only",
-            ("mlx5_0 GIDs", "warn", "gid_v1"),
-            &[],
-            |lab| Tree::rdma(&lab.place())
-                .write(
-                    &format!("{IB}/mlx5_0/ports/1/gid_attrs/types/3"),
-                    "IB/RoCE v1"
-                )
-                .examined(lab, &[])
-        ),
-        fault!(
-            area,
-            "no GID at all",
-            ("mlx5_0 GIDs", "fail", "no_gid"),
-            &[],
-            |lab| {
-                Tree::rdma(&lab.place())
-                    .remove(&format!("{IB}/mlx5_0/ports/1/gids"))
-                    .examined(lab, &[])
-            }
-        ),
-        fault!(
-            area,
-            "MC_GID_INDEX names an empty slot",
-            ("mlx5_0 GIDs", "fail", "gid_index_empty"),
-            &[],
-            |lab| {
-                let tree = Tree::rdma(&lab.place());
-                doctor(
-                    &["--master", &lab.master, "--root", tree.0.to_str().unwrap()],
-                    &[("MC_GID_INDEX", "4")],
-                    &lab.place(),
-                )
-            }
-        ),
-        fault!(
-            area,
-            "an interface with an MTU of 1500",
-            ("mlx5_0 MTU", "warn", "rdma_mtu"),
-            &[],
-            |lab| Tree::rdma(&lab.place())
-                .write("sys/class/net/eth0/mtu", "1500")
-                .examined(lab, &[])
-        ),
-        fault!(
-            area,
-            "one device slower than the other",
-            ("rates", "warn", "rate_differs"),
-            &[],
-            |lab| Tree::rdma(&lab.place())
-                .write(&format!("{IB}/mlx5_1/ports/1/rate"), "25 Gb/sec (1X EDR)")
-                .examined(lab, &[])
-        ),
-        fault!(
-            area,
-            "a card in a narrow slot",
-            ("mlx5_0 PCIe", "warn", "pcie_degraded"),
-            &[],
-            |lab| Tree::rdma(&lab.place())
-                .write(&format!("{IB}/mlx5_0/device/current_link_width"), "8")
-                .examined(lab, &[])
-        ),
-        fault!(
-            area,
-            "a card of unknown NUMA node",
-            ("mlx5_0 NUMA", "warn", "numa_unknown"),
-            &[],
-            |lab| Tree::rdma(&lab.place())
-                .write(&format!("{IB}/mlx5_0/device/numa_node"), "-1")
-                .examined(lab, &[])
-        ),
-        fault!(
-            area,
-            "an IOMMU that translates",
-            ("IOMMU", "warn", "iommu_translates"),
-            &[],
-            |lab| Tree::rdma(&lab.place())
-                .write("sys/kernel/iommu_groups/7/type", "DMA-FQ")
-                .examined(lab, &[])
-        ),
-        fault!(
-            area,
-            "several NICs and a strict reverse path filter",
-            ("reverse path", "warn", "rp_filter"),
-            &[],
-            |lab| Tree::rdma(&lab.place())
-                .write("proc/sys/net/ipv4/conf/eth1/rp_filter", "1")
-                .examined(lab, &[])
-        ),
-        fault!(
-            area,
-            "a fabric that loses packets right now",
-            ("losses", "warn", "fabric_loses"),
-            &[],
-            |lab| {
-                let tree = Tree::rdma(&lab.place());
-                let counter = tree
-                    .0
-                    .join(format!("{IB}/mlx5_0/ports/1/hw_counters/out_of_sequence"));
-                let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-                let ended = stop.clone();
-                let grow = std::thread::spawn(move || {
-                    let mut n = 17;
-                    while !ended.load(std::sync::atomic::Ordering::Relaxed) {
-                        n += 1;
-                        // Renamed into place: a half-written file would read as no number.
-                        let next = counter.with_extension("next");
-                        std::fs::write(&next, n.to_string()).unwrap();
-                        std::fs::rename(&next, &counter).unwrap();
-                        std::thread::sleep(std::time::Duration::from_millis(20));
-                    }
-                });
-                let said = tree.examined(lab, &[]);
-                stop.store(true, std::sync::atomic::Ordering::Relaxed);
-                grow.join().unwrap();
-                said
-            }
-        ),
-    ]
-}
-
-fn gpu() -> Vec<Fault> {
-    let area = "GPU, by fixture";
-    vec![
-        fault!(
-            area,
-            "a GPU without its driver",
-            ("driver", "fail", "no_gpu_driver"),
-            &[],
-            |lab| Tree::gpu(&lab.place())
-                .remove("proc/driver")
-                .examined(lab, &[])
-        ),
-        fault!(
-            area,
-            "a container without libcuda",
-            ("libcuda", "fail", "no_libcuda"),
-            &[],
-            |lab| Tree::gpu(&lab.place())
-                .remove("usr/lib/x86_64-linux-gnu/libcuda.so.1")
-                .examined(lab, &[])
-        ),
-        fault!(
-            area,
-            "a container without the GPU's device node",
-            ("/dev/nvidia*", "fail", "no_gpu_node"),
-            &[],
-            |lab| Tree::gpu(&lab.place())
-                .remove("dev/nvidia0")
-                .examined(lab, &[])
-        ),
-        fault!(
-            area,
-            "RDMA and no GPUDirect",
-            ("GPUDirect", "warn", "no_gpudirect"),
-            &[],
-            |lab| {
-                let place = lab.place();
-                Tree::gpu(&place);
-                // Both trees lie in the same root.
-                Tree::rdma(&place).examined(lab, &["--rdma"])
             }
         ),
     ]

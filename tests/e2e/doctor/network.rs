@@ -313,7 +313,7 @@ doctor --master $A:50051
             area,
             "the disk of the SSD path is full",
             ("SSD space", "fail", "ssd_full"),
-            &["ssd_no_direct_io", "ssd_broken", "ssd_slow"],
+            &["ssd_in_memory"],
             |lab| {
                 let script = r#"
 A=127.0.0.1 master env
@@ -337,6 +337,23 @@ echo '{"local_hostname":"127.0.0.1","metadata_server":"P2PHANDSHAKE","master_ser
 doctor
 "#;
                 run(lab, script)
+            }
+        ),
+        fault!(
+            area,
+            "packets are lost on the way to the master",
+            ("losses", "warn", "packets_lost"),
+            &["mtu_black_hole", "http_unanswered"],
+            |lab| {
+                let script = "master far; far nft -f - <<< 'table inet f { chain input { type filter hook input priority 0; tcp dport 50051 numgen random mod 100 < 6 drop; }; }'; doctor --master 10.9.0.2:50051";
+                // Chance may spare the few packets of one run.
+                let mut said = run(lab, script)?;
+                for _ in 0..3 {
+                    if !said.to_string().contains("packets_lost") {
+                        said = run(lab, script)?;
+                    }
+                }
+                Ok(said)
             }
         ),
     ]

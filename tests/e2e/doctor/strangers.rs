@@ -37,7 +37,7 @@ fn serve(on: impl Fn(TcpStream) + Send + Sync + 'static) -> String {
 }
 
 /// Reads something, then answers the same to everybody.
-fn answering(answer: &'static [u8]) -> String {
+pub(super) fn answering(answer: &'static [u8]) -> String {
     serve(move |mut stream| {
         let _ = stream.read(&mut [0; 4096]);
         let _ = stream.write_all(answer);
@@ -95,6 +95,8 @@ pub(super) struct FakeMaster {
     pub(super) mute: bool,
     /// Takes HTTP requests and says nothing.
     pub(super) http_mute: bool,
+    /// Pause before each answer on a lane.
+    pub(super) late: Duration,
 }
 
 impl Default for FakeMaster {
@@ -112,6 +114,7 @@ impl Default for FakeMaster {
             host: "",
             mute: false,
             http_mute: false,
+            late: Duration::ZERO,
         }
     }
 }
@@ -178,6 +181,7 @@ impl FakeMaster {
                 std::thread::sleep(Duration::from_secs(5));
                 return;
             }
+            std::thread::sleep(self.late);
             let batch = wire::OperationBatch::decode(bytes.as_slice()).unwrap();
             let replies = batch
                 .operations
@@ -238,7 +242,7 @@ impl FakeMaster {
     }
 }
 
-fn as_master(lab: &Lab, address: &str) -> Said {
+pub(super) fn as_master(lab: &Lab, address: &str) -> Said {
     doctor(&["--master", address], &[], &lab.place())
 }
 

@@ -167,6 +167,9 @@ async fn added_instances_survive_a_restart() {
     config.prefill = vec![address(&rig.prefill[0].address)];
     let again = Proxy::start(config.clone()).unwrap();
     assert!(format!("{again:?}").contains("2 instances"));
+    let mut device = config.clone();
+    device.state_file = Some("/dev/zero".into());
+    assert!(Proxy::start(device).is_err(), "what never ends is not read");
     std::fs::write(&path, "{}").unwrap();
     assert!(
         Proxy::start(config).is_err(),
@@ -226,6 +229,50 @@ async fn instances_that_serve_something_else_are_not_used() {
         assert_eq!(rig.complete("").await.status, 200);
     }
     assert_eq!(wrong.count(), 0);
+}
+
+/// Answers whatever comes with these bytes, or never.
+async fn stranger(answer: Option<&'static [u8]>) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        let mut kept = Vec::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            if let Some(answer) = answer {
+                let _ = stream.read(&mut [0; 1024]).await;
+                let _ = stream.write_all(answer).await;
+            } else {
+                kept.push(stream);
+            }
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn what_is_no_openai_server_is_not_added() {
+    let rig = Rig::new(Dialect::Store, 1, 1).await;
+    for answer in [
+        Some(&b"SSH-2.0-x\r\n"[..]),
+        Some(b"HTTP/1.1 404 Not Found\r\ncontent-length: 2\r\n\r\n{}"),
+        Some(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nnope"),
+        Some(b"HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\n{\"data\":[]}"),
+        Some(b""),
+        None,
+    ] {
+        let address = stranger(answer).await;
+        let body = format!(r#"{{"type":"decode","instance":"{address}"}}"#);
+        let began = std::time::Instant::now();
+        let reply = rig.post("/instances/add", &body).await;
+        assert_eq!(
+            (reply.status, reply.json()["detail"].as_str()),
+            (400, Some("Instance validation failed.")),
+            "{answer:?}"
+        );
+        assert!(began.elapsed() < Duration::from_secs(4), "{answer:?}");
+    }
+    assert_eq!(rig.get("/status").await.json()["decode_node_count"], 1);
 }
 
 #[tokio::test]
@@ -352,4 +399,26 @@ async fn requests_with_two_readings_have_none() {
         );
     }
     assert_eq!(rig.prefill[0].count() + rig.decode[0].count(), 0);
+}
+
+#[tokio::test]
+async fn the_dashboard_names_what_there_is() {
+    let rig = Rig::new(Dialect::Store, 1, 1).await;
+    let page = rig.get("/metrics").await.text();
+    let board = include_str!("../../../deploy/monitoring/grafana/dashboards/proxy.json");
+    let board: serde_json::Value = serde_json::from_str(board).unwrap();
+    let mut count = 0;
+    for panel in board["panels"].as_array().unwrap() {
+        for target in panel["targets"].as_array().into_iter().flatten() {
+            let words = target["expr"].as_str().unwrap();
+            let words = words.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            for name in words.filter(|w| w.starts_with("mooncake_proxy_")) {
+                let is_there = |name: &str| page.contains(&format!("# TYPE {name} "));
+                let family = name.strip_suffix("_bucket").unwrap_or(name);
+                assert!(is_there(family), "{name} is not a metric of the proxy");
+                count += 1;
+            }
+        }
+    }
+    assert!(count > 20, "{count}");
 }

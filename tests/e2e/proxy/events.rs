@@ -131,6 +131,27 @@ async fn a_text_is_learnt_and_then_judged_by_its_tokens() {
 }
 
 #[tokio::test]
+async fn tokens_are_asked_for_where_prefill_counts_otherwise() {
+    let (rig, [one, _]) = rig(false, |_| ()).await;
+    one.publish(&[stored(&[9999], None, &[0, 0, 0, 0], "GPU")]);
+    blocks(&rig, 0, 1).await;
+    for worker in &rig.prefill {
+        worker.cached_tokens.store(1, Ordering::SeqCst);
+    }
+    // Until an instance has told a count every text is asked for; these are too short.
+    assert!(routed(&rig, r#""short""#, 8).await.iter().all(|n| *n > 0));
+    let text = format!("\"{}\"", "So it goes, and so it went. ".repeat(200));
+    let asked = async || rig.metric("mooncake_proxy_texts_tokenized_total").await;
+    // New, and nothing was cached: as thought.
+    routed(&rig, &text, 1).await;
+    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    assert_eq!(asked().await, 0);
+    // Sent a moment ago, and it is not cached any more.
+    routed(&rig, &text, 1).await;
+    rig.until("asked", async || asked().await == 1).await;
+}
+
+#[tokio::test]
 async fn what_was_missed_is_replayed_or_forgotten() {
     for replay in [true, false] {
         let (rig, [one, _]) = rig(replay, |_| ()).await;

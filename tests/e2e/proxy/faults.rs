@@ -139,6 +139,10 @@ async fn prefill_is_tried_elsewhere() {
                 .await,
             4
         );
+        for (cause, count) in [("busy", 1), ("status", 3), ("connect", 0)] {
+            let name = format!("mooncake_proxy_retry_causes_total{{cause=\"{cause}\"}}");
+            assert_eq!(rig.metric(&name).await, count);
+        }
         rig.settled().await;
     }
 }
@@ -211,6 +215,34 @@ async fn dead_and_silent_instances() {
 }
 
 #[tokio::test]
+async fn silence_has_a_bound_in_every_phase() {
+    for dialect in ALL {
+        let rig = Rig::with(dialect, 1, 1, |c| {
+            c.prefill_timeout = Duration::from_millis(250);
+            c.first_token_timeout = Duration::from_millis(250);
+            c.idle_timeout = Duration::from_millis(250);
+            c.health_interval = Duration::from_secs(30);
+        })
+        .await;
+        assert_eq!(rig.complete("").await.status, 200);
+        rig.prefill[0].hang.store(true, Ordering::SeqCst);
+        let reply = rig.complete(STREAM).await;
+        assert_eq!(reply.status, 504, "{dialect:?} {}", reply.text());
+        rig.prefill[0].hang.store(false, Ordering::SeqCst);
+        rig.settled().await;
+        // In the middle of an answer: no clean end.
+        rig.decode[0].itl.store(2_000_000, Ordering::SeqCst);
+        let text = rig.complete(STREAM).await.text();
+        assert!(
+            text.contains(r#"{"token":0}"#) && text.contains(r#"data: {"error":"#),
+            "{text}"
+        );
+        assert!(!text.contains("[DONE]"), "{text}");
+        rig.settled().await;
+    }
+}
+
+#[tokio::test]
 async fn the_breaker_opens_and_closes_again() {
     let rig = Rig::new(Dialect::Store, 1, 1).await;
     rig.decode[0].fail(500, 5);
@@ -231,8 +263,14 @@ async fn the_breaker_opens_and_closes_again() {
 
 #[tokio::test]
 async fn a_prefill_pool_that_is_down() {
-    for (down, status) in [("refuse", 503), ("decode", 200)] {
-        let rig = Rig::with(Dialect::Store, 1, 1, |c| {
+    for (dialect, down, status) in [
+        (Dialect::Store, "refuse", 503),
+        (Dialect::Store, "decode", 200),
+        // Their decode engines cannot.
+        (Dialect::Sglang, "decode", 503),
+        (Dialect::P2p, "decode", 503),
+    ] {
+        let rig = Rig::with(dialect, 1, 1, |c| {
             if down == "decode" {
                 c.prefill_down = mooncake::proxy::config::PrefillDown::Decode;
             }
@@ -340,7 +378,7 @@ async fn leave(address: &str, n: usize) {
 
 #[tokio::test]
 async fn random_disconnects_leave_no_orphan_and_no_count() {
-    for dialect in ALL {
+    for dialect in ALL.into_iter().chain([Dialect::P2p, Dialect::Sglang]) {
         let rig = Rig::new(dialect, 2, 2).await;
         for worker in rig.prefill.iter().chain(&rig.decode) {
             worker.ttft.store(3_000, Ordering::SeqCst);
@@ -366,6 +404,9 @@ async fn random_disconnects_leave_no_orphan_and_no_count() {
         for line in page.lines().filter(|l| l.contains("_inflight")) {
             assert!(line.starts_with('#') || line.ends_with(" 0"), "{line}");
         }
+        let workers = rig.prefill.iter().chain(&rig.decode);
+        let astray = workers.map(|w| w.astray.load(Ordering::SeqCst));
+        assert_eq!(astray.sum::<usize>(), 0, "{dialect:?}");
         assert_eq!(rig.complete("").await.status, 200);
     }
 }

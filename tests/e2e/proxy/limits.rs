@@ -43,6 +43,32 @@ async fn kv_of_a_refused_request_is_let_go() {
 }
 
 #[tokio::test]
+async fn kv_of_a_push_that_decode_refuses_is_let_go_too() {
+    // Decode refuses before prefill is done, about then, and after.
+    for (prefill, decode) in [(40_000, 0), (2_000, 2_000), (0, 0), (0, 30_000)] {
+        for status in [400, 503] {
+            let rig = Rig::new(Dialect::Mooncake, 1, 2).await;
+            rig.prefill[0].ttft.store(prefill, Ordering::SeqCst);
+            for worker in &rig.decode {
+                worker.refuses_after.store(decode, Ordering::SeqCst);
+                worker.fail(status, 1);
+            }
+            for _ in 0..3 {
+                let reply = rig.complete("").await;
+                assert!(
+                    [200, status].contains(&u64::from(reply.status)),
+                    "{}",
+                    reply.text()
+                );
+            }
+            rig.settled().await;
+            let orphans = rig.metric("mooncake_proxy_handoffs_orphaned_total").await;
+            assert_eq!(orphans, 0, "{prefill} {decode} {status}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn hand_offs_are_bounded_until_decode_has_its_first_byte() {
     for pair in [false, true] {
         let rig = Rig::with(Dialect::Nixl, 1, 1, |c| {
@@ -100,6 +126,79 @@ async fn the_urgent_come_first() {
     let seen = rig.decode[0].seen.lock().unwrap();
     let prompts: Vec<_> = seen.iter().map(|s| s.body["prompt"].clone()).collect();
     assert_eq!(prompts, ["hello", "urgent", "later"]);
+}
+
+#[tokio::test]
+async fn priorities_and_keys_hold_at_a_busy_instance_too() {
+    let rig = Rig::with(Dialect::Store, 0, 1, |c| {
+        c.aggregated = true;
+        c.instance_max = 1;
+        c.queue_timeout = Duration::from_secs(5);
+    })
+    .await;
+    rig.decode[0].ttft.store(60_000, Ordering::SeqCst);
+    // Who, whose key, how urgent; they come one after the other while the first is being served.
+    let all = [
+        ("first", "a", 0),
+        ("a1", "a", 0),
+        ("a2", "a", 0),
+        ("a3", "a", 0),
+        ("b1", "b", 0),
+        ("late", "c", 9),
+        ("urgent", "a", -1),
+    ];
+    let send = async |at: usize| {
+        let (name, key, priority) = all[at];
+        tokio::time::sleep(Duration::from_millis(5 * at as u64)).await;
+        let body = format!(r#"{{"prompt":"{name}","priority":{priority}}}"#);
+        let text = String::from_utf8(request("/v1/completions", &body)).unwrap();
+        let line = format!("host: x\r\nauthorization: Bearer {key}");
+        rig.raw(text.replace("host: x", &line).as_bytes())
+            .await
+            .status
+    };
+    let statuses = tokio::join!(
+        send(0),
+        send(1),
+        send(2),
+        send(3),
+        send(4),
+        send(5),
+        send(6)
+    );
+    assert_eq!(statuses, (200, 200, 200, 200, 200, 200, 200));
+    let seen = rig.decode[0].seen.lock().unwrap().clone();
+    let order: Vec<_> = seen
+        .iter()
+        .map(|s| s.body["prompt"].as_str().unwrap())
+        .collect();
+    assert_eq!(order, ["first", "urgent", "a1", "b1", "a2", "a3", "late"]);
+    rig.settled().await;
+}
+
+#[tokio::test]
+async fn who_waits_too_long_is_told_so_and_the_next_is_served() {
+    let rig = Rig::with(Dialect::Store, 0, 1, |c| {
+        c.aggregated = true;
+        c.instance_max = 1;
+        c.queue_timeout = Duration::from_millis(150);
+    })
+    .await;
+    rig.decode[0].ttft.store(200_000, Ordering::SeqCst);
+    let (first, second, third) = tokio::join!(
+        rig.complete(""),
+        async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            rig.complete("").await
+        },
+        async {
+            tokio::time::sleep(Duration::from_millis(120)).await;
+            rig.complete("").await
+        }
+    );
+    assert_eq!((first.status, second.status, third.status), (200, 503, 200));
+    assert!(second.head.contains("retry-after: "), "{}", second.head);
+    rig.settled().await;
 }
 
 #[tokio::test]

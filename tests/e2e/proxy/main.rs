@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
 
+mod answers;
+mod conductor;
+mod connectors;
 mod control;
 mod discovery;
 mod events;
@@ -11,6 +14,7 @@ mod mock;
 mod passing;
 mod process;
 mod publisher;
+mod roles;
 mod ways;
 
 use std::sync::Arc;
@@ -57,9 +61,19 @@ impl Rig {
             workers.push(Worker::start(&world, dialect).await);
         }
         let decode_workers = workers.split_off(prefill);
+        for worker in &decode_workers {
+            "decode".clone_into(&mut worker.mode.lock().unwrap());
+        }
         let mut config = ProxyConfig::new(MODEL);
         config.prefill = workers.iter().map(|w| address(&w.spec())).collect();
-        config.decode = decode_workers.iter().map(|w| address(&w.address)).collect();
+        let decode_spec = |w: &Arc<Worker>| match dialect {
+            Dialect::P2p => address(&w.spec()),
+            _ => address(&w.address),
+        };
+        config.decode = decode_workers.iter().map(decode_spec).collect();
+        if dialect == Dialect::P2p {
+            config.connector = Some(mooncake::proxy::config::ConnectorKind::P2p);
+        }
         config.admin_key = Token::new(KEY);
         config.health_interval = Duration::from_millis(100);
         config.queue_timeout = Duration::from_millis(500);

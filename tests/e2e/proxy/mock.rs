@@ -18,6 +18,10 @@ pub(crate) enum Dialect {
     Store,
     Nixl,
     Mooncake,
+    /// vLLM's P2pNcclConnector: the request id names both KV ports.
+    P2p,
+    /// SGLang: rooms.
+    Sglang,
 }
 
 /// What all workers of a test share: the KV that is pinned.
@@ -53,6 +57,8 @@ pub(crate) struct Worker {
     pub(crate) ttft: AtomicU64,
     pub(crate) itl: AtomicU64,
     pub(crate) fail_status: AtomicU64,
+    /// Before it fails, in us.
+    pub(crate) refuses_after: AtomicU64,
     /// How many requests still fail.
     pub(crate) fail_count: AtomicUsize,
     pub(crate) drop_after: AtomicUsize,
@@ -69,6 +75,19 @@ pub(crate) struct Worker {
     pub(crate) max_model_len: AtomicU64,
     /// Requests in its gauges, if not 0.
     pub(crate) gauge: AtomicU64,
+    /// What SGLang's `/server_info` says it is.
+    pub(crate) mode: Mutex<String>,
+    /// Ranks its bootstrap server tells of.
+    pub(crate) ranks: AtomicU64,
+    /// It has `/pd_role_switch`.
+    pub(crate) switches: AtomicBool,
+    /// What that answers instead of switching: status and body.
+    pub(crate) switch_fault: Mutex<Option<(u64, Value)>>,
+    pub(crate) switched: AtomicUsize,
+    /// Its events have choices with text, as completions have.
+    pub(crate) speaks: AtomicBool,
+    /// Requests whose id named no pair, which such an engine does not survive.
+    pub(crate) astray: AtomicUsize,
     task: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
@@ -101,6 +120,7 @@ impl Worker {
             ttft: AtomicU64::new(0),
             itl: AtomicU64::new(0),
             fail_status: AtomicU64::new(500),
+            refuses_after: AtomicU64::new(0),
             fail_count: AtomicUsize::new(0),
             drop_after: AtomicUsize::new(0),
             hang: AtomicBool::new(false),
@@ -114,6 +134,13 @@ impl Worker {
             cached_tokens: AtomicU64::new(0),
             max_model_len: AtomicU64::new(4096),
             gauge: AtomicU64::new(0),
+            mode: Mutex::new("prefill".to_owned()),
+            ranks: AtomicU64::new(1),
+            switches: AtomicBool::new(false),
+            switch_fault: Mutex::default(),
+            switched: AtomicUsize::new(0),
+            speaks: AtomicBool::new(false),
+            astray: AtomicUsize::new(0),
             task: Mutex::default(),
         });
         if dialect == Dialect::Mooncake {
@@ -121,6 +148,10 @@ impl Worker {
             let port = bootstrap.local_addr().unwrap().port();
             worker.bootstrap.store(u64::from(port), Ordering::SeqCst);
             tokio::spawn(accept(worker.clone(), bootstrap));
+        }
+        if matches!(dialect, Dialect::P2p | Dialect::Sglang) {
+            // Nobody listens there: only the number matters.
+            worker.bootstrap.store(20_000 + number, Ordering::SeqCst);
         }
         let task = tokio::spawn(accept(worker.clone(), listener));
         *worker.task.lock().unwrap() = Some(task);
@@ -130,6 +161,7 @@ impl Worker {
     /// `HOST:PORT` or `HOST:PORT:BOOTSTRAP`.
     pub(crate) fn spec(&self) -> String {
         match self.bootstrap.load(Ordering::SeqCst) {
+            _ if self.dialect == Dialect::Sglang => self.address.clone(),
             0 => self.address.clone(),
             port => format!("{}:{port}", self.address),
         }
@@ -170,10 +202,28 @@ impl Worker {
                 );
                 reply(stream, 200, &body, "text/plain").await
             }
+            "/server_info" if self.dialect == Dialect::Sglang => {
+                let mode = self.mode.lock().unwrap().clone();
+                let body = json!({
+                    "disaggregation_mode": "prefill", "dp_size": 2,
+                    "disaggregation_bootstrap_port": self.bootstrap.load(Ordering::SeqCst),
+                    "internal_states": [{"disaggregation_mode": mode}],
+                });
+                reply(stream, 200, &body.to_string(), "application/json").await
+            }
+            "/pd_role_switch" if self.switches.load(Ordering::SeqCst) => {
+                let (status, body) = self.switch(&seen);
+                reply(stream, status, &body.to_string(), "application/json").await
+            }
             "/v1/realtime" => echo(stream, &seen.head).await,
             "/query" => {
                 let engine = self.engine.lock().unwrap().clone();
-                let body = json!({"0": {"engine_id": engine, "worker_addr": {}}}).to_string();
+                let ranks = self.ranks.load(Ordering::SeqCst);
+                let mut body = json!({"0": {"engine_id": engine, "worker_addr": {}}});
+                for rank in 1..ranks {
+                    body[rank.to_string()] = json!({"engine_id": format!("{engine}-{rank}")});
+                }
+                let body = body.to_string();
                 reply(stream, 200, &body, "application/json").await
             }
             "/tokenize" if seen.body["prompt"].is_string() => {
@@ -188,6 +238,26 @@ impl Worker {
         }
     }
 
+    fn switch(&self, seen: &Seen) -> (u64, Value) {
+        if !seen.head.starts_with("POST ") {
+            return (405, json!({"detail": "Method Not Allowed"}));
+        }
+        if self.running.load(Ordering::SeqCst) > 0 {
+            let body = json!({"success": false, "message": "instance is not idle", "safe_to_restore": true});
+            return (400, body);
+        }
+        if let Some(fault) = self.switch_fault.lock().unwrap().clone() {
+            return fault;
+        }
+        let role = seen.body["new_role"].as_str().unwrap_or_default();
+        role.clone_into(&mut self.mode.lock().unwrap());
+        self.switched.fetch_add(1, Ordering::SeqCst);
+        (
+            200,
+            json!({"success": true, "message": "ok", "new_role": role}),
+        )
+    }
+
     async fn generate(&self, stream: &mut TcpStream, seen: Seen) -> std::io::Result<()> {
         self.requests.fetch_add(1, Ordering::SeqCst);
         self.running.fetch_add(1, Ordering::SeqCst);
@@ -200,6 +270,8 @@ impl Worker {
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
         if failing.is_ok() {
             let status = self.fail_status.load(Ordering::SeqCst);
+            let pause = self.refuses_after.load(Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_micros(pause)).await;
             let body = json!({"error": {"message": "injected", "code": status}}).to_string();
             return reply(stream, status, &body, "application/json").await;
         }
@@ -207,7 +279,7 @@ impl Worker {
             let mut probe = [0; 64];
             let (mut reader, mut writer) = stream.split();
             tokio::select! {
-                done = self.compute(&mut writer, &seen.body) => Some(done),
+                done = self.compute(&mut writer, &seen) => Some(done),
                 _ = reader.read(&mut probe) => None,
             }
         };
@@ -226,8 +298,9 @@ impl Worker {
     async fn compute(
         &self,
         out: &mut tokio::net::tcp::WriteHalf<'_>,
-        body: &Value,
+        seen: &Seen,
     ) -> std::io::Result<()> {
+        let body = &seen.body;
         if self.hang.load(Ordering::SeqCst) {
             std::future::pending::<()>().await;
         }
@@ -244,7 +317,14 @@ impl Worker {
         if ttft > 0 {
             tokio::time::sleep(Duration::from_micros(ttft)).await;
         }
-        let mut answer = json!({"id": "cmpl-1", "choices": [{"index": 0, "text": " tok"}], "usage": {"prompt_tokens": 5}});
+        let tokens = body["prompt"].as_str().map_or(5, |p| p.len() / 4 + 1);
+        let mut answer = json!({"id": "cmpl-1", "choices": [{"index": 0, "text": " tok"}], "usage": {"prompt_tokens": tokens}});
+        told_of_prompt(body, &mut answer);
+        let _held = match self.dialect {
+            Dialect::P2p => self.pair(seen, &mut answer).await?,
+            Dialect::Sglang => self.meet(body).await,
+            _ => None,
+        };
         if is_prefill && self.dialect == Dialect::Nixl {
             let id = format!("req-{}", self.world.next.fetch_add(1, Ordering::SeqCst));
             answer["kv_transfer_params"] = json!({
@@ -294,7 +374,7 @@ impl Worker {
                 out.write_all(b"1f\r\ndata: {\"half").await?;
                 return Err(std::io::ErrorKind::ConnectionReset.into());
             }
-            let event = format!("data: {{\"token\":{n}}}\n\n");
+            let event = self.event(body, n, count);
             let chunk = format!("{:x}\r\n{event}\r\n", event.len());
             out.write_all(chunk.as_bytes()).await?;
         }
@@ -306,9 +386,121 @@ impl Worker {
         out.write_all(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n").await
     }
 
+    fn event(&self, body: &Value, n: u64, count: u64) -> String {
+        if !self.speaks.load(Ordering::SeqCst) {
+            return format!("data: {{\"token\":{n}}}\n\n");
+        }
+        let prompt = body["prompt"].as_str().unwrap_or_default();
+        // Goes on counting where the prompt has stopped.
+        let number = prompt.matches(" t").count() as u64 + n;
+        let before = if body["echo"] == true && n == 0 {
+            prompt
+        } else {
+            ""
+        };
+        let reason = if n + 1 == count {
+            json!("length")
+        } else {
+            Value::Null
+        };
+        let choice =
+            json!({"index": 0, "text": format!("{before} t{number}"), "finish_reason": reason});
+        format!("data: {}\n\n", json!({"id": "cmpl-1", "choices": [choice]}))
+    }
+
+    /// P2p: as prefill the KV goes to the decode instance of the id, as decode it must be there.
+    #[expect(clippy::unused_async, reason = "as `meet`")]
+    async fn pair(&self, seen: &Seen, answer: &mut Value) -> std::io::Result<Option<Rooms<'_>>> {
+        let id = seen
+            .head
+            .lines()
+            .find_map(|l| l.strip_prefix("x-request-id: "));
+        let id = id.unwrap_or_default();
+        answer["id"] = format!("cmpl-{id}").into();
+        let own = format!("127.0.0.1:{}", self.bootstrap.load(Ordering::SeqCst));
+        let rest = id.strip_prefix("___prefill_addr_");
+        let Some((prefill, rest)) = rest.and_then(|r| r.split_once("___decode_addr_")) else {
+            self.astray.fetch_add(1, Ordering::SeqCst);
+            return Err(std::io::ErrorKind::InvalidInput.into());
+        };
+        if prefill == own {
+            self.pin(id);
+        } else if !rest.starts_with(&own) || !self.world.pinned.lock().unwrap().remove(id) {
+            self.astray.fetch_add(1, Ordering::SeqCst);
+            return Err(std::io::ErrorKind::InvalidInput.into());
+        }
+        Ok(None)
+    }
+
+    /// SGLang: both come together in rooms; prefill's answer follows when the KV has gone, and takes it away when it is aborted.
+    async fn meet(&self, body: &Value) -> Option<Rooms<'_>> {
+        let room = &body["bootstrap_room"];
+        let rooms: Vec<String> = match room.as_array() {
+            Some(all) => all.iter().map(ToString::to_string).collect(),
+            None => vec![room.to_string()],
+        };
+        let pinned = || self.world.pinned.lock().unwrap();
+        if *self.mode.lock().unwrap() == "prefill" {
+            rooms.iter().for_each(|r| self.pin(r));
+            let held = Rooms(&self.world, rooms);
+            while held.1.iter().any(|r| pinned().contains(r)) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            return Some(held);
+        }
+        while !rooms.iter().all(|r| pinned().contains(r)) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        pinned().retain(|p| !rooms.contains(p));
+        None
+    }
+
     fn pin(&self, id: &str) {
         self.world.prefilled.fetch_add(1, Ordering::SeqCst);
         self.world.pinned.lock().unwrap().insert(id.to_owned());
+    }
+}
+
+struct Rooms<'a>(&'a World, Vec<String>);
+impl Drop for Rooms<'_> {
+    fn drop(&mut self) {
+        self.0
+            .pinned
+            .lock()
+            .unwrap()
+            .retain(|p| !self.1.contains(p));
+    }
+}
+
+/// What was asked about the prompt, as vLLM tells it.
+fn told_of_prompt(body: &Value, answer: &mut Value) {
+    let prompt = body["prompt"].as_str().unwrap_or_default();
+    let choice = &mut answer["choices"][0];
+    let generates = body["max_tokens"] != 0;
+    if body["echo"] == true {
+        choice["text"] = format!("{prompt}{}", if generates { " tok" } else { "" }).into();
+    }
+    if body["logprobs"].is_u64() {
+        let mut tokens: Vec<&str> = if body["echo"] == true {
+            vec![prompt]
+        } else {
+            vec![]
+        };
+        tokens.extend(generates.then_some(" tok"));
+        let mut at = 0;
+        let offsets: Vec<usize> = tokens
+            .iter()
+            .map(|t| {
+                at += t.len();
+                at - t.len()
+            })
+            .collect();
+        let logprobs: Vec<f64> = tokens.iter().map(|_| -0.25).collect();
+        choice["logprobs"] =
+            json!({"tokens": tokens, "text_offset": offsets, "token_logprobs": logprobs});
+    }
+    if !body["prompt_logprobs"].is_null() {
+        choice["prompt_logprobs"] = json!([null, {"17": {"logprob": -0.5}}]);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::mock::Dialect;
-use super::{Rig, read_reply, request};
+use super::{MODEL, Rig, read_reply, request};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -91,4 +91,31 @@ async fn a_websocket_goes_both_ways_until_one_side_ends() {
     rig.settled().await;
     // Who did not ask gets none, and a refusal is passed on as it is.
     assert_eq!(rig.get("/v1/realtime").await.status, 426);
+}
+
+/// Their memory is used again: nobody is sent another's.
+#[tokio::test]
+async fn long_prompts_arrive_as_they_were_sent() {
+    let rig = Rig::new(Dialect::Nixl, 1, 1).await;
+    let send = async |n: usize| {
+        let prompt = format!("{n:05} ").repeat(11_000 + 9_000 * (n % 7));
+        let body = format!(r#"{{"model":"{MODEL}","prompt":"{prompt}","max_tokens":1}}"#);
+        assert_eq!(rig.post("/v1/completions", &body).await.status, 200);
+        prompt
+    };
+    let mut sent = Vec::new();
+    for round in 0..4 {
+        let at = round * 4;
+        let four = tokio::join!(send(at), send(at + 1), send(at + 2), send(at + 3));
+        sent.extend([four.0, four.1, four.2, four.3]);
+    }
+    for worker in [&rig.prefill[0], &rig.decode[0]] {
+        let seen = worker.seen.lock().unwrap();
+        let mut got: Vec<&str> = seen
+            .iter()
+            .filter_map(|s| s.body["prompt"].as_str())
+            .collect();
+        got.sort_unstable();
+        assert!(sent.iter().eq(got.iter()), "another's bytes");
+    }
 }

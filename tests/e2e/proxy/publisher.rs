@@ -93,7 +93,10 @@ pub(crate) struct Publisher {
 
 impl Publisher {
     pub(crate) async fn start() -> Arc<Self> {
-        let live = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::on(TcpListener::bind("127.0.0.1:0").await.unwrap()).await
+    }
+
+    pub(crate) async fn on(live: TcpListener) -> Arc<Self> {
         let replay = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let publisher = Arc::new(Self {
             port: live.local_addr().unwrap().port(),
@@ -196,6 +199,36 @@ impl Publisher {
         stream.read_exact(&mut [0]).await?;
         Ok(())
     }
+}
+
+/// A DEALER that has connected and shaken hands.
+pub(crate) async fn dealer(address: std::net::SocketAddr) -> TcpStream {
+    let end = std::time::Instant::now() + Duration::from_secs(5);
+    let mut stream = loop {
+        match TcpStream::connect(address).await {
+            Ok(stream) => break stream,
+            Err(error) => assert!(std::time::Instant::now() < end, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    let mut greeting = [0; 64];
+    (greeting[0], greeting[9], greeting[10], greeting[11]) = (0xff, 0x7f, 3, 1);
+    greeting[12..16].copy_from_slice(b"NULL");
+    stream.write_all(&greeting).await.unwrap();
+    stream
+        .write_all(b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\x06DEALER")
+        .await
+        .unwrap();
+    stream.read_exact(&mut [0; 64]).await.unwrap();
+    let ready = frame(&mut stream).await.unwrap();
+    assert!(ready.1.ends_with(b"ROUTER"), "{ready:?}");
+    stream
+}
+
+/// Sends a map of texts as one message.
+pub(crate) async fn send_map(stream: &mut TcpStream, fields: &[(&str, &str)]) {
+    let fields: Vec<_> = fields.iter().map(|(n, v)| (*n, Part::Text(v))).collect();
+    stream.write_all(&frames(&[&map(&fields)])).await.unwrap();
 }
 
 async fn frame(stream: &mut TcpStream) -> std::io::Result<(u8, Vec<u8>)> {

@@ -118,6 +118,7 @@ async fn mooncake_is_found_out_runs_both_at_once_and_survives_a_restart() {
 #[tokio::test]
 async fn what_takes_one_leg() {
     let rig = Rig::new(Dialect::Store, 1, 1).await;
+    // Nothing is known of the connector yet.
     for more in [
         r#","n":2"#,
         r#","echo":true"#,
@@ -152,6 +153,16 @@ async fn what_takes_one_leg() {
         );
         assert_eq!(rig.prefill[0].last().body[limit], 1, "{path}");
     }
+    // What only the decode instance knows is not asked of prefill, and prefill keeps nothing.
+    let before = rig.prefill[0].count();
+    let goes_on = r#"{"input":"a","previous_response_id":"resp_1"}"#;
+    assert_eq!(rig.post("/v1/responses", goes_on).await.status, 200);
+    assert_eq!(rig.prefill[0].count(), before);
+    let kept = r#"{"input":"a","store":true,"background":true}"#;
+    assert_eq!(rig.post("/v1/responses", kept).await.status, 200);
+    let (p, d) = (rig.prefill[0].last().body, rig.decode[0].last().body);
+    assert!(p["store"] == false && p["background"] == false, "{p}");
+    assert!(d["store"] == true && d["background"] == true, "{d}");
 }
 
 #[tokio::test]

@@ -1,18 +1,22 @@
-//! What each tenant holds, counted by walking the index and shown again for a few seconds.
+//! What each tenant holds, and the pool's objects as a whole: the survey for programs.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::Mutex;
+use axum::extract::State;
+use axum::response::Response;
+use serde_json::{Value, json};
 
 use super::super::Master;
-use crate::store::model::key;
+use super::super::survey::{Survey, Tally};
+use super::Shared;
+use super::pool::ok;
 
-/// What a walk over the whole index found is shown again for this long.
-const CENSUS_AGE: Duration = Duration::from_secs(5);
-/// Tenants of one census; those beyond are counted together.
-const CENSUS_TENANTS_MAX: usize = 10_000;
+/// Prefixes told.
+const PREFIXES: usize = 20;
+/// Tenants told; `/api/v1/tenants` has them all.
+const TENANTS: usize = 20;
 
 /// Objects and bytes of one tenant.
 #[derive(Clone, Copy, Debug, Default)]
@@ -23,53 +27,34 @@ pub(super) struct Holds {
     pub(super) replica_bytes: u64,
 }
 
-/// By tenant.
-type Found = Arc<BTreeMap<String, Holds>>;
-
-/// What tenants hold, counted by walking the index; kept for a while.
-#[derive(Default)]
-pub(crate) struct Census {
-    last: Mutex<Option<(Instant, Found)>>,
-    /// One walk at a time.
-    walking: tokio::sync::Mutex<()>,
-}
-
-impl Census {
-    fn recent(&self) -> Option<(Instant, Found)> {
-        let last = self.last.lock();
-        last.clone().filter(|(at, _)| at.elapsed() < CENSUS_AGE)
-    }
+async fn survey(master: &Arc<Master>) -> (Arc<Survey>, Duration) {
+    let walker = master.clone();
+    let walked = tokio::task::spawn_blocking(move || walker.surveyor.recent(&walker));
+    walked.await.unwrap_or_default()
 }
 
 /// By tenant, and the age of the figures.
-pub(super) async fn census(master: &Arc<Master>) -> (Found, Duration) {
-    let _one = master.census.walking.lock().await;
-    if let Some((at, found)) = master.census.recent() {
-        return (found, at.elapsed());
+pub(super) async fn tenants(master: &Arc<Master>) -> (BTreeMap<String, Holds>, Duration) {
+    let (survey, age) = survey(master).await;
+    let mut all = BTreeMap::new();
+    for t in &survey.tenants {
+        let holds: &mut Holds = all.entry(t.tenant.clone()).or_default();
+        holds.objects += t.objects;
+        holds.bytes += t.bytes;
+        holds.replica_bytes += t.replica_bytes;
     }
-    let walker = master.clone();
-    let walked = tokio::task::spawn_blocking(move || {
-        let mut all: BTreeMap<String, Holds> = BTreeMap::new();
-        walker.state.walk(0, usize::MAX, |object| {
-            let tenant = key::split(&object.key).map_or("", |(tenant, _)| tenant);
-            let tenant = match tenant {
-                "" => key::DEFAULT_TENANT,
-                name if all.len() < CENSUS_TENANTS_MAX || all.contains_key(name) => name,
-                _ => "(others)",
-            };
-            if !all.contains_key(tenant) {
-                all.insert(tenant.to_owned(), Holds::default());
-            }
-            if let Some(holds) = all.get_mut(tenant) {
-                holds.objects += 1;
-                holds.bytes += object.size;
-                holds.replica_bytes += object.size * object.replicas.len() as u64;
-            }
-            false
-        });
-        all
-    });
-    let found = Arc::new(walked.await.unwrap_or_default());
-    *master.census.last.lock() = Some((Instant::now(), found.clone()));
-    (found, Duration::ZERO)
+    (all, age)
+}
+
+/// `GET /api/v1/census`.
+pub(super) async fn census(State(master): Shared) -> Response {
+    let (s, age) = survey(&master).await;
+    let tallies =
+        |all: &[Tally], most| -> Vec<Value> { all.iter().take(most).map(Tally::json).collect() };
+    ok(&json!({
+        "age_ms": age.as_millis() as u64, "objects": s.looked_at, "leased_objects": s.leased_objects,
+        "pinned_objects": s.pinned_objects, "by_replicas": s.by_replicas, "degraded_objects": s.degraded_objects,
+        "unreadable_objects": s.unreadable_objects, "tenants": tallies(&s.tenants, TENANTS),
+        "prefixes": tallies(&s.prefixes, PREFIXES),
+    }))
 }

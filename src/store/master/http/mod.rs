@@ -23,7 +23,6 @@ use super::{Master, dashboard, names, operations, stream};
 use crate::base::units::ByteSize;
 use crate::store::model::error::{StoreError, code_name};
 use crate::store::wire::{OperationBatch, operation, reply};
-pub(crate) use census::Census;
 
 type Shared = State<Arc<Master>>;
 type Params = Query<HashMap<String, String>>;

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::events::Filter;
 use super::super::{Master, operations, stream};
-use super::census::census;
+use super::census::{self, census};
 use super::keys::keys;
 use super::{Params, Shared, answer, failure, invalid};
 use crate::base::clock::Millis;
@@ -36,6 +36,7 @@ pub(super) fn routes() -> Router<Arc<Master>> {
         .route("/api/v1/keys", get(keys))
         .route("/api/v1/key", get(one_key))
         .route("/api/v1/tenants", get(tenants))
+        .route("/api/v1/census", get(census))
         .route("/api/v1/hot", get(hot))
         .route("/api/v1/histograms", get(histograms))
         .route("/api/v1/events", get(events))
@@ -116,6 +117,11 @@ fn share(part: u64, whole: u64) -> Value {
 }
 
 async fn overview(State(master): Shared) -> Response {
+    let last = master.refused.last();
+    let refused = json!({
+        "count": master.refused.count(), "last_ms": last.map(|(ago, _)| ago.as_millis() as u64),
+        "last_from": last.map(|(_, ip)| ip.to_string()),
+    });
     let o = master.overview_values();
     let state = &master.state;
     let (nodes, segments) = (state.segments.nodes(), state.segments.view());
@@ -148,6 +154,7 @@ async fn overview(State(master): Shared) -> Response {
             "oldest_seq": state.events.oldest(), "next_seq": state.events.next(),
             "subscribers": master.subscribers.count(),
         },
+        "refused_tokens": refused,
     }))
 }
 
@@ -271,7 +278,7 @@ async fn one_key(State(master): Shared, Query(params): Params) -> Response {
 }
 
 async fn tenants(State(master): Shared) -> Response {
-    let (holds, age) = census(&master).await;
+    let (holds, age) = census::tenants(&master).await;
     let asked: HashMap<String, _> = master.metrics.tenants.all().into_iter().collect();
     let mut names: Vec<&String> = holds.keys().chain(asked.keys()).collect();
     names.sort_unstable();

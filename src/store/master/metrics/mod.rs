@@ -18,6 +18,7 @@ use upstream::Kind;
 
 use super::Master;
 use super::quotas::Snapshot;
+use super::state::PUT_FAILURES;
 use crate::base::histogram::{Counted, Histogram, NANOSECONDS};
 use crate::store::wire;
 pub(crate) use rpc::Rpc;
@@ -269,6 +270,11 @@ impl Metrics {
             ("puts", "Objects completed", load(&c.puts)),
             ("removed", "Objects removed", load(&c.removed)),
             (
+                "refused_tokens",
+                "Connections and requests with a missing or wrong token",
+                master.refused.count(),
+            ),
+            (
                 "evicted_unread",
                 "Objects evicted that nobody had read",
                 load(&c.evicted_unread),
@@ -286,6 +292,11 @@ impl Metrics {
         ] {
             let name = format!("mooncake_master_{name}_total");
             w.single(&name, "counter", help, value);
+        }
+        let name = "mooncake_master_put_failures_total";
+        w.head(name, "counter", "Puts that got no place, by reason");
+        for (reason, count) in PUT_FAILURES.iter().zip(&c.put_failures_by) {
+            w.series(name, &[("reason", reason)], load(count));
         }
         w.single(
             "mooncake_master_eviction_hold_max_nanoseconds",
@@ -431,6 +442,25 @@ fn nodes(master: &Master, w: &mut Writer) {
             w.series(name, &[("node", node)], of(beat));
         }
     }
+    let name = "mooncake_node_transport_bytes_total";
+    let help = "Bytes through the data lanes of a node, by the way they took";
+    w.head(name, "counter", help);
+    for (node, beat) in &beats {
+        for transport in ["tcp", "unix", "rdma"] {
+            for operation in ["read", "write"] {
+                let told = beat
+                    .bytes
+                    .iter()
+                    .find(|b| b.transport == transport && b.operation == operation);
+                let labels = [
+                    ("node", node.as_str()),
+                    ("transport", transport),
+                    ("operation", operation),
+                ];
+                w.series(name, &labels, told.map_or(0, |b| b.bytes));
+            }
+        }
+    }
     let name = "mooncake_node_request_seconds";
     let help = "Time of a request at a node, from its first byte to the last of the answer";
     w.head(name, "histogram", help);
@@ -440,6 +470,8 @@ fn nodes(master: &Master, w: &mut Writer) {
             ("tcp", "write"),
             ("unix", "read"),
             ("unix", "write"),
+            ("rdma", "read"),
+            ("rdma", "write"),
         ] {
             let told = beat.times.iter().find(|t| {
                 t.transport == transport

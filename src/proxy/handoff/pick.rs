@@ -1,0 +1,143 @@
+//! Taking a place at an instance: who may be asked, the policy's word, and waiting for one that is only busy.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::super::config::Role;
+use super::super::policy::Ask;
+use super::super::registry::{Instance, Leg};
+use super::super::reply::LocalReply;
+use super::HandOff;
+
+impl HandOff {
+    fn ask(&self, role: Role) -> Ask<'_> {
+        Ask {
+            role,
+            prompt: self.prompt(),
+            tokens: self.tokens(),
+            session: self.job.session,
+            known: self.known(),
+        }
+    }
+
+    /// Tokens that an instance will have to compute: the load it takes on, as far as the policy knows.
+    fn uncached(&self, ask: &Ask<'_>, instance: &Arc<Instance>) -> u64 {
+        if ask.role != Role::Prefill {
+            return 0;
+        }
+        let cached = self.app.policy(ask.role).cached_tokens(ask, instance);
+        ask.tokens.saturating_sub(cached)
+    }
+
+    /// Takes a place at an instance, waiting in line for one that is only busy. `Ok(None)`: all were tried.
+    ///
+    /// `with`: who it must suit, for a decode leg its prefill instance.
+    pub(super) async fn pick(
+        &self,
+        role: Role,
+        tried: &[u64],
+        with: Option<&Instance>,
+    ) -> Result<Option<Leg>, LocalReply> {
+        let app = &self.app;
+        let deadline = tokio::time::Instant::now() + app.config.queue_timeout;
+        let line = app.line(role);
+        // A newcomer does not overtake who waits; what is tried again has waited already.
+        let mut waiting = (tried.is_empty() && !line.is_empty())
+            .then(|| line.join(self.job.claim, self.kin(with)));
+        if let Some(waiting) = &waiting {
+            let first = waiting.turn(std::future::pending());
+            if tokio::time::timeout_at(deadline, first).await.is_err() {
+                return Err(self.all_busy(role));
+            }
+        }
+        loop {
+            let changed = app.registry.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if let Some(leg) = self.take(role, tried, with) {
+                if let Some(waiting) = waiting {
+                    waiting.served();
+                }
+                return Ok(Some(leg));
+            }
+            if !tried.is_empty() {
+                return Ok(None);
+            }
+            if !app.registry.serves(role) && !app.registry.expects(role) {
+                app.metrics.refused_none.add();
+                let text = format!("no {} instance is available", role.name());
+                return Err(LocalReply::later(503, &text, 2));
+            }
+            let waiting = waiting.get_or_insert_with(|| line.join(self.job.claim, self.kin(with)));
+            waiting.found_nothing();
+            let turn = waiting.turn(changed);
+            if tokio::time::timeout_at(deadline, turn).await.is_err() {
+                return Err(self.all_busy(role));
+            }
+        }
+    }
+
+    fn all_busy(&self, role: Role) -> LocalReply {
+        self.app.metrics.refused_busy.add();
+        LocalReply::later(503, &format!("all {} instances are busy", role.name()), 1)
+    }
+
+    /// A place at one that is free now.
+    fn take(&self, role: Role, tried: &[u64], with: Option<&Instance>) -> Option<Leg> {
+        let app = &self.app;
+        let group = with.and_then(group_of);
+        let mut free = app
+            .registry
+            .candidates(role, app.config.instance_max, group);
+        free.retain(|i| !tried.contains(&i.number) && self.has_room(role, i, with));
+        let ask = self.ask(role);
+        while !free.is_empty() {
+            let chosen = app.policy(role).choose(&ask, &free).min(free.len() - 1);
+            let tokens = self.uncached(&ask, &free[chosen]);
+            if let Some(leg) = app.registry.enter(&free[chosen], role, tokens) {
+                app.policy(role).routed(&ask, &leg.instance);
+                if role == Role::Prefill {
+                    let metrics = &app.metrics;
+                    metrics.tokens_routed.add_all(ask.tokens);
+                    metrics.tokens_cached.add_all(ask.tokens - tokens);
+                }
+                let computes = role == Role::Prefill || app.config.aggregated;
+                if computes && !leg.instance.tells_cached.load(Ordering::Relaxed) {
+                    self.learn_tokens(&leg.instance);
+                }
+                return Some(leg);
+            }
+            // Its breaker has let another probe in meanwhile.
+            free.remove(chosen);
+        }
+        None
+    }
+
+    /// What a place must suit, as a number.
+    fn kin(&self, with: Option<&Instance>) -> u64 {
+        let Some(with) = with else { return 0 };
+        let pair = match self.app.config.pair_handoffs_max {
+            0 => 0,
+            _ => with.number + 1,
+        };
+        xxhash_rust::xxh3::xxh3_64_with_seed(with.group.as_bytes(), pair)
+    }
+
+    /// Whether one more hand-off may begin there.
+    fn has_room(&self, role: Role, instance: &Instance, with: Option<&Instance>) -> bool {
+        let (config, handoffs) = (&self.app.config, &self.app.handoffs);
+        let below = |max: usize, count: usize| max == 0 || count < max;
+        match (role, with) {
+            (Role::Prefill, _) => below(config.handoffs_max, handoffs.of(instance.number)),
+            (_, Some(prefill)) => {
+                let count = || handoffs.of_pair(prefill.number, instance.number);
+                config.pair_handoffs_max == 0 || below(config.pair_handoffs_max, count())
+            }
+            _ => true,
+        }
+    }
+}
+
+fn group_of(instance: &Instance) -> Option<&str> {
+    Some(instance.group.as_str()).filter(|g| !g.is_empty())
+}
