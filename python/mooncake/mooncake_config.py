@@ -75,7 +75,7 @@ class MooncakeConfig:
             raise ValueError(f"Invalid protocol: {self.protocol!r}. It must be a non-empty string, as in 'tcp'.")
         self.protocol = self.protocol.strip().lower()
         if self.protocol not in _KNOWN_PROTOCOLS:
-            logger.warning("protocol %r is unknown; it is passed on. Known: %s", self.protocol, sorted(_KNOWN_PROTOCOLS))
+            logger.warning("Unrecognised protocol %r: it is passed on. Known: %s", self.protocol, sorted(_KNOWN_PROTOCOLS))
         for name in ("global_segment_size", "local_buffer_size"):
             value = getattr(self, name)
             if value < 0:

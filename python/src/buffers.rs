@@ -62,6 +62,20 @@ impl Registered {
         (end <= start + size).then(|| (*start..start + size, *device))
     }
 
+    /// Whether a range begins in a registered one and goes on where nothing is registered: a mistake, whatever lies there.
+    fn overruns(&self, address: usize, end: usize) -> bool {
+        let ranges = self.ranges.read();
+        let mut at = address;
+        while at < end {
+            let before = ranges.range(..=at).next_back();
+            match before.map(|(start, (size, _))| start + size) {
+                Some(beyond) if beyond > at => at = beyond,
+                _ => return at > address,
+            }
+        }
+        false
+    }
+
     /// Whether a range lies in a registered one.
     pub(crate) fn covers(&self, address: usize, length: usize) -> bool {
         let end = address.checked_add(length);
@@ -100,6 +114,7 @@ impl Registered {
                 let known = known.or_else(|| others?.find(address, end));
                 last = match known {
                     Some(known) => known,
+                    None if self.overruns(address, end) => return None,
                     None => (address..end, owner(address, length, write)?),
                 };
             }

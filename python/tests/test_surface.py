@@ -161,6 +161,21 @@ def test_ranges_of_different_lengths(store):
     assert answer[0][0] and all(code < 0 for code in answer[0][0])
 
 
+def test_ranges_beyond_a_registered_buffer(store):
+    """Refused even where other memory follows; but neighbours may be used as one."""
+    memory = ctypes.create_string_buffer(b"." * 100, 100)
+    at = ctypes.addressof(memory)
+    assert store.put("r", b"0123456789") == 0
+    assert store.register_buffer(at, 32) == 0
+    assert store.get_into_ranges([at], [["r"]], [[[31]]], [[[0]]], [[[4]]]) == [[[-600]]]
+    assert store.get_into("r", at + 30, 10) == -600 and store.put_from("x", at + 30, 10) == -600
+    assert memory.raw == b"." * 100
+    assert store.register_buffer(at + 32, 32) == 0
+    assert store.get_into("r", at + 30, 10) == 10 and memory.raw[30:40] == b"0123456789"
+    assert store.get_into("r", at + 80, 10) == 10, "not registered at all"
+    assert store.unregister_buffer(at) == 0 and store.unregister_buffer(at + 32) == 0
+
+
 def test_numbers_of_sessions(store):
     memory = ctypes.create_string_buffer(b"x" * 100, 100)
     at = ctypes.addressof(memory)

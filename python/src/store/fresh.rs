@@ -31,12 +31,12 @@ fn fresh_bytes(py: Python<'_>, length: usize) -> PyResult<(Py<PyBytes>, LocalSli
         let object: Bound<'_, PyBytes> =
             Bound::from_owned_ptr_or_err(py, object)?.cast_into_unchecked();
         let pointer = ffi::PyBytes_AsString(object.as_ptr()).cast::<u8>();
-        advise_huge_pages(pointer as usize, length);
         Ok((object.unbind(), LocalSlice::new(pointer, length)))
     }
 }
 
-/// Small pages cost as much as the copy: to touch, and for whoever drops the object, an event loop perhaps, to give back.
+/// An event loop that drops a large object gives back its pages, and is held up for as long as that takes: less for huge ones.
+/// Where the kernel must first make room for those, the thread that reads waits for it, and not the loop.
 fn advise_huge_pages(address: usize, length: usize) {
     let start = address.next_multiple_of(HUGE_PAGE);
     let end = (address + length) & !(HUGE_PAGE - 1);
@@ -63,7 +63,8 @@ impl Fresh {
     }
 }
 
-/// Memory for objects of these sizes. Up to `small` bytes it is not Python's, so that the interpreter lock is not needed.
+/// Memory for objects of these sizes. Up to `small` bytes it is not Python's, so that the interpreter lock is not needed; 0:
+/// the caller is no event loop.
 fn allocate(sizes: &[u64], small: u64) -> Vec<Option<(Fresh, LocalSlice)>> {
     let own = |size: u64| {
         let mut bytes = vec![0; size as usize];
@@ -76,6 +77,9 @@ fn allocate(sizes: &[u64], small: u64) -> Vec<Option<(Fresh, LocalSlice)>> {
     }
     let pythons = |py: Python<'_>, size: u64| {
         let (object, slice) = fresh_bytes(py, usize::try_from(size).ok()?).ok()?;
+        if small > 0 {
+            advise_huge_pages(slice.as_ptr() as usize, slice.len());
+        }
         Some((Fresh::Object(object), slice))
     };
     let allocated =

@@ -104,38 +104,10 @@ pub(super) fn connect(target: &str) -> Result<Met, Fault> {
 }
 
 fn refused(address: SocketAddr) -> Fault {
-    if address::is_local(address.ip()) {
-        let here = super::sockets::listeners_on(address.port());
-        let other = here
-            .iter()
-            .find(|l| !l.ip.is_unspecified() && l.ip != address.ip());
-        if let Some(l) = other {
-            let reason = format!(
-                "{} listens on {}:{} only, not on {}",
-                l.holder,
-                l.ip,
-                address.port(),
-                address.ip()
-            );
-            return Fault::new(
-                "refused_other_address",
-                reason,
-                format!("start it with --bind {}", address.ip()),
-            );
-        }
-    }
-    let taken = address::is_local(address.ip()).then(|| super::sockets::source_of(address.port()));
-    if let Some(holder) = taken.flatten() {
-        let reason = format!(
-            "nothing listens there, and nothing can: the port is the source of an outgoing connection{}",
-            if holder.is_empty() {
-                String::new()
-            } else {
-                format!(" of {holder}")
-            }
-        );
-        return Fault::new("port_taken", reason, "keep the port out of the range that the kernel takes such ports from, end that program, and start the server again")
-            .command(format!("sysctl -w net.ipv4.ip_local_reserved_ports={}", address.port()));
+    if address::is_local(address.ip())
+        && let Some(fault) = refused_here(address)
+    {
+        return fault;
     }
     Fault::new(
         "refused",
@@ -147,6 +119,51 @@ fn refused(address: SocketAddr) -> Fault {
         address.port(),
         address.ip()
     ))
+}
+
+/// What this host's own sockets say about it.
+fn refused_here(address: SocketAddr) -> Option<Fault> {
+    let here = super::sockets::listeners_on(address.port());
+    if let Some(l) = here
+        .iter()
+        .find(|l| l.ip.is_unspecified() || l.ip == address.ip())
+    {
+        let reason = format!(
+            "{} listens there, and the connection is refused all the same: a firewall of this host does that",
+            l.holder
+        );
+        return Some(Fault::new(
+            "refused",
+            reason,
+            "let the port pass in this host's firewall",
+        ));
+    }
+    if let Some(l) = here.first() {
+        let reason = format!(
+            "{} listens on {}:{} only, not on {}",
+            l.holder,
+            l.ip,
+            address.port(),
+            address.ip()
+        );
+        let remedy = format!("start it with --bind {}", address.ip());
+        return Some(Fault::new("refused_other_address", reason, remedy));
+    }
+    let holder = super::sockets::source_of(address.port())?;
+    let of = if holder.is_empty() {
+        String::new()
+    } else {
+        format!(" of {holder}")
+    };
+    let reason = format!(
+        "nothing listens there, and nothing can: the port is the source of an outgoing connection{of}"
+    );
+    let remedy = "keep the port out of the range that the kernel takes such ports from, end that program, and start the server again";
+    let fault = Fault::new("port_taken", reason, remedy);
+    Some(fault.command(format!(
+        "sysctl -w net.ipv4.ip_local_reserved_ports={}",
+        address.port()
+    )))
 }
 
 fn not_connected(error: &io::Error, address: SocketAddr, took: Duration) -> Fault {

@@ -132,7 +132,12 @@ fn redacted(text: &str) -> String {
         (r"\d+ refusals", "N refusals"),
         (r"MiB used \(\d+ %\), \d+ objects", "MiB used, N objects"),
         (r"about \d+ needed", "about N needed"),
-        (r"of \d+ looked at: \d+ only", "of N looked at: N only"),
+        (r"of \d+: \d+ only on lost", "of N: N only on lost"),
+        (
+            r"[\d.]+ MiB free, largest range [\d.]+ KiB",
+            "SIZE free, largest range SIZE",
+        ),
+        (r"[\d.]+ MiB of 16 MiB used", "SIZE of 16 MiB used"),
         (r"\d+ objects, [\d.]+ \w+ since", "N objects, SIZE since"),
         (r"\d+ since the master", "N since the master"),
         (r"replaced every \w+", "replaced every TIME"),
