@@ -22,6 +22,9 @@ _mooncake() {
             mooncake,doctor)
                 cmd="mooncake__subcmd__doctor"
                 ;;
+            mooncake,drain)
+                cmd="mooncake__subcmd__drain"
+                ;;
             mooncake,exist)
                 cmd="mooncake__subcmd__exist"
                 ;;
@@ -87,6 +90,9 @@ _mooncake() {
                 ;;
             mooncake__subcmd__help,doctor)
                 cmd="mooncake__subcmd__help__subcmd__doctor"
+                ;;
+            mooncake__subcmd__help,drain)
+                cmd="mooncake__subcmd__help__subcmd__drain"
                 ;;
             mooncake__subcmd__help,exist)
                 cmd="mooncake__subcmd__help__subcmd__exist"
@@ -236,7 +242,7 @@ _mooncake() {
 
     case "${cmd}" in
         mooncake)
-            opts="-h -V --help --version master node proxy put get exist ls rm stat inspect doctor bench generate help"
+            opts="-h -V --help --version master node proxy put get exist ls rm stat inspect drain doctor bench generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -481,6 +487,64 @@ _mooncake() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        mooncake__subcmd__drain)
+            opts="-h --to --concurrency --wait --job --cancel --master --config --token-file --tenant --transport --timeout --output --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --to)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --concurrency)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --wait)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --job)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --master)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --token-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tenant)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --transport)
+                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    return 0
+                    ;;
+                --timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         mooncake__subcmd__exist)
             opts="-h --master --config --token-file --tenant --transport --timeout --output --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -588,7 +652,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__help)
-            opts="master node proxy put get exist ls rm stat inspect doctor bench generate help"
+            opts="master node proxy put get exist ls rm stat inspect drain doctor bench generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -658,6 +722,20 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__help__subcmd__doctor)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        mooncake__subcmd__help__subcmd__drain)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1724,7 +1802,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__master)
-            opts="-h --config --print-config --output --port --bind --token-file --memory --node-port --advertise --metrics-port --metrics-host --enable-metric-reporting --default-kv-lease-ttl --max-kv-soft-pin-ttl --allow-evict-soft-pinned-objects --eviction-high-watermark-ratio --eviction-ratio --eviction-policy --allocation-strategy --client-ttl --put-start-release-timeout --put-wait --recovery-grace --kv-events --kv-events-queue-capacity --kv-events-endpoint --kv-events-backend-id --kv-events-emit-legacy-compat --kv-events-emit-object-key --max-lanes --slow-log --log-format --max-threads --rpc-conn-timeout-seconds --rpc-enable-tcp-no-delay --rpc-interface --memory-allocator --cluster-id --default-kv-soft-pin-ttl --put-start-discard-timeout-sec --logtostderr --enable-http-metadata-server --http-metadata-server-host --http-metadata-server-port --enable-metadata-cleanup-on-timeout --enable-multi-tenants --enable-gc --kv-events-model-name --kv-events-tenant-id --kv-events-additional-salt --kv-events-lora-name --kv-events-block-size --kv-events-dp-rank --v --help"
+            opts="-h --config --print-config --output --port --bind --token-file --memory --node-port --advertise --metrics-port --metrics-host --enable-metric-reporting --default-kv-lease-ttl --max-kv-soft-pin-ttl --allow-evict-soft-pinned-objects --eviction-high-watermark-ratio --eviction-ratio --enable-multi-tenants --eviction-policy --allocation-strategy --client-ttl --put-start-release-timeout --put-wait --recovery-grace --kv-events --kv-events-queue-capacity --kv-events-endpoint --kv-events-backend-id --kv-events-emit-legacy-compat --kv-events-emit-object-key --max-lanes --slow-log --log-format --max-threads --rpc-conn-timeout-seconds --rpc-enable-tcp-no-delay --rpc-interface --memory-allocator --cluster-id --default-kv-soft-pin-ttl --put-start-discard-timeout-sec --logtostderr --enable-http-metadata-server --http-metadata-server-host --http-metadata-server-port --enable-metadata-cleanup-on-timeout --enable-gc --kv-events-model-name --kv-events-tenant-id --kv-events-additional-salt --kv-events-lora-name --kv-events-block-size --kv-events-dp-rank --v --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1791,6 +1869,10 @@ _mooncake() {
                     return 0
                     ;;
                 --eviction-ratio)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --enable-multi-tenants)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1903,10 +1985,6 @@ _mooncake() {
                     return 0
                     ;;
                 --enable-metadata-cleanup-on-timeout)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --enable-multi-tenants)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

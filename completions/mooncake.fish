@@ -36,6 +36,7 @@ complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "ls" -d 'List keys
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "rm" -d 'Remove keys; returns when the nodes have forgotten them'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "stat" -d 'Show size, version, checksum, lease, pins and replicas of a key'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, keys, tenants, events, a proxy'
+complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "drain" -d 'Move everything off segments; they take nothing new, readers notice nothing'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "doctor" -d 'Find out why parts of a pool do not work together, and say the fix'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "bench" -d 'Measure: put, get and exist beside the machine\'s limits and Redis; the master alone'
 complete -c mooncake -n "__fish_mooncake_needs_command" -f -a "generate" -d 'Write shell completions and man pages'
@@ -57,6 +58,7 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l max-kv-soft
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l allow-evict-soft-pinned-objects -d 'Evict soft-pinned objects when nothing else is left [default: true]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l eviction-high-watermark-ratio -d 'Share of the capacity above which eviction runs [default: 0.90]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l eviction-ratio -d 'Share of the capacity that a round of eviction frees [default: 0.05]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-multi-tenants -d 'Let in only tenants that have a quota (/api/v1/tenant_quotas); quotas hold either way [default: false]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l eviction-policy -d 'What is evicted first: sieve, lru [default: sieve]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l allocation-strategy -d 'Where replicas are placed: random, free_ratio_first, local_first [default: random]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l client-ttl -d 'A node silent for this long is unmounted; a bare number is seconds [default: 10s]' -r
@@ -85,7 +87,6 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-http
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l http-metadata-server-host -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l http-metadata-server-port -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-metadata-cleanup-on-timeout -d '' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-multi-tenants -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l enable-gc -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-model-name -d '' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand master" -l kv-events-tenant-id -d '' -r
@@ -109,7 +110,7 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l name -d 'Name
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l populate -d 'Touch all memory in the background after the start [default: true]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l max-lanes -d 'Data lanes open at once [default: 4096]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l drain-timeout -d 'How long a stop may take; a bare number is seconds [default: 10s]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l drain-timeout -d 'How long a stop moves objects that lie only here to other nodes; 0 = not at all; a bare number is seconds [default: 10s]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l log-format -d 'How log lines look: text, json [default: text]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l protocol -d 'Whether callers may have bytes moved by RDMA; auto = where there is a device: auto, rdma, tcp [default: auto]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand node" -l device-name -d 'RDMA devices to use, a comma list [default: all]' -r
@@ -411,6 +412,22 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "diff" -d 'What changed between two moments: two files of `inspect --output json`, or now and --interval later'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "proxy" -d 'Instances of a running proxy: state, load, last error'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l to -d 'Segments or nodes that take it [default: any]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l concurrency -d 'Transfers at once; small objects travel together' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l wait -d 'How long to wait for the end; 0 = print the job and return; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l job -d 'Look at a job that was begun before, and wait for it' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+tcp\t''"
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l output -d 'How to print the result' -r -f -a "text\t'For people'
+json\t'One JSON document'"
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l cancel -d 'Cancel it: what was moved stays moved, the segments take new objects again'
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
@@ -456,20 +473,21 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from help" -f -a "peer" -d 'The other end of bare TCP figures'
 complete -c mooncake -n "__fish_mooncake_using_subcommand bench; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c mooncake -n "__fish_mooncake_using_subcommand generate" -s h -l help -d 'Print help'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "master" -d 'Run the master: the index of a pool (with --memory, a whole pool)'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "node" -d 'Run a node: lend memory of this host to a pool'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "proxy" -d 'Run an OpenAI-compatible front for prefill and decode instances (XpYd)'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "put" -d 'Store a file or standard input under a key, or many files'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "get" -d 'Write an object to a file or standard output'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "exist" -d 'Say whether keys are in the pool (exit code 1 when one is not)'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "ls" -d 'List keys, in no particular order'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "rm" -d 'Remove keys; returns when the nodes have forgotten them'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "stat" -d 'Show size, version, checksum, lease, pins and replicas of a key'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, keys, tenants, events, a proxy'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "doctor" -d 'Find out why parts of a pool do not work together, and say the fix'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "bench" -d 'Measure: put, get and exist beside the machine\'s limits and Redis; the master alone'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "generate" -d 'Write shell completions and man pages'
-complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect doctor bench generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "master" -d 'Run the master: the index of a pool (with --memory, a whole pool)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "node" -d 'Run a node: lend memory of this host to a pool'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "proxy" -d 'Run an OpenAI-compatible front for prefill and decode instances (XpYd)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "put" -d 'Store a file or standard input under a key, or many files'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "get" -d 'Write an object to a file or standard output'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "exist" -d 'Say whether keys are in the pool (exit code 1 when one is not)'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "ls" -d 'List keys, in no particular order'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "rm" -d 'Remove keys; returns when the nodes have forgotten them'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "stat" -d 'Show size, version, checksum, lease, pins and replicas of a key'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "inspect" -d 'Look at a pool: overview, nodes, segments, keys, tenants, events, a proxy'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "drain" -d 'Move everything off segments; they take nothing new, readers notice nothing'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "doctor" -d 'Find out why parts of a pool do not work together, and say the fix'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "bench" -d 'Measure: put, get and exist beside the machine\'s limits and Redis; the master alone'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "generate" -d 'Write shell completions and man pages'
+complete -c mooncake -n "__fish_mooncake_using_subcommand help; and not __fish_seen_subcommand_from master node proxy put get exist ls rm stat inspect drain doctor bench generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "nodes" -d 'Nodes with their state and release'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "segments" -d 'Segments with occupancy, fragmentation and a map of what is used'
 complete -c mooncake -n "__fish_mooncake_using_subcommand help; and __fish_seen_subcommand_from inspect" -f -a "keys" -d 'Keys with size, replicas and lease, a page at a time'

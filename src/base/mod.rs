@@ -9,6 +9,7 @@ pub mod mooncake_json;
 pub mod net;
 pub mod prefetch;
 pub mod telemetry;
+pub mod trace;
 pub mod trust;
 pub mod units;
 pub(crate) mod zmtp;

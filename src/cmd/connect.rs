@@ -9,6 +9,7 @@ use super::print::Output;
 use super::{UsageError, serve, settings};
 use crate::base::mooncake_json::MooncakeJson;
 use crate::base::telemetry::{self, LogFormat};
+use crate::base::trace;
 use crate::base::units::parse_duration;
 use crate::engine::transport::{TransportKind, rdma};
 use crate::store::client::{ClientConfig, PoolClient};
@@ -67,6 +68,7 @@ pub(super) fn output(matches: &ArgMatches) -> Output {
 /// The client's configuration as files, variables and flags say.
 pub(super) fn config(matches: &ArgMatches) -> anyhow::Result<ClientConfig> {
     telemetry::init(LogFormat::Text, "warn");
+    trace::init("mooncake-client");
     let given = |name: &str| matches.get_one::<String>(name).map(String::as_str);
     let file = matches.get_one::<PathBuf>("config");
     let json = MooncakeJson::find(file.map(PathBuf::as_path), |n| std::env::var(n).ok())?;

@@ -121,6 +121,13 @@ pub(super) static SETTINGS: &[Setting] = &[
         "Share of the capacity that a round of eviction frees",
     ),
     Setting::new(
+        "enable-multi-tenants",
+        &[],
+        Kind::Flag,
+        "false",
+        "Let in only tenants that have a quota (/api/v1/tenant_quotas); quotas hold either way",
+    ),
+    Setting::new(
         "eviction-policy",
         &[],
         Kind::Choice(PolicyKind::NAMES),
@@ -234,12 +241,11 @@ pub(super) static SETTINGS: &[Setting] = &[
     settings::ignored("default-kv-soft-pin-ttl", &[]),
     settings::ignored("put-start-discard-timeout-sec", &[]),
     settings::ignored("logtostderr", &[]),
-    // `/metadata` is always there, on the master's port; tenants are always apart.
+    // `/metadata` is always there, on the master's port.
     settings::ignored("enable-http-metadata-server", &[]),
     settings::ignored("http-metadata-server-host", &[]),
     settings::ignored("http-metadata-server-port", &[]),
     settings::ignored("enable-metadata-cleanup-on-timeout", &[]),
-    settings::ignored("enable-multi-tenants", &[]),
     settings::ignored("enable-gc", &[]),
     settings::ignored("kv-events-model-name", &[]),
     settings::ignored("kv-events-tenant-id", &[]),
@@ -280,6 +286,7 @@ fn config(r: &Resolved) -> MasterConfig {
             0
         },
         placement: PlacementStrategy::by_name(r.text("allocation-strategy").unwrap_or("random")),
+        strict_tenants: r.flag("enable-multi-tenants"),
         policy: PolicyKind::by_name(r.text("eviction-policy").unwrap_or("sieve")),
     }
 }
@@ -290,7 +297,7 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
         settings::print_config(matches, &resolved)?;
         return Ok(ExitStatus::Ok);
     }
-    serve::logging(&resolved);
+    serve::logging(&resolved, "mooncake-master");
     serve::runtime()?.block_on(serve_master(&resolved))
 }
 

@@ -2,9 +2,11 @@
 //!
 //! stdout is the result (text, or JSON with `--output json`), stderr is logs and progress.
 
+mod api;
 mod bench;
 mod connect;
 mod doctor;
+mod drain;
 mod exist;
 mod generate;
 mod get;
@@ -27,6 +29,7 @@ use std::process::ExitCode;
 use clap::{ArgMatches, Command};
 
 use crate::base::config::ConfigError;
+use crate::base::trace;
 use crate::store::model::error::StoreError;
 
 /// How a command ended.
@@ -115,6 +118,11 @@ const VERBS: &[Verb] = &[
         run: inspect::run,
     },
     Verb {
+        name: "drain",
+        command: drain::command,
+        run: drain::run,
+    },
+    Verb {
         name: "doctor",
         command: doctor::command,
         run: doctor::run,
@@ -180,10 +188,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitStatus {
     let Some(verb) = VERBS.iter().find(|v| v.name == name) else {
         return ExitStatus::Bug;
     };
-    match (verb.run)(matches) {
+    let status = match (verb.run)(matches) {
         Ok(status) => status,
         Err(error) => report(&error),
-    }
+    };
+    trace::flush();
+    status
 }
 
 /// Prints an error in one line and chooses the exit code.

@@ -86,7 +86,7 @@ pub(super) static SETTINGS: &[Setting] = &[
         &[],
         Kind::Time(Duration::from_secs(1)),
         "10s",
-        "How long a stop may take; a bare number is seconds",
+        "How long a stop moves objects that lie only here to other nodes; 0 = not at all; a bare number is seconds",
     ),
     Setting::new(
         "log-format",
@@ -122,7 +122,8 @@ pub(super) fn command() -> Command {
     let command = Command::new("node")
         .about("Run a node: lend memory of this host to a pool")
         .after_help(
-            "On SIGTERM the node takes leave: puts under way end, then its segments are unmounted.",
+            "On SIGTERM the node takes leave: what lies only here is moved to other nodes (--drain-timeout), puts under way \
+             end, then its segments are unmounted. A second SIGTERM stops it at once.",
         );
     settings::add(command, SETTINGS)
 }
@@ -133,7 +134,7 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
         settings::print_config(matches, &resolved)?;
         return Ok(ExitStatus::Ok);
     }
-    serve::logging(&resolved);
+    serve::logging(&resolved, "mooncake-node");
     serve::runtime()?.block_on(serve_node(&resolved))
 }
 
@@ -185,14 +186,13 @@ async fn serve_node(r: &Resolved) -> Outcome {
         () = serve::terminated() => {}
         () = announced => {}
     }
-    let timeout = r.time("drain-timeout", Duration::from_secs(1));
-    if node.drain(timeout).await {
-        tracing::info!("unmounted");
-        Ok(ExitStatus::Ok)
-    } else {
-        tracing::warn!(
-            "the master did not confirm in time; it unmounts this node when its silence has lasted client-ttl"
-        );
-        Ok(ExitStatus::Unreachable)
-    }
+    let moves = r.time("drain-timeout", Duration::from_secs(1));
+    let farewell = tokio::select! {
+        farewell = node.leave(moves, serve::LEAVE_PATIENCE) => farewell,
+        () = serve::terminated() => {
+            tracing::warn!("stopped at once: what lay only here is gone");
+            return Ok(ExitStatus::Unreachable);
+        }
+    };
+    Ok(serve::left(&farewell))
 }

@@ -42,7 +42,7 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
         settings::print_config(matches, &resolved)?;
         return Ok(ExitStatus::Ok);
     }
-    serve::logging(&resolved);
+    serve::logging(&resolved, "mooncake-proxy");
     let config = config(&resolved)?;
     let threads = resolved.integer("threads") as usize;
     // One thread per core that shares nothing with others wakes nobody: cheaper than one runtime of several threads.

@@ -2,13 +2,16 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context;
 
-use super::UsageError;
+use super::{ExitStatus, UsageError};
 use crate::base::config::Resolved;
 use crate::base::telemetry::{self, LogFormat};
+use crate::base::trace;
 use crate::base::trust::Token;
+use crate::store::node::Farewell;
 
 /// The cluster token: `--token-file`, else `MOONCAKE_TOKEN`.
 pub(crate) fn token(file: Option<&str>) -> anyhow::Result<Option<Token>> {
@@ -22,13 +25,14 @@ pub(crate) fn token(file: Option<&str>) -> anyhow::Result<Option<Token>> {
         .and_then(|t| Token::new(&t)))
 }
 
-/// Sets up logging as configured.
-pub(crate) fn logging(resolved: &Resolved) {
+/// Sets up logging as configured, and traces if the environment asks for them.
+pub(crate) fn logging(resolved: &Resolved, service: &str) {
     let format = match resolved.text("log-format") {
         Some("json") => LogFormat::Json,
         _ => LogFormat::Text,
     };
     telemetry::init(format, "info");
+    trace::init(service);
 }
 
 /// An address to listen on.
@@ -72,6 +76,31 @@ pub(crate) fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
         )
         .enable_all()
         .build()
+}
+
+/// How long a node that moves nothing (more) may take to leave.
+pub(crate) const LEAVE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Says what became of the objects of a node that has left.
+pub(crate) fn left(farewell: &Farewell) -> ExitStatus {
+    if !farewell.confirmed {
+        tracing::warn!(
+            "the master did not confirm in time; it unmounts this node when its silence has lasted client-ttl"
+        );
+        return ExitStatus::Unreachable;
+    }
+    if farewell.left_objects > 0 {
+        tracing::warn!(
+            objects = farewell.left_objects,
+            "unmounted; objects that lay only here are gone: no room elsewhere, or no time (--drain-timeout)"
+        );
+    }
+    tracing::info!(
+        moved_objects = farewell.moved_objects,
+        moved_bytes = farewell.moved_bytes,
+        "unmounted"
+    );
+    ExitStatus::Ok
 }
 
 /// Waits for SIGTERM or SIGINT.

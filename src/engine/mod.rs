@@ -8,6 +8,7 @@
 
 pub mod batch;
 pub mod copy;
+pub mod counters;
 pub mod error;
 pub mod grant;
 pub mod host;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use batch::{LocalSlice, Opcode, Peer, TransferRequest, TransferResult};
+use counters::TransferCounters;
 use error::TransferError;
 use host::SegmentHost;
 use memory::Memory;
@@ -82,6 +84,7 @@ pub struct TransferEngine {
     config: EngineConfig,
     transports: Vec<Arc<dyn Transport>>,
     loopback: Arc<LoopbackTransport>,
+    counters: TransferCounters,
     rdma: Option<Arc<RdmaTransport>>,
 }
 
@@ -113,10 +116,12 @@ impl TransferEngine {
                 })
             })
             .collect();
+        let counters = TransferCounters::new(&config.transports);
         Arc::new(Self {
             config,
             transports,
             loopback,
+            counters,
             rdma,
         })
     }
@@ -124,12 +129,36 @@ impl TransferEngine {
     /// An engine over given transports, in order of preference.
     pub fn with_transports(config: EngineConfig, transports: Vec<Arc<dyn Transport>>) -> Arc<Self> {
         let loopback = Arc::new(LoopbackTransport::new(config.client));
+        let kinds: Vec<TransportKind> = transports.iter().map(|t| t.kind()).collect();
         Arc::new(Self {
             config,
             transports,
             loopback,
+            counters: TransferCounters::new(&kinds),
             rdma: None,
         })
+    }
+
+    /// What it has moved.
+    pub fn counters(&self) -> &TransferCounters {
+        &self.counters
+    }
+
+    fn counted(
+        &self,
+        at: usize,
+        requests: &[TransferRequest],
+        results: &[TransferResult],
+        begun: Instant,
+    ) {
+        let moved = requests.iter().zip(results);
+        let moved = moved.filter(|(r, result)| result.is_ok() && r.has_data());
+        let bytes = moved.map(|(r, _)| r.length).sum();
+        if let (Some(first), Some(transport)) = (requests.first(), self.transports.get(at)) {
+            let took = begun.elapsed();
+            self.counters
+                .count(transport.kind(), first.opcode, bytes, took);
+        }
     }
 
     /// Makes memory known that many transfers will name pieces of, so that it need not be prepared for each of them.
@@ -223,8 +252,9 @@ impl TransferEngine {
             if !transport.reaches(&requests[0].peer) {
                 continue;
             }
+            let begun = Instant::now();
             match transport.start(requests, deadline) {
-                Ok(in_flight) => return Group::InFlight(requests, at, in_flight),
+                Ok(in_flight) => return Group::InFlight(requests, at, begun, in_flight),
                 Err(error) if error.is_path_failure() => failure = error,
                 Err(error) => return Group::Failed(requests, error),
             }
@@ -242,7 +272,7 @@ impl TransferEngine {
     ) -> Vec<TransferResult> {
         let mut results: Vec<TransferResult> = requests.iter().map(|_| Err(last.clone())).collect();
         let mut open: Vec<usize> = (0..requests.len()).collect();
-        for transport in self.transports.iter().skip(from) {
+        for (at, transport) in self.transports.iter().enumerate().skip(from) {
             if open.is_empty() || Instant::now() >= deadline {
                 break;
             }
@@ -251,10 +281,12 @@ impl TransferEngine {
             }
             let subset: Vec<TransferRequest> = open.iter().map(|i| requests[*i].clone()).collect();
             let mut outcomes = Vec::with_capacity(subset.len());
+            let begun = Instant::now();
             match transport.start(&subset, deadline) {
                 Ok(in_flight) => in_flight.finish(&mut outcomes),
                 Err(error) => outcomes.extend(subset.iter().map(|_| Err(error.clone()))),
             }
+            self.counted(at, &subset, &outcomes, begun);
             let mut still = Vec::new();
             for (index, outcome) in open.iter().zip(outcomes) {
                 if outcome.as_ref().is_err_and(TransferError::is_path_failure) {
@@ -342,15 +374,24 @@ impl TransferEngine {
     /// not, or is not memory of the host.
     pub fn read_mapped(&self, request: &TransferRequest) -> Option<TransferResult> {
         let (segment, incarnation) = (request.grant.segment, request.grant.incarnation);
-        let find = |t: &Arc<dyn Transport>| t.mapped(&request.peer, segment, incarnation);
-        let memory = self.transports.iter().find_map(find)?;
+        let find = |t: &Arc<dyn Transport>| {
+            let memory = t.mapped(&request.peer, segment, incarnation)?;
+            Some((t.kind(), memory))
+        };
+        let (kind, memory) = self.transports.iter().find_map(find)?;
         if request.opcode != Opcode::Read || memory.device().is_some() {
             return None;
         }
-        Some(request.check().and_then(|()| {
+        let begun = Instant::now();
+        let read = request.check().and_then(|()| {
             memory.touch(request.offset, request.length);
             transport::loopback::copy_out(&memory, request)
-        }))
+        });
+        if read.is_ok() {
+            let (bytes, took) = (request.length, begun.elapsed());
+            self.counters.count(kind, Opcode::Read, bytes, took);
+        }
+        Some(read)
     }
 
     /// Whether the process behind memory from [`TransferEngine::map`] still lives.
@@ -411,7 +452,13 @@ fn cut(r: &TransferRequest, most: u64) -> Vec<TransferRequest> {
 }
 
 enum Group<'a> {
-    InFlight(&'a [TransferRequest], usize, Box<dyn InFlight + 'a>),
+    /// With the number of its transport, and when it was begun.
+    InFlight(
+        &'a [TransferRequest],
+        usize,
+        Instant,
+        Box<dyn InFlight + 'a>,
+    ),
     Failed(&'a [TransferRequest], TransferError),
     OneByOne(&'a [TransferRequest]),
     Sliced(&'a [TransferRequest]),
@@ -457,9 +504,10 @@ impl Begun<'_> {
                     results.push(result);
                 }
             }
-            Some(Group::InFlight(requests, at, in_flight)) => {
+            Some(Group::InFlight(requests, at, begun, in_flight)) => {
                 let from = results.len();
                 in_flight.finish(results);
+                self.engine.counted(at, requests, &results[from..], begun);
                 for index in 0..requests.len() {
                     let failed = match &results[from + index] {
                         Err(error) if error.is_path_failure() => error.clone(),

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -17,7 +17,8 @@ use axum::routing::get;
 use parking_lot::Mutex;
 use serde_json::json;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::client::{ClientConfig, PoolClient, PutOptions, PutOutcome};
@@ -275,6 +276,15 @@ async fn get_object(
     Ok(response)
 }
 
+/// A parameter that is true or false; absent = false.
+fn flag(params: &HashMap<String, String>, name: &str) -> Option<bool> {
+    match params.get(name).map(String::as_str) {
+        None | Some("false" | "0") => Some(false),
+        Some("true" | "1") => Some(true),
+        Some(_) => None,
+    }
+}
+
 /// The options among the parameters.
 fn options(params: &HashMap<String, String>, headers: &HeaderMap) -> Result<PutOptions, Problem> {
     let number = |name: &str, default: u64| match params.get(name) {
@@ -283,15 +293,65 @@ fn options(params: &HashMap<String, String>, headers: &HeaderMap) -> Result<PutO
             Problem::Status(StatusCode::BAD_REQUEST, "a parameter that is not a number")
         }),
     };
+    let wrong = |what| Problem::Status(StatusCode::BAD_REQUEST, what);
+    let hard_pin = flag(params, "hard_pin").ok_or(wrong("`hard_pin` is true or false"))?;
     let replicas = number("replicas", 1)?;
+    if !(1..=64).contains(&replicas) {
+        return Err(wrong("`replicas` is 1 to 64"));
+    }
     Ok(PutOptions {
-        replicas: u32::try_from(replicas).unwrap_or(u32::MAX),
+        replicas: replicas as u32,
         soft_pin_ttl_ms: number("soft_pin_ms", 0)?,
-        hard_pin: params.get("hard_pin").is_some_and(|v| v == "true"),
+        hard_pin,
         group: params.get("group").cloned().unwrap_or_default(),
         upsert: headers.get(header::IF_NONE_MATCH).is_none_or(|v| v != "*"),
         ..PutOptions::default()
     })
+}
+
+const TOO_LARGE: Problem = Problem::Status(
+    StatusCode::PAYLOAD_TOO_LARGE,
+    "a body has at most 256 MiB: use the client library",
+);
+
+/// A body and the room it takes, which grows with what has come and not with what was announced.
+async fn received(rest: &Rest, body: Body) -> Result<(Vec<u8>, OwnedSemaphorePermit), Problem> {
+    let late = Problem::Status(StatusCode::REQUEST_TIMEOUT, "the body did not come in time");
+    let begun = Instant::now();
+    let mut room = more_room(rest, 1).await?;
+    let mut bytes: Vec<u8> = Vec::new();
+    let mut frames = body.into_data_stream();
+    loop {
+        let Ok(frame) = tokio::time::timeout(SILENCE, frames.next()).await else {
+            return Err(late);
+        };
+        let Some(frame) = frame else { break };
+        // Fewer bytes than announced, or no HTTP any more.
+        let frame = frame.map_err(|_| {
+            Problem::Status(StatusCode::BAD_REQUEST, "the body broke off before its end")
+        })?;
+        if bytes.len() + frame.len() > BODY_MAX {
+            return Err(TOO_LARGE);
+        }
+        bytes.extend_from_slice(&frame);
+        let share = (bytes.capacity() >> 20) + 1;
+        if share > room.num_permits() {
+            room.merge(more_room(rest, share - room.num_permits()).await?);
+        }
+        // A line of 1 MiB/s is fast enough.
+        if begun.elapsed() > SILENCE + Duration::from_secs(share as u64) {
+            return Err(late);
+        }
+    }
+    Ok((bytes, room))
+}
+
+async fn more_room(rest: &Rest, mib: usize) -> Result<OwnedSemaphorePermit, Problem> {
+    let wanted = rest.bodies.clone().acquire_many_owned(mib as u32);
+    match tokio::time::timeout(TURN, wanted).await {
+        Ok(Ok(room)) => Ok(room),
+        _ => Err(BUSY),
+    }
 }
 
 async fn put_object(
@@ -305,33 +365,13 @@ async fn put_object(
     let announced = request
         .headers()
         .get(header::CONTENT_LENGTH)
-        .and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
-    let most = announced.unwrap_or(BODY_MAX);
-    let too_large = Problem::Status(
-        StatusCode::PAYLOAD_TOO_LARGE,
-        "a body has at most 256 MiB: use the client library",
-    );
-    if most > BODY_MAX {
-        return Err(too_large);
+        .and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|n| n > BODY_MAX as u64) {
+        return Err(TOO_LARGE);
     }
-    let share = (most >> 20) as u32 + 1;
-    let turn = tokio::time::timeout(TURN, rest.bodies.clone().acquire_many_owned(share)).await;
-    let Ok(Ok(turn)) = turn else { return Err(BUSY) };
-    // A line of 1 MiB/s is fast enough.
-    let limit = SILENCE + Duration::from_secs(u64::from(share));
-    let body = tokio::time::timeout(limit, axum::body::to_bytes(request.into_body(), most)).await;
-    let body = match body {
-        Ok(Ok(body)) => body,
-        Ok(Err(_)) => return Err(too_large),
-        Err(_) => {
-            return Err(Problem::Status(
-                StatusCode::REQUEST_TIMEOUT,
-                "the body did not come in time",
-            ));
-        }
-    };
+    let (body, room) = received(&rest, request.into_body()).await?;
     let outcome = blocking(move || {
-        let _turn = turn;
+        let _room = room;
         client.put_bytes(key.as_bytes(), &body, &options)
     })
     .await?;
@@ -351,7 +391,10 @@ async fn delete_object(
     Query(params): Params,
 ) -> Result<Response, Problem> {
     let client = rest.client(&params)?;
-    let force = params.get("force").is_some_and(|f| f == "true");
+    let force = flag(&params, "force").ok_or(Problem::Status(
+        StatusCode::BAD_REQUEST,
+        "`force` is true or false",
+    ))?;
     blocking(move || {
         let mut results = client.remove(&[key.as_bytes()], force)?;
         results.pop().unwrap_or(Err(StoreError::NotFound))

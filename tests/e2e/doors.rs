@@ -39,7 +39,7 @@ fn trust_on_every_door() {
         let mut stream = std::net::TcpStream::connect(&pool.address).unwrap();
         write!(
             stream,
-            "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n"
+            "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{header}\r\n"
         )
         .unwrap();
         let mut answer = String::new();
@@ -197,4 +197,55 @@ fn bad_situations_are_one_line_with_the_right_code() {
         assert_eq!(error.trim().lines().count(), 1, "{arguments:?}: {error}");
     }
     assert!(stdout(&pool.call(&["inspect"])).contains("objects    0"));
+}
+
+#[test]
+fn logs_are_json_when_told_so_and_as_much_as_asked_for() {
+    let logged = |level: &str, format: &str| -> Vec<String> {
+        let arguments = [
+            "master",
+            "--port",
+            "0",
+            "--metrics-port",
+            "off",
+            "--log-format",
+            format,
+        ];
+        let mut child = std::process::Command::new(crate::pool::BINARY)
+            .args(arguments)
+            .env("RUST_LOG", level)
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut first = String::new();
+        let mut stdout = std::io::BufReader::new(child.stdout.take().unwrap());
+        std::io::BufRead::read_line(&mut stdout, &mut first).unwrap();
+        let pid = child.id().to_string();
+        let stopped = std::process::Command::new("kill")
+            .args(["-TERM", &pid])
+            .status();
+        assert!(stopped.unwrap().success());
+        let out = child.wait_with_output().unwrap();
+        let text = String::from_utf8(out.stderr).unwrap();
+        text.lines().map(str::to_owned).collect()
+    };
+    let lines = logged("info", "json");
+    assert!(!lines.is_empty());
+    for line in &lines {
+        let value: serde_json::Value =
+            serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        assert!(
+            value["timestamp"].is_string() && value["level"].is_string(),
+            "{line}"
+        );
+        assert!(value["fields"]["message"].is_string(), "{line}");
+    }
+    assert!(
+        lines.iter().any(|l| l.contains("master stops")),
+        "{lines:?}"
+    );
+    let lines = logged("error", "text");
+    assert!(lines.is_empty(), "{lines:?}");
 }

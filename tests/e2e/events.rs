@@ -181,7 +181,7 @@ fn sse(address: &str, request: &str, last: &str) -> Vec<String> {
     stream
         .set_read_timeout(Some(Duration::from_secs(10)))
         .unwrap();
-    write!(stream, "GET {request}\r\nHost: x\r\n").unwrap();
+    write!(stream, "GET {request}\r\nHost: localhost\r\n").unwrap();
     stream.write_all(b"\r\n").unwrap();
     let mut lines = Vec::new();
     for line in BufReader::new(stream).lines() {
@@ -236,7 +236,7 @@ fn a_subscriber_that_does_not_read_finds_a_gap_and_holds_up_nobody() {
         .set_read_timeout(Some(Duration::from_secs(20)))
         .unwrap();
     stuck
-        .write_all(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+        .write_all(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         .unwrap();
     let mut reader = BufReader::new(stuck);
     let mut line = String::new();

@@ -23,7 +23,9 @@ fn request_with(address: &str, method: &str, path: &str, headers: &str) -> (u16,
     stream
         .set_read_timeout(Some(Duration::from_secs(20)))
         .unwrap();
-    let head = format!("{method} {path} HTTP/1.0\r\nHost: x\r\nContent-Length: 0\r\n{headers}\r\n");
+    let head = format!(
+        "{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Length: 0\r\n{headers}\r\n"
+    );
     stream.write_all(head.as_bytes()).unwrap();
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).unwrap();
@@ -261,12 +263,7 @@ fn upstreams_admin_endpoints() {
     assert_eq!(json(at, "/api/v1/tenant_quotas")["success"], true);
     assert_eq!(
         request(at, "PUT", "/api/v1/tenant_quotas?tenant_id=a").0,
-        409
-    );
-    assert_eq!(request(at, "POST", "/api/v1/drain_jobs").0, 409);
-    assert_eq!(
-        request(at, "GET", "/api/v1/drain_jobs/query?job_id=1").0,
-        404
+        400
     );
     put(&pool.client(), "c", b"value").unwrap();
     let page = "Origin: http://127.0.0.1\r\n";

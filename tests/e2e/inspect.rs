@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use mooncake::store::client::PoolClient;
+use mooncake::engine::transport::TransportKind;
+use mooncake::store::client::{PoolClient, PutOptions};
 use serde_json::Value;
 
-use crate::pool::{BINARY, Pool, Server, call, eventually};
+use crate::pool::{BINARY, Pool, Server, call, eventually, pattern, stdout};
 use crate::{copies, put};
 
 fn text(out: &Output) -> String {
@@ -484,4 +485,96 @@ fn a_half_dead_pool_and_none() {
         assert_eq!(out.status.code(), Some(3), "{view}: {said}");
         assert_eq!(said.trim().lines().count(), 1, "{view}: {said}");
     }
+}
+
+#[test]
+fn what_clients_move_is_told_by_transport_and_why_a_put_failed_by_key() {
+    let pool = Pool::start(1, "64MiB", &["--default-kv-lease-ttl", "50ms"]);
+    let bytes = pattern(1 << 20, 1);
+    for kind in [TransportKind::Shm, TransportKind::Tcp] {
+        let client = pool.client_over(kind);
+        for n in 0..8 {
+            put(&client, &format!("{}{n}", kind.name()), &bytes).unwrap();
+            client
+                .get(format!("{}{n}", kind.name()).as_bytes())
+                .unwrap();
+        }
+        // A client that goes tells the rest.
+        drop(client);
+    }
+    let overview = |pool: &Pool| -> Value {
+        let (_, text) = crate::http::request(&pool.address, "GET", "/api/v1/overview");
+        serde_json::from_str(&text).unwrap()
+    };
+    let o = overview(&pool);
+    assert!(o["written_bytes"].as_u64().unwrap() >= 16 << 20, "{o}");
+    assert!(o["read_bytes"].as_u64().unwrap() >= 16 << 20, "{o}");
+    let ways = o["transfers"].as_array().unwrap();
+    for (transport, operation) in [
+        ("shm", "read"),
+        ("shm", "write"),
+        ("tcp", "read"),
+        ("tcp", "write"),
+    ] {
+        let of = |w: &&Value| w["transport"] == transport && w["operation"] == operation;
+        let way = ways
+            .iter()
+            .find(of)
+            .unwrap_or_else(|| panic!("{transport} {operation}: {o}"));
+        assert!(
+            (8 << 20..10 << 20).contains(&way["bytes"].as_u64().unwrap()),
+            "{way}"
+        );
+        assert!(way["transfers"].as_u64().unwrap() >= 8, "{way}");
+    }
+    let (_, metrics) = crate::http::request(&pool.address, "GET", "/metrics");
+    let series = "mooncake_client_transfer_seconds_count{transport=\"shm\",operation=\"read\"}";
+    let line = metrics.lines().find(|l| l.starts_with(series)).unwrap();
+    assert!(
+        line.rsplit(' ').next().unwrap().parse::<u64>().unwrap() >= 8,
+        "{line}"
+    );
+    // A client that stays tells about once a second, beside what it asks anyway.
+    let client = pool.client_over(TransportKind::Shm);
+    let begun = std::time::Instant::now();
+    while overview(&pool)["read_bytes"] == o["read_bytes"] {
+        client.get(b"shm0").unwrap();
+        client.exist(&[b"shm0"]).unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let top = pool.call(&["inspect", "top", "--count", "1"]);
+    assert!(
+        stdout(&top).contains("per second  read"),
+        "{}",
+        stdout(&top)
+    );
+    // Too much to ask for: remembered with the key.
+    let pinned = PutOptions {
+        hard_pin: true,
+        ..PutOptions::default()
+    };
+    let mut n = 0;
+    let full = loop {
+        let key = format!("pin{n}");
+        if client
+            .put_bytes(key.as_bytes(), &pattern(4 << 20, n), &pinned)
+            .is_err()
+        {
+            break key;
+        }
+        n += 1;
+    };
+    let shown = pool.call(&["inspect", "key", &full]);
+    assert!(
+        stdout(&shown).contains("put failed") && stdout(&shown).contains("waited"),
+        "{}",
+        stdout(&shown)
+    );
+    let shown = pool.call(&["inspect", "key", "tcp0"]);
+    assert!(
+        stdout(&shown).contains("space was needed, not read for"),
+        "{}",
+        stdout(&shown)
+    );
 }

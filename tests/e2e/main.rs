@@ -8,12 +8,14 @@ mod capacity;
 mod dashboard;
 mod doctor;
 mod doors;
+mod drain;
 mod events;
 mod http;
 mod inspect;
 mod monitoring;
 mod objects;
 mod pool;
+mod quotas;
 mod recovery;
 mod rest;
 

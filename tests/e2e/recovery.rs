@@ -325,3 +325,44 @@ fn an_arena_of_an_earlier_master_is_kept_and_then_given_back() {
         std::thread::sleep(Duration::from_millis(50));
     }
 }
+
+#[test]
+fn two_nodes_do_not_share_a_name() {
+    let mut pool = Pool::start_on("127.0.0.1", 1, "32MiB", &[], &["--name", "one"]);
+    let arguments = [
+        "node",
+        "--master",
+        &pool.address,
+        "--memory",
+        "32MiB",
+        "--name",
+        "one",
+    ];
+    let mut second = std::process::Command::new(crate::pool::BINARY)
+        .args(arguments)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(pool.client().segments().unwrap().len(), 1, "refused");
+    // Started anew it may come back under its name, from another port: the first has lost its session.
+    pool.nodes[0].kill();
+    eventually(
+        "the other one takes its place",
+        Duration::from_secs(15),
+        || {
+            let all = pool.client().segments().unwrap();
+            all.iter().any(|s| s.state == "ok" && s.name == "one")
+        },
+    );
+    let _ = second.kill();
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut second.stderr.take().unwrap(), &mut said).unwrap();
+    let _ = second.wait();
+    assert!(
+        said.contains("a node called one is in service at"),
+        "{said}"
+    );
+    assert!(said.contains("--name"), "{said}");
+}

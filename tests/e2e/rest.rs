@@ -29,7 +29,7 @@ fn send(address: &str, method: &str, path: &str, headers: &str, body: &[u8]) -> 
     let length = body.len();
     write!(
         stream,
-        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
     )
     .unwrap();
     stream.write_all(body).unwrap();
@@ -149,4 +149,115 @@ fn nodes_tell_what_they_served() {
                 && times.count() == 2
         },
     );
+}
+
+/// Sends what is given, and says so if that is all.
+fn raw(address: &str, bytes: &[u8], ends: bool) -> String {
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    stream.write_all(bytes).unwrap();
+    if ends {
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+    }
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[test]
+fn wrong_parameters_and_bodies_that_break_off_are_400() {
+    let pool = Pool::start(1, "64MiB", &["--recovery-grace", "0s"]);
+    let at = pool.address.as_str();
+    for wrong in [
+        "replicas=65",
+        "replicas=0",
+        "replicas=x",
+        "hard_pin=maybe",
+        "soft_pin_ms=-1",
+    ] {
+        let answer = send(
+            at,
+            "PUT",
+            &format!("/api/v1/objects/k?{wrong}"),
+            "",
+            b"value",
+        );
+        assert_eq!(answer.status, 400, "{wrong}: {:?}", answer.body);
+    }
+    assert_eq!(
+        send(at, "DELETE", "/api/v1/objects/k?force=perhaps", "", b"").status,
+        400
+    );
+    let cut = raw(
+        at,
+        b"PUT /api/v1/objects/k HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\nfew bytes",
+        true,
+    );
+    // hyper may close without an answer when the client has half-closed: what counts is that it is no 413 and stores nothing.
+    assert!(cut.is_empty() || cut.starts_with("HTTP/1.1 400"), "{cut}");
+    let bad_chunk = raw(
+        at,
+        b"PUT /api/v1/objects/k HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        false,
+    );
+    assert!(bad_chunk.starts_with("HTTP/1.1 400"), "{bad_chunk}");
+    assert_eq!(send(at, "GET", "/api/v1/objects/k", "", b"").status, 404);
+}
+
+#[test]
+fn announced_bytes_take_no_room_before_they_come() {
+    let pool = Pool::start(1, "64MiB", &["--recovery-grace", "0s"]);
+    let at = pool.address.as_str();
+    // Together they announce more than all bodies may have.
+    let idle: Vec<_> = (0..8)
+        .map(|n| {
+            let mut stream = std::net::TcpStream::connect(at).unwrap();
+            let head = format!(
+                "PUT /api/v1/objects/idle{n} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n",
+                250 << 20
+            );
+            stream.write_all(head.as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(300));
+    let begun = std::time::Instant::now();
+    let bytes = pattern(3_000_000, 1);
+    let stored = send(at, "PUT", "/api/v1/objects/k", "", &bytes);
+    assert_eq!(stored.status, 201, "{:?}", stored.body);
+    assert!(
+        begun.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        begun.elapsed()
+    );
+    drop(idle);
+}
+
+#[test]
+fn without_a_token_a_page_of_another_site_cannot_read_under_a_name_made_to_lead_here() {
+    let pool = Pool::start(1, "64MiB", &[]);
+    let at = pool.address.as_str();
+    let ask = |host: &str| {
+        let text =
+            format!("GET /api/v1/overview HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+        raw(at, text.as_bytes(), false)
+    };
+    for own in [
+        "localhost",
+        "localhost:50051",
+        "127.0.0.1:1",
+        "[::1]:50051",
+        "a.localhost",
+    ] {
+        assert!(ask(own).starts_with("HTTP/1.1 200"), "{own}: {}", ask(own));
+    }
+    for other in ["evil.example", "localhost.evil.example:50051", "x"] {
+        let said = ask(other);
+        assert!(
+            said.starts_with("HTTP/1.1 403") && said.contains("Host"),
+            "{other}: {said}"
+        );
+    }
 }

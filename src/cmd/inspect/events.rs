@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use clap::{Arg, ArgMatches, Command};
 use serde_json::json;
 
-use super::api::{Api, number};
 use super::clock;
 use crate::base::units::ByteSize;
+use crate::cmd::api::{Api, number};
 use crate::cmd::print::{self, Output};
 use crate::cmd::{ExitStatus, connect};
 use crate::store::client::stream;

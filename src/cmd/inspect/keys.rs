@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use clap::{Arg, ArgMatches, Command};
 use serde_json::{Value, json};
 
-use super::api::{Api, escaped, list, number, text};
 use super::clock;
 use crate::base::units::ByteSize;
+use crate::cmd::api::{Api, escaped, list, number, text};
 use crate::cmd::print::{self, Columns, Output};
 use crate::cmd::{ExitStatus, connect, stat};
 use crate::store::client::PoolClient;
@@ -229,8 +229,52 @@ fn history(api: &Api, tenant: &str, name: &str) -> Result<Vec<Value>, StoreError
         }
         from = next;
     }
+    // A master of an earlier release remembers no more than the events.
+    if let Ok(more) = api.get(&format!("key/history?tenant={tenant}&key={prefix}")) {
+        for eviction in list(&more, "evictions") {
+            let of = |e: &&mut Value| {
+                e.get("version") == eviction.get("version") && text(e, "reason") == "evicted"
+            };
+            if let Some(Value::Object(event)) = kept.iter_mut().find(of) {
+                event.insert("eviction".to_owned(), eviction.clone());
+            }
+        }
+        kept.extend(list(&more, "put_failures").iter().map(|failure| {
+            let mut failure = failure.clone();
+            failure["event"] = "put failed".into();
+            failure
+        }));
+        kept.sort_by_key(|e| number(e, "unix_ms"));
+    }
     let from = kept.len().saturating_sub(HISTORY);
     Ok(kept.split_off(from))
+}
+
+/// Why something happened, in words.
+fn why(event: &Value) -> String {
+    let seconds = |ms: u64| format!("{:.1} s", ms as f64 / 1000.0);
+    if let Some(eviction) = event.get("eviction") {
+        let cause = match text(eviction, "cause") {
+            "quota" => "its tenant was above its quota",
+            _ => "space was needed",
+        };
+        let unread = seconds(number(eviction, "unread_ms"));
+        let age = match eviction.get("was_read") {
+            Some(Value::Bool(true)) => format!("not read for {unread}"),
+            _ => format!("never read in {unread}"),
+        };
+        return format!("evicted: {cause}, {age}");
+    }
+    if text(event, "event") == "put failed" {
+        let waited = number(event, "waited_ms");
+        let waited = if waited > 0 {
+            format!(", waited {}", seconds(waited))
+        } else {
+            String::new()
+        };
+        return format!("{}{waited}", text(event, "reason"));
+    }
+    text(event, "reason").replace('_', " ")
 }
 
 fn show_history(events: &[Value]) -> std::io::Result<()> {
@@ -242,7 +286,7 @@ fn show_history(events: &[Value]) -> std::io::Result<()> {
         table.row(&[
             clock(number(e, "unix_ms")),
             text(e, "event").to_owned(),
-            text(e, "reason").replace('_', " "),
+            why(e),
             ByteSize(number(e, "size_bytes")).to_string(),
             version(e).to_string(),
         ]);

@@ -1,7 +1,6 @@
 //! `mooncake inspect`: looks at a pool. Never changes anything, grants no lease, and shows what it could get when parts
 //! of the pool are down.
 
-mod api;
 mod events;
 mod keys;
 mod proxy;
@@ -12,10 +11,10 @@ use std::time::Duration;
 use clap::{Arg, ArgMatches, Command};
 use serde_json::{Value, json};
 
-use self::api::Api;
 use super::print::{Columns, Output};
 use super::{Outcome, UsageError, connect, print};
 use crate::base::units::{ByteSize, format_duration, parse_duration};
+use crate::cmd::api::Api;
 use crate::store::client::PoolClient;
 use crate::store::wire::SegmentView;
 
@@ -157,6 +156,7 @@ fn overview_document(client: &PoolClient) -> anyhow::Result<Value> {
         "evicted_objects": o.evicted_objects, "evicted_bytes": o.evicted_bytes,
         "hits": o.hits, "misses": o.misses, "metadata_bytes": o.metadata_bytes,
         "eviction_hold_max_us": o.eviction_hold_max_us,
+        "read_bytes": o.read_bytes, "written_bytes": o.written_bytes,
     }))
 }
 

@@ -99,11 +99,14 @@ fn frame(
     let misses = per_second(|o| o.misses);
     let evicted = per_second(|o| o.evicted_objects);
     let bytes = per_second(|o| o.evicted_bytes);
+    let read = per_second(|o| o.read_bytes);
+    let written = per_second(|o| o.written_bytes);
     if output == Output::Json {
         let line = json!({
             "uptime_ms": o.uptime_ms, "objects": o.objects, "used_bytes": o.used_bytes, "capacity_bytes": o.capacity_bytes,
             "clients": o.clients, "rebuilding": o.rebuilding, "hits_per_s": hits, "misses_per_s": misses,
             "evicted_per_s": evicted, "evicted_bytes_per_s": bytes,
+            "read_bytes_per_s": read, "written_bytes_per_s": written,
         });
         print::line(&line.to_string())?;
         return Ok(());
@@ -142,6 +145,13 @@ fn frame(
         rate(misses),
         rate(evicted),
         ByteSize(bytes.unwrap_or(0.0) as u64)
+    ))?;
+    let speed =
+        |r: Option<f64>| r.map_or_else(|| "-".to_owned(), |r| ByteSize(r as u64).to_string());
+    print::line(&format!(
+        "per second  read {}  written {} (as clients tell, once a second)",
+        speed(read),
+        speed(written)
     ))?;
     let segments = client.segments()?;
     let mut table = Columns::new(&[

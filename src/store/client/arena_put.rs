@@ -13,6 +13,7 @@ use super::arenas::{Arena, Place, Wanted, Wish};
 use super::location_cache::ReplicaRef;
 use super::put::{Header, PutOptions, PutOutcome, Writing, directory_entry, write_request};
 use super::view::SegmentRef;
+use crate::base::trace;
 use crate::engine::batch::{Opcode, TransferRequest, TransferResult};
 use crate::engine::copy;
 use crate::engine::error::TransferError;
@@ -128,7 +129,9 @@ impl PoolClient {
         };
         for (at, index) in placed.iter().enumerate() {
             if let Some((w, place, table)) = near(*index) {
+                let begun = Instant::now();
                 results[at] = copy_near(w, place, table);
+                self.count_near(place, w.size, begun, results[at].is_ok());
             }
         }
         // Memory of a process that has died can still be written: nobody would read it there.
@@ -153,6 +156,16 @@ impl PoolClient {
             results[at] = result;
         }
         results
+    }
+
+    /// The engine sees nothing of what is copied here.
+    fn count_near(&self, place: &Place, size: u64, begun: Instant, ok: bool) {
+        if let Some(kind) = self.engine.path(&place.segment.peer).filter(|_| ok) {
+            let (bytes, took) = (HEADER_BYTES + size, begun.elapsed());
+            self.engine
+                .counters()
+                .count(kind, Opcode::Write, bytes, took);
+        }
     }
 
     fn is_alive(&self, place: &Place) -> bool {
@@ -395,8 +408,13 @@ impl PoolClient {
             let w = &mut writings[*index];
             match (data, &code) {
                 (Ok(()), Ok(0)) => w.outcome = Some(Ok(PutOutcome::Stored { replicas: 1 })),
-                (data, Ok(c)) if *c == StoreError::Exists.code() => {
-                    w.outcome = Some(Ok(PutOutcome::Existed));
+                // Taken, or more than its tenant may hold: the arena is as good as before.
+                (data, Ok(c)) if *c == StoreError::Exists.code() || is_quota(*c) => {
+                    w.outcome = Some(if is_quota(*c) {
+                        Err(StoreError::from_code(*c))
+                    } else {
+                        Ok(PutOutcome::Existed)
+                    });
                     if data.is_ok() {
                         match w.place.as_ref().and_then(|p| Some((p, p.table.as_ref()?))) {
                             Some((place, table)) => take_back(place, table),
@@ -523,6 +541,11 @@ impl PoolClient {
     }
 }
 
+/// Whether a commit was refused for its tenant's quota.
+fn is_quota(code: i32) -> bool {
+    matches!(code, -1700 | -1701)
+}
+
 /// Tells the master that an arena is over; `true`: its node has not settled it yet.
 fn close((arena, unsettled): &(u64, bool)) -> wire::Operation {
     let close = wire::ArenaClose {
@@ -576,7 +599,11 @@ fn notice(
         length,
         local: SmallVec::new(),
         word: None,
-        notify: NodeNotify { kind: Some(kind) }.encode_to_vec(),
+        notify: NodeNotify {
+            kind: Some(kind),
+            traceparent: trace::traceparent(),
+        }
+        .encode_to_vec(),
     }
 }
 

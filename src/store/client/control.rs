@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use prost::Message;
 
+use super::moved::MovedReports;
 use crate::base::clock::time_left;
 use crate::base::handshake::{self, HandshakeError, LaneKind};
 use crate::base::id::Id128;
 use crate::base::net::{join_host_port, resolve_one, split_host_port};
+use crate::base::trace;
 use crate::base::trust::ClusterKeys;
 use crate::engine::transport::control::ControlSocket;
 use crate::store::model::error::StoreError;
@@ -38,6 +40,7 @@ pub(crate) struct ControlLink {
     next: AtomicU64,
     pub(crate) term: AtomicU64,
     pub(crate) epoch: AtomicU64,
+    moved: Option<MovedReports>,
 }
 
 /// The master's abstract Unix socket on this host.
@@ -47,6 +50,15 @@ struct LocalSocket {
     name: Option<String>,
     /// Where nobody answered: another network namespace, or a master that is gone.
     failed: Option<String>,
+}
+
+/// A batch as it goes over a lane.
+fn framed(batch: &OperationBatch) -> Vec<u8> {
+    let length = batch.encoded_len();
+    let mut framed = Vec::with_capacity(4 + length);
+    framed.extend_from_slice(&(length as u32).to_le_bytes());
+    batch.encode_raw(&mut framed);
+    framed
 }
 
 /// A batch that has been sent.
@@ -79,7 +91,43 @@ impl ControlLink {
             next: AtomicU64::new(1),
             term: AtomicU64::new(0),
             epoch: AtomicU64::new(0),
+            moved: None,
         })
+    }
+
+    /// Tells the master beside its batches what was moved.
+    pub(super) fn reporting(mut self, moved: MovedReports) -> Self {
+        self.moved = Some(moved);
+        self
+    }
+
+    /// The last word before the client goes: what it has moved and not told yet. Best effort, over a lane that is open.
+    pub(super) fn farewell(&self, deadline: Instant) {
+        let transfers = self.moved.as_ref().map(MovedReports::rest);
+        let transfers = transfers.unwrap_or_default();
+        if transfers.is_empty() || self.idle.lock().is_empty() {
+            return;
+        }
+        let batch = OperationBatch {
+            transfers,
+            ..self.batch(Vec::new(), deadline)
+        };
+        let sent = self.send_framed(framed(&batch), deadline, false);
+        if let Err(error) = sent.and_then(|sent| self.receive(sent)) {
+            tracing::debug!(%error, "the last transfers were not told");
+        }
+    }
+
+    fn batch(&self, operations: Vec<Operation>, deadline: Instant) -> OperationBatch {
+        OperationBatch {
+            id: self.next.fetch_add(1, Ordering::Relaxed),
+            client_high: self.me.high,
+            client_low: self.me.low,
+            deadline_ms: time_left(deadline).as_millis().clamp(1, 60_000) as u32,
+            operations,
+            transfers: Vec::new(),
+            traceparent: trace::traceparent(),
+        }
     }
 
     pub(crate) fn master(&self) -> &str {
@@ -203,23 +251,17 @@ impl ControlLink {
         operations: Vec<Operation>,
         deadline: Instant,
     ) -> Result<Sent, StoreError> {
+        let moved = self.moved.as_ref().map(MovedReports::due);
         let batch = OperationBatch {
-            id: self.next.fetch_add(1, Ordering::Relaxed),
-            client_high: self.me.high,
-            client_low: self.me.low,
-            deadline_ms: time_left(deadline).as_millis().clamp(1, 60_000) as u32,
-            operations,
+            transfers: moved.unwrap_or_default(),
+            ..self.batch(operations, deadline)
         };
-        let length = batch.encoded_len();
-        if length > BATCH_BYTES_MAX {
+        if batch.encoded_len() > BATCH_BYTES_MAX {
             return Err(StoreError::InvalidParams {
                 what: "the batch is too large: split it".to_owned(),
             });
         }
-        let mut framed = Vec::with_capacity(4 + length);
-        framed.extend_from_slice(&(length as u32).to_le_bytes());
-        batch.encode_raw(&mut framed);
-        self.send_framed(framed, deadline, false)
+        self.send_framed(framed(&batch), deadline, false)
     }
 
     fn send_framed(
@@ -331,14 +373,10 @@ impl ControlLink {
         let count = batches.len();
         for operations in batches {
             let batch = OperationBatch {
-                id: self.next.fetch_add(1, Ordering::Relaxed),
-                client_high: self.me.high,
-                client_low: self.me.low,
                 deadline_ms: 0,
-                operations,
+                ..self.batch(operations, deadline)
             };
-            framed.extend_from_slice(&(batch.encoded_len() as u32).to_le_bytes());
-            batch.encode_raw(&mut framed);
+            framed.extend_from_slice(&self::framed(&batch));
         }
         lane.send(&framed, deadline).map_err(|e| self.failed(&e))?;
         let mut answered = 0;

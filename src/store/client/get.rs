@@ -8,6 +8,7 @@ use smallvec::SmallVec;
 
 use super::location_cache::{Location, ReplicaRef};
 use super::{ObjectInfo, PoolClient};
+use crate::base::trace::{Kind, Span};
 use crate::engine::batch::{LocalSlice, Opcode, TransferRequest, Word};
 use crate::engine::error::TransferError;
 use crate::engine::memory::Memory;
@@ -61,6 +62,8 @@ impl PoolClient {
         requests: &[GetRequest<'_>],
         deadline: Instant,
     ) -> Vec<Result<u64, StoreError>> {
+        let mut span = Span::begin("get", Kind::Client);
+        span.note("keys", requests.len() as u64);
         let now = Instant::now();
         let mut readings: Vec<Reading<'_>> = requests
             .iter()
@@ -91,10 +94,15 @@ impl PoolClient {
                 }
             }
         }
-        readings
+        let outcomes: Vec<Result<u64, StoreError>> = readings
             .into_iter()
             .map(|r| r.outcome.unwrap_or(Err(StoreError::NotFound)))
-            .collect()
+            .collect();
+        span.note("bytes", outcomes.iter().flatten().sum());
+        if let Some(error) = outcomes.iter().find_map(|o| o.as_ref().err()) {
+            span.fail(error);
+        }
+        outcomes
     }
 
     fn locate_missing(&self, readings: &mut [Reading<'_>], deadline: Instant) {
@@ -241,7 +249,10 @@ impl PoolClient {
         let (owners, requests): (Vec<usize>, Vec<TransferRequest>) = batch.into_iter().unzip();
         // One slow node must not eat the time of the other replicas.
         let attempt = deadline.min(Instant::now() + self.config.transfer_timeout);
-        let results = self.engine.transfer(&requests, attempt);
+        let results = {
+            let _span = Span::child("transfer", Kind::Client);
+            self.engine.transfer(&requests, attempt)
+        };
         drop(requests);
         for (index, result) in owners.into_iter().zip(results) {
             // `open` is ascending, one header each.
@@ -491,11 +502,10 @@ impl PoolClient {
     /// # Errors
     /// `NotFound`, and whatever keeps it from being located.
     pub fn reader(&self, key: &[u8]) -> Result<ObjectReader<'_>, StoreError> {
-        let deadline = self.deadline();
-        let location = self
-            .locate(&[key], deadline)?
-            .pop()
-            .unwrap_or(Err(StoreError::NotFound))?;
+        let mut span = Span::begin("open", Kind::Client);
+        let located = self.locate(&[key], self.deadline());
+        let location = located.and_then(|mut all| all.pop().unwrap_or(Err(StoreError::NotFound)));
+        let location = location.inspect_err(|error| span.fail(error))?;
         Ok(ObjectReader {
             client: self,
             location,

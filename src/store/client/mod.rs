@@ -6,6 +6,7 @@ mod arenas;
 mod control;
 mod get;
 mod location_cache;
+mod moved;
 mod nearby;
 mod put;
 mod put_session;
@@ -27,6 +28,7 @@ pub use ranges::{Piece, RangesRequest};
 
 use crate::base::id::Id128;
 use crate::base::net::host_id;
+use crate::base::trace::{Kind, Span};
 use crate::base::trust::{ClusterKeys, Token};
 use crate::engine::batch::Peer;
 use crate::engine::host::SegmentHost;
@@ -38,6 +40,7 @@ use crate::store::wire::{self, operation, reply};
 use arenas::Arenas;
 use control::ControlLink;
 use location_cache::LocationCache;
+use moved::MovedReports;
 use view::{PoolView, SegmentRef};
 
 /// How a client behaves.
@@ -141,8 +144,10 @@ impl PoolClient {
             config.connect_timeout,
             config.master_patience,
         )?;
+        let engine = TransferEngine::open(engine);
+        let control = control.reporting(MovedReports::new(engine.clone()));
         Ok(Self {
-            engine: TransferEngine::open(engine),
+            engine,
             control,
             view: RwLock::default(),
             locations: LocationCache::new(config.location_cache),
@@ -234,6 +239,8 @@ impl PoolClient {
     /// # Errors
     /// For the call as a whole: master unreachable, an invalid key.
     pub fn exist(&self, keys: &[&[u8]]) -> Result<Vec<bool>, StoreError> {
+        let mut span = Span::begin("exist", Kind::Client);
+        span.note("keys", keys.len() as u64);
         let deadline = self.deadline();
         loop {
             let exist = operation::Kind::Exist(wire::Exist {
@@ -267,6 +274,8 @@ impl PoolClient {
         keys: &[&[u8]],
         force: bool,
     ) -> Result<Vec<Result<(), StoreError>>, StoreError> {
+        let mut span = Span::begin("remove", Kind::Client);
+        span.note("keys", keys.len() as u64);
         let deadline = self.deadline();
         self.locations.clear();
         loop {
@@ -441,6 +450,8 @@ impl PoolClient {
 impl Drop for PoolClient {
     fn drop(&mut self) {
         self.arenas.retire_all();
-        self.give_back_arenas(Instant::now() + Duration::from_millis(500));
+        let deadline = Instant::now() + Duration::from_millis(500);
+        self.give_back_arenas(deadline);
+        self.control.farewell(deadline);
     }
 }

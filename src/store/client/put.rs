@@ -8,6 +8,7 @@ use smallvec::SmallVec;
 use super::PoolClient;
 use super::arenas::Place;
 use super::location_cache::ReplicaRef;
+use crate::base::trace::{self, Kind, Span};
 use crate::engine::batch::{LocalSlice, Opcode, TransferRequest, TransferResult, Word};
 use crate::store::model::error::StoreError;
 use crate::store::model::header::{Checksum, HEADER_BYTES, ObjectHeader, footprint};
@@ -113,6 +114,8 @@ impl Writing<'_> {
 impl PoolClient {
     /// Stores objects; one outcome per request, in order. Objects given in one call are a prefix chain, heads first.
     pub fn put(&self, requests: &[PutRequest<'_>], options: &PutOptions) -> Vec<PutResult> {
+        let mut span = Span::begin("put", Kind::Client);
+        span.note("keys", requests.len() as u64);
         let deadline = self.deadline();
         let mut writings: Vec<Writing<'_>> = requests.iter().map(|r| self.prepare(r)).collect();
         let small =
@@ -121,10 +124,15 @@ impl PoolClient {
             self.put_by_arena(&mut writings, options, deadline);
         }
         self.put_in_two_phases(&mut writings, options, deadline);
+        span.note("bytes", writings.iter().map(|w| w.size).sum());
         let finished = writings.into_iter();
-        finished
+        let outcomes: Vec<PutResult> = finished
             .map(|w| w.outcome.unwrap_or(Err(StoreError::NotFound)))
-            .collect()
+            .collect();
+        if let Some(error) = outcomes.iter().find_map(|o| o.as_ref().err()) {
+            span.fail(error);
+        }
+        outcomes
     }
 
     /// Stores one object from memory.
@@ -288,7 +296,10 @@ impl PoolClient {
                 write_request(&writings[*index], replica, at, *version, header, options)
             })
             .collect();
-        let results = self.engine.transfer(&requests, deadline);
+        let results = {
+            let _span = Span::child("transfer", Kind::Client);
+            self.engine.transfer(&requests, deadline)
+        };
         drop(requests);
         self.finish_puts(writings, open, &started, &targets, &results, deadline)
     }
@@ -402,6 +413,7 @@ pub(super) fn write_request(
     let entry = directory_entry(w, replica.grant.segment, offset, version, options);
     let notify = NodeNotify {
         kind: Some(node_notify::Kind::Record(entry)),
+        traceparent: trace::traceparent(),
     };
     TransferRequest {
         opcode: Opcode::Write,

@@ -148,6 +148,7 @@ impl PoolClient {
                 };
                 let notify = NodeNotify {
                     kind: Some(node_notify::Kind::Record(entry)),
+                    traceparent: crate::base::trace::traceparent(),
                 };
                 TransferRequest {
                     notify: notify.encode_to_vec(),

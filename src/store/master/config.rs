@@ -30,6 +30,8 @@ pub struct MasterConfig {
     pub events_max: usize,
     /// Operations that take longer are logged; zero = none.
     pub slow_log: Duration,
+    /// Whether a tenant without a quota may store nothing.
+    pub strict_tenants: bool,
     /// Where replicas go.
     pub placement: PlacementStrategy,
     /// What is evicted first.
@@ -50,6 +52,7 @@ impl Default for MasterConfig {
             recovery_grace: Duration::from_secs(1),
             events_max: 65_536,
             slow_log: Duration::ZERO,
+            strict_tenants: false,
             placement: PlacementStrategy::Random,
             policy: PolicyKind::Sieve,
         }

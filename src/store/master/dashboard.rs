@@ -155,6 +155,7 @@ fn picture(master: &Master) -> Value {
         "arena_free_bytes": o.arena_free_bytes, "pending_puts": o.pending_puts,
         "hits": o.hits, "misses": o.misses, "puts": load(&counters.puts), "put_failures": load(&counters.put_failures),
         "removed": load(&counters.removed), "evicted_objects": o.evicted_objects, "evicted_bytes": o.evicted_bytes,
+        "read_bytes": o.read_bytes, "written_bytes": o.written_bytes,
         "looked_at": survey.looked_at, "leased_objects": survey.leased_objects, "pinned_objects": survey.pinned_objects,
         "by_replicas": survey.by_replicas, "degraded_objects": survey.degraded_objects,
         "unreadable_objects": survey.unreadable_objects,

@@ -8,20 +8,30 @@
 //! ```
 //! Nodes hold the truth: this process keeps no file. Restarted, it rebuilds from what nodes report.
 
+mod arenas;
 pub mod config;
+mod copies;
 mod dashboard;
+mod drain;
+mod drain_steps;
 mod events;
 pub mod eviction;
+mod history;
 mod http;
+mod index;
 mod lanes;
+mod listing;
 mod mesh;
 mod metrics;
 mod names;
 mod object;
 mod operations;
 pub mod placement;
+mod put_operations;
 mod puts;
+mod quotas;
 mod rebuild;
+mod reconcile;
 mod refused;
 mod removal;
 mod segments;
@@ -151,6 +161,8 @@ impl Master {
             arena_free_bytes: view.iter().flatten().map(|s| load(&s.arena_bytes)).sum(),
             eviction_hold_max_us: load(&counters.eviction_hold_max_ns) / 1000,
             metadata_bytes: 0,
+            read_bytes: self.metrics.moved.bytes().0,
+            written_bytes: self.metrics.moved.bytes().1,
         }
     }
 

@@ -3,14 +3,17 @@
 //! the nodes equals the live one.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use proptest::prelude::*;
 
+use super::arenas::Least;
 use super::config::MasterConfig;
+use super::copies::{Copied, Copy};
 use super::events::{Change, Filter};
 use super::eviction::{Access, PolicyKind};
 use super::object::Attributes;
-use super::puts::{Least, PutOptions, Written};
+use super::puts::{PutOptions, Written};
 use super::rebuild::Reported;
 use super::segments::Offer;
 use super::state::{MasterState, Presence};
@@ -36,6 +39,8 @@ struct World {
     model: HashMap<Vec<u8>, (u64, u64)>,
     /// What a subscriber knows, and its position: key → version.
     followed: (u64, HashMap<Vec<u8>, u64>),
+    /// Copies under way, each with the number of its message.
+    copying: Vec<(Arc<Copy>, u64)>,
 }
 
 fn config(policy: PolicyKind) -> MasterConfig {
@@ -96,6 +101,7 @@ impl World {
             now: 1000,
             model: HashMap::new(),
             followed: (1, HashMap::new()),
+            copying: Vec::new(),
         }
     }
 
@@ -117,6 +123,78 @@ impl World {
                 }
                 self.state.drops_acked(&node, sequence);
             }
+        }
+    }
+
+    /// An object is to go from where it lies to another node.
+    fn begin_copy(&mut self, n: u8, to: usize) {
+        let key = qualified(n);
+        let hash = key::hash(&key);
+        let found = |o: &super::object::Object| (o.version, o.replicas.clone());
+        let Some((version, replicas)) = self.state.peek(hash, &key, found) else {
+            return;
+        };
+        let node = self.state.segments.node(self.nodes[to].0).unwrap();
+        let target = self.state.segments.get(node.slots[0]).unwrap();
+        if replicas.iter().any(|r| r.segment == target.slot) {
+            return;
+        }
+        let (asker, expires) = (Id128::NONE, Millis(self.now + 10_000));
+        let begun =
+            self.state
+                .begin_copy(&key, hash, version, replicas[0], &target, asker, expires);
+        if let Ok(copy) = begun {
+            let source = copy.source.clone();
+            self.state.send_copies(vec![copy.clone()]);
+            let sequence = *source.copies.lock().last().unwrap();
+            self.copying.push((copy, sequence));
+        }
+    }
+
+    /// The oldest copy ends.
+    fn end_copy(&mut self, outcome: Copied) {
+        if self.copying.is_empty() {
+            return;
+        }
+        let (copy, sequence) = self.copying.remove(0);
+        let now = Millis(self.now);
+        // Given up meanwhile: its range is somebody else's.
+        if !self.state.copies.writes(copy.version, copy.to)
+            || self.state.copies.batch(sequence).is_empty()
+        {
+            return self.state.copies_reported(sequence, &[outcome], now);
+        }
+        if matches!(outcome, Copied::Done | Copied::Unsure) {
+            let source = self.nodes.iter().find(|n| n.0 == copy.source.id).unwrap();
+            let there = source.2.entries.get(&copy.from.offset);
+            let is_it = there.is_some_and(|e| e.1 == copy.version);
+            assert!(is_it, "what is being copied was dropped at its source");
+            let target = copy.target().node.id;
+            let (_, _, fake) = self.nodes.iter_mut().find(|n| n.0 == target).unwrap();
+            let end = copy.to.offset + footprint(copy.size).unwrap();
+            let clash = fake.entries.range(..end).next_back();
+            if let Some((at, (_, _, other))) = clash {
+                let before = at + footprint(*other).unwrap() <= copy.to.offset;
+                assert!(before, "A1/D2: copied over an object");
+            }
+            let entry = (copy.key.clone(), copy.version, copy.size);
+            fake.entries.insert(copy.to.offset, entry);
+        }
+        self.state.copies_reported(sequence, &[outcome], now);
+    }
+
+    /// Nodes settle what they are asked to.
+    fn settle(&mut self) {
+        let jobs: Vec<_> = {
+            let jobs = self.state.reconciles.lock();
+            jobs.iter().map(|(id, job)| (*id, job.clone())).collect()
+        };
+        for (id, job) in jobs {
+            let (_, _, fake) = self.nodes.iter_mut().find(|n| n.0 == job.node).unwrap();
+            let range = job.offset..job.offset + job.length;
+            fake.entries
+                .retain(|at, e| !range.contains(at) || e.1 >= job.versions_end);
+            self.state.reconciled(id, false, &[], Millis(self.now));
         }
     }
 
@@ -226,6 +304,13 @@ impl World {
         assert!(missing as u64 <= evicted, "an object left without eviction");
         self.model = index;
         self.follow();
+        let mut bytes = 0;
+        self.state.walk(0, usize::MAX, |o| {
+            bytes += footprint(o.size).unwrap() * o.replicas.len() as u64;
+            true
+        });
+        let told = self.state.tenant_snapshot(key::DEFAULT_TENANT);
+        assert_eq!(told.map_or(0, |t| t.charged), bytes, "charged and held");
         assert_eq!(
             self.state
                 .objects
@@ -244,6 +329,9 @@ enum Step {
     Deliver,
     Wait(u64),
     Return(usize),
+    Copy(u8, usize),
+    Copied(Copied),
+    Settle,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -256,6 +344,16 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Deliver),
         1 => (0u64..200).prop_map(Step::Wait),
         1 => (0usize..3).prop_map(Step::Return),
+        3 => (0u8..30, 0usize..3).prop_map(|(k, n)| Step::Copy(k, n)),
+        2 => prop_oneof![
+            3 => Just(Copied::Done),
+            1 => Just(Copied::NotThere),
+            1 => Just(Copied::Refused),
+            1 => Just(Copied::Busy),
+            1 => Just(Copied::Unsure),
+        ]
+        .prop_map(Step::Copied),
+        1 => Just(Step::Settle),
     ]
 }
 
@@ -304,12 +402,20 @@ proptest! {
                 Step::Return(n) => {
                     let (id, incarnation, fake) = world.nodes[n].clone();
                     let node = world.state.segments.node(id).unwrap();
-                    world.state.lost(&node);
+                    world.state.lost(&node, now);
                     register(&world.state, id, incarnation, &fake, now);
                 }
+                Step::Copy(k, to) => world.begin_copy(k, to),
+                Step::Copied(outcome) => world.end_copy(outcome),
+                Step::Settle => world.settle(),
             }
             world.check();
         }
+        while !world.copying.is_empty() {
+            world.end_copy(Copied::Refused);
+        }
+        world.settle();
+        prop_assert_eq!(world.state.copies.under_way(), 0, "every copy ends");
         world.deliver();
         // A new master, from what the nodes report alone.
         let rebuilt = MasterState::new(config(PolicyKind::Sieve), Millis(0));
@@ -407,7 +513,7 @@ fn a_reconcile_job_goes_out_once_and_leaves_later_versions_alone() {
     let (state, now) = (&world.state, Millis(2000));
     let (id, incarnation, fake) = &world.nodes[0];
     let node = state.segments.node(*id).unwrap();
-    state.lost(&node);
+    state.lost(&node, Millis(0));
     // An unfinished put of a client that has left.
     let gone = Id128 { high: 8, low: 8 };
     let replica = super::object::Replica {

@@ -8,52 +8,50 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::eviction::Access;
+use super::listing::KeyFilter;
 use super::metrics::Rpc;
-use super::object::{Attributes, Object, Replica};
-use super::puts::{Least, PutOptions, Written};
+use super::object::{Object, Replica};
 use super::segments::SegmentsView;
 use super::state::{Presence, add};
 use super::{Master, slow};
 use crate::base::clock::{Millis, unix_ms};
 use crate::base::id::Id128;
+use crate::base::trace::{self, Kind, Span};
 use crate::engine::grant::{Access as GrantAccess, Grant};
 use crate::store::model::error::StoreError;
 use crate::store::model::header::footprint;
 use crate::store::model::key;
 use crate::store::wire::{self, operation::Kind as Op, reply::Kind as Re};
 
-/// Longest a write grant lives. Arenas outlive it by being asked for anew.
-const WRITE_GRANT: Duration = Duration::from_secs(600);
 /// A read grant outlives its lease by this: expiry is about leaked grants, staleness is the version's business.
 const READ_GRANT_EXTRA: Duration = Duration::from_secs(60);
-/// After this part of the wait for space, a put takes fewer replicas than asked for.
-const PARTIAL_AFTER: Duration = Duration::from_millis(200);
-/// How long an arena waits for room that is on its way to being free.
-const ARENA_PATIENCE: Duration = Duration::from_millis(5);
 /// How long a node is avoided after a client reported a failure.
 const SUSPICION: Duration = Duration::from_secs(3);
-/// Objects of one page of a listing.
-const PAGE_MAX: u32 = 10_000;
 /// Keys of a batch whose memory is asked for together.
 const LOOKAHEAD: usize = 32;
 /// Items of one operation.
 const ITEMS_MAX: usize = 100_000;
 
 /// One batch being carried out.
-struct Call<'a> {
-    master: &'a Master,
-    view: SegmentsView,
-    now: Millis,
-    client: Id128,
-    deadline: Instant,
-    scratch: Vec<u8>,
-    waits: slow::Waits,
+pub(super) struct Call<'a> {
+    pub(super) master: &'a Master,
+    pub(super) view: SegmentsView,
+    pub(super) now: Millis,
+    pub(super) client: Id128,
+    pub(super) deadline: Instant,
+    pub(super) scratch: Vec<u8>,
+    pub(super) waits: slow::Waits,
 }
 
 /// Carries out a batch; replies come in the order of the operations.
 pub(crate) fn execute(master: &Master, batch: wire::OperationBatch) -> wire::ReplyBatch {
     let state = &master.state;
     let started = Instant::now();
+    if !batch.transfers.is_empty() {
+        master.metrics.moved.told(&batch.transfers);
+    }
+    let mut span = Span::of("batch", Kind::Server, &batch.traceparent);
+    span.note("operations", batch.operations.len() as u64);
     let mut call = Call {
         master,
         view: state.segments.view(),
@@ -69,7 +67,11 @@ pub(crate) fn execute(master: &Master, batch: wire::OperationBatch) -> wire::Rep
     for operation in batch.operations {
         let slow = slow::Watch::new(master, &operation);
         let rpc = operation.kind.as_ref().map(Rpc::of);
+        let mut span = Span::child(rpc.map_or("unknown", Rpc::name), Kind::Internal);
         let reply = call.one(operation);
+        if let Some(Re::Refused(refusal)) = &reply.kind {
+            span.fail(&refusal.reason);
+        }
         let ended = Instant::now();
         if let Some(rpc) = rpc {
             let took = ended - begun;
@@ -94,7 +96,7 @@ fn refuse(error: &StoreError) -> wire::Reply {
     wire::Reply::refused(error.code(), error.to_string())
 }
 
-fn code(result: Result<(), StoreError>) -> i32 {
+pub(super) fn code(result: Result<(), StoreError>) -> i32 {
     result.err().map_or(0, |e| e.code())
 }
 
@@ -132,7 +134,7 @@ impl Call<'_> {
         result.unwrap_or_else(|error| refuse(&error))
     }
 
-    fn key(&mut self, tenant: &str, bytes: &[u8]) -> Result<u64, StoreError> {
+    pub(super) fn key(&mut self, tenant: &str, bytes: &[u8]) -> Result<u64, StoreError> {
         key::qualify(tenant, bytes, &mut self.scratch)?;
         Ok(key::hash(&self.scratch))
     }
@@ -247,7 +249,7 @@ impl Call<'_> {
         }
     }
 
-    fn grant(
+    pub(super) fn grant(
         &self,
         replica: Replica,
         length: u64,
@@ -268,251 +270,8 @@ impl Call<'_> {
         Some(wire::ReplicaLocation::from_grant(replica.segment, &grant))
     }
 
-    fn options(config: Option<&wire::PutConfig>) -> Result<PutOptions, StoreError> {
-        let config = config.cloned().unwrap_or_default();
-        Ok(PutOptions {
-            replica_num: config.replica_num.max(1) as usize,
-            attributes: Attributes {
-                hard_pin: config.hard_pin,
-                soft_pin_ttl_ms: config.soft_pin_ttl_ms,
-                group: config.group,
-                data_type: u8::try_from(config.data_type).map_err(|_| {
-                    StoreError::InvalidParams {
-                        what: "data_type is 0 to 255".to_owned(),
-                    }
-                })?,
-                replicas: 0,
-            },
-            preferred: config.preferred_segments,
-            host_id: config.host_id,
-            if_version: 0,
-        })
-    }
-
-    fn put_start(&mut self, op: &wire::PutStart) -> Result<wire::Reply, StoreError> {
-        bounded(op.items.len())?;
-        let mut options = Self::options(op.config.as_ref())?;
-        options.if_version = op.if_version;
-        let group = options.attributes.group.clone();
-        let mut slots = Vec::with_capacity(op.items.len());
-        for item in &op.items {
-            let own = if item.group.is_empty() {
-                &group
-            } else {
-                &item.group
-            };
-            options.attributes.group.clone_from(own);
-            let slot = match self.key(&op.tenant, &item.key) {
-                Ok(_) => self.allocate(item.size_bytes, &options, op.upsert),
-                Err(error) => Err(error),
-            };
-            slots.push(slot.unwrap_or_else(|error| wire::PutSlot {
-                code: error.code(),
-                ..wire::PutSlot::default()
-            }));
-        }
-        Ok(Re::PutStart(wire::PutStartReply { slots }).into())
-    }
-
-    /// Allocates for the key in `scratch`, evicting and waiting until the deadline.
-    fn allocate(
-        &mut self,
-        size: u64,
-        options: &PutOptions,
-        upsert: bool,
-    ) -> Result<wire::PutSlot, StoreError> {
-        let state = &self.master.state;
-        let begun = Instant::now();
-        loop {
-            let seen = *state.progress.count.lock();
-            let now = Millis::now();
-            let partial = begun.elapsed() >= PARTIAL_AFTER || Instant::now() >= self.deadline;
-            let allocated = state.put_start(
-                &self.scratch,
-                size,
-                options,
-                upsert,
-                partial,
-                self.client,
-                now,
-            );
-            match allocated {
-                Ok((version, replicas)) => {
-                    // The view may have grown since the batch began.
-                    self.view = state.segments.view();
-                    let length = footprint(size).unwrap_or(0);
-                    let expires = unix_ms() + WRITE_GRANT.as_millis() as u64;
-                    let replicas = replicas
-                        .iter()
-                        .map(|r| {
-                            // A place even for one that is gone: the client answers by position.
-                            self.grant(*r, length, GrantAccess::Write, expires)
-                                .unwrap_or_default()
-                        })
-                        .collect();
-                    return Ok(wire::PutSlot {
-                        code: 0,
-                        version,
-                        replicas,
-                    });
-                }
-                Err(
-                    error @ (StoreError::NoSpace { .. }
-                    | StoreError::Rebuilding
-                    | StoreError::SegmentNotFound),
-                ) if Instant::now() < self.deadline => {
-                    if matches!(error, StoreError::NoSpace { .. }) {
-                        state.make_room(size, now);
-                    }
-                    // Leases lapse without anybody telling: look again soon even if nothing was freed.
-                    let soon = Instant::now() + Duration::from_millis(10);
-                    let waiting = Instant::now();
-                    let mut count = state.progress.count.lock();
-                    if *count == seen {
-                        state
-                            .progress
-                            .changed
-                            .wait_until(&mut count, soon.min(self.deadline));
-                    }
-                    self.waits.space += waiting.elapsed();
-                }
-                Err(error) => {
-                    if error != StoreError::Exists {
-                        state.counters.put_failed(&error);
-                    }
-                    return Err(error);
-                }
-            }
-        }
-    }
-
-    fn put_end(&mut self, op: &wire::PutEnd) -> wire::Reply {
-        let state = &self.master.state;
-        let mut replaced = false;
-        let end = |item: &wire::PutFinish| {
-            let checksum = item.has_checksum.then_some(item.checksum);
-            let ended = state.put_end(
-                item.version,
-                checksum,
-                item.written,
-                item.unsettled,
-                self.now,
-            );
-            replaced |= ended == Ok(true);
-            code(ended.map(|_| ()))
-        };
-        let results = op.items.iter().map(end).collect();
-        if replaced && let Err(error) = self.settle() {
-            // The new object is there; some reader may still see the old one for a moment.
-            tracing::warn!(%error, "an upsert");
-        }
-        codes(results)
-    }
-
-    fn put_revoke(&mut self, op: &wire::PutRevoke) -> wire::Reply {
-        let state = &self.master.state;
-        let revoke = |v: &u64| code(state.put_revoke(*v, !op.unsettled, self.now));
-        codes(op.versions.iter().map(revoke).collect())
-    }
-
-    fn arena_open(&mut self, op: &wire::ArenaOpen) -> wire::Reply {
-        let state = &self.master.state;
-        let open = |least| {
-            let (slot, incarnation, wanted) = (op.segment, op.incarnation, op.wanted_bytes);
-            state.arena_open(slot, incarnation, wanted, least, self.client)
-        };
-        let patience = self.deadline.min(Instant::now() + ARENA_PATIENCE);
-        let mut opened = open(Least::Half);
-        // In a full pool the free ranges are what eviction left: a shorter arena is better than none, once what is on its way
-        // to being free has come.
-        if let Err(StoreError::NoSpace { wanted_bytes }) = opened
-            && state.make_room_for_arena(op.segment, wanted_bytes, self.now)
-        {
-            loop {
-                let seen = *state.progress.count.lock();
-                opened = open(Least::Half);
-                let full = matches!(opened, Err(StoreError::NoSpace { .. }));
-                if !full || Instant::now() >= patience || state.leaving_bytes(op.segment) == 0 {
-                    break;
-                }
-                let mut count = state.progress.count.lock();
-                if *count == seen {
-                    state.progress.changed.wait_until(&mut count, patience);
-                }
-            }
-        }
-        if matches!(opened, Err(StoreError::NoSpace { .. })) {
-            opened = open(Least::Anything);
-        }
-        // An arena is taken in one piece: the next one needs room before the sweeper's next round.
-        state.keep_below_watermark();
-        let reply = match opened {
-            Ok((arena, replica, length, versions)) => {
-                let expires = unix_ms() + WRITE_GRANT.as_millis() as u64;
-                wire::ArenaOpened {
-                    code: 0,
-                    arena,
-                    range: self.grant(replica, length, GrantAccess::Write, expires),
-                    first_version: versions.start,
-                    version_count: (versions.end - versions.start) as u32,
-                }
-            }
-            Err(error) => wire::ArenaOpened {
-                code: error.code(),
-                ..wire::ArenaOpened::default()
-            },
-        };
-        Re::ArenaOpened(reply).into()
-    }
-
-    fn arena_commit(&mut self, op: &wire::ArenaCommit) -> Result<wire::Reply, StoreError> {
-        bounded(op.items.len())?;
-        let mut attributes = Self::options(op.config.as_ref())?.attributes;
-        let group = attributes.group.clone();
-        let mut results = Vec::with_capacity(op.items.len());
-        for item in &op.items {
-            let own = if item.group.is_empty() {
-                &group
-            } else {
-                &item.group
-            };
-            attributes.group.clone_from(own);
-            let result = self.key(&op.tenant, &item.key).and_then(|_| {
-                let state = &self.master.state;
-                if item.revoke {
-                    return state.arena_revoke(
-                        op.arena,
-                        self.client,
-                        &self.scratch,
-                        item.offset,
-                        item.size_bytes,
-                        item.version,
-                        !item.unsettled,
-                        self.now,
-                    );
-                }
-                let written = Written {
-                    version: item.version,
-                    checksum: item.has_checksum.then_some(item.checksum),
-                };
-                state.arena_commit(
-                    op.arena,
-                    self.client,
-                    &self.scratch,
-                    item.offset,
-                    item.size_bytes,
-                    &attributes,
-                    &written,
-                    self.now,
-                )
-            });
-            results.push(code(result));
-        }
-        Ok(codes(results))
-    }
-
     /// Waits until the nodes have forgotten what was removed (D2).
-    fn settle(&mut self) -> Result<(), StoreError> {
+    pub(super) fn settle(&mut self) -> Result<(), StoreError> {
         let waiting = Instant::now();
         let settled = self.settled();
         self.waits.nodes += waiting.elapsed();
@@ -543,8 +302,19 @@ impl Call<'_> {
         }
     }
 
+    /// Nodes that are to forget something hear what for.
+    fn trace_drops(&self) {
+        let here = trace::traceparent();
+        if !here.is_empty() {
+            for node in self.master.state.segments.nodes() {
+                node.drops_for.lock().clone_from(&here);
+            }
+        }
+    }
+
     fn remove(&mut self, op: &wire::Remove) -> Result<wire::Reply, StoreError> {
         bounded(op.keys.len())?;
+        self.trace_drops();
         let mut results = Vec::with_capacity(op.keys.len());
         for bytes in &op.keys {
             let result = self
@@ -562,6 +332,7 @@ impl Call<'_> {
 
     fn remove_matching(&mut self, op: &wire::RemoveMatching) -> Result<wire::Reply, StoreError> {
         let filter = KeyFilter::new(&op.tenant, "", &op.regex)?;
+        self.trace_drops();
         if self.master.state.recovering(self.now) {
             return Err(StoreError::Rebuilding);
         }
@@ -579,82 +350,6 @@ impl Call<'_> {
             kept,
         })
         .into())
-    }
-
-    fn list(&mut self, op: &wire::List) -> Result<wire::Reply, StoreError> {
-        let filter = KeyFilter::new(&op.tenant, &op.prefix, &op.regex)?;
-        let limit = op.limit.clamp(1, PAGE_MAX) as usize;
-        let mut objects = Vec::new();
-        let next_cursor = self.master.state.walk(op.cursor, limit, |o| {
-            let Some(bytes) = filter.key_of(o) else {
-                return false;
-            };
-            objects.push(wire::ListedObject {
-                key: bytes::Bytes::copy_from_slice(bytes),
-                size_bytes: o.size,
-                version: o.version,
-                replicas: o.replicas.len() as u32,
-                lease_left_ms: o.leased_until().since(self.now),
-            });
-            true
-        });
-        Ok(Re::Listing(wire::Listing {
-            code: 0,
-            objects,
-            next_cursor,
-        })
-        .into())
-    }
-
-    fn stat(&mut self, op: &wire::Stat) -> Result<wire::Reply, StoreError> {
-        let hash = self.key(&op.tenant, &op.key)?;
-        let found = self
-            .master
-            .state
-            .peek(hash, &self.scratch, |o| self.describe(o));
-        match found {
-            Some(description) => Ok(Re::Description(description).into()),
-            None if self.master.state.recovering(self.now) => Err(StoreError::Rebuilding),
-            None => Err(StoreError::NotFound),
-        }
-    }
-
-    fn describe(&self, o: &Object) -> wire::Description {
-        let replicas = o
-            .replicas
-            .iter()
-            .filter_map(|r| {
-                let segment = self.view.get(r.segment as usize)?.as_ref()?;
-                Some(wire::ReplicaState {
-                    segment: r.segment,
-                    segment_name: segment.name.clone(),
-                    node: segment.node.name.clone(),
-                    offset: r.offset,
-                    state: if segment.node.readable() {
-                        "complete"
-                    } else {
-                        "lost"
-                    }
-                    .to_owned(),
-                })
-            })
-            .collect();
-        let group = o.group.as_ref().and_then(|g| key::split(&g.name));
-        wire::Description {
-            code: 0,
-            size_bytes: o.size,
-            version: o.version,
-            checksum: o.checksum().unwrap_or(0),
-            has_checksum: o.put_with.has_checksum(),
-            lease_left_ms: o.leased_until().since(self.now),
-            soft_pin_left_ms: o.soft_pin_until.since(self.now),
-            hard_pin: o.hard_pin,
-            group: group.map_or_else(String::new, |(_, g)| {
-                String::from_utf8_lossy(g).into_owned()
-            }),
-            data_type: u32::from(o.data_type),
-            replicas,
-        }
     }
 
     fn view(&mut self, op: &wire::View) -> wire::Reply {
@@ -724,7 +419,7 @@ pub(crate) fn segment_view(
         address: s.node.address.clone(),
         host_id: s.node.host_id.clone(),
         shm_socket: s.node.shm_socket.clone(),
-        state: s.node.state_name(now).to_owned(),
+        state: s.state_name(now).to_owned(),
         objects: s.objects.load(Ordering::Relaxed),
         node_segment: s.node_segment,
         page_kind: s.page_kind.clone(),
@@ -733,7 +428,7 @@ pub(crate) fn segment_view(
     }
 }
 
-fn bounded(items: usize) -> Result<(), StoreError> {
+pub(super) fn bounded(items: usize) -> Result<(), StoreError> {
     if items <= ITEMS_MAX {
         return Ok(());
     }
@@ -742,47 +437,6 @@ fn bounded(items: usize) -> Result<(), StoreError> {
     })
 }
 
-fn codes(codes: Vec<i32>) -> wire::Reply {
+pub(super) fn codes(codes: Vec<i32>) -> wire::Reply {
     Re::Codes(wire::Codes { codes }).into()
-}
-
-/// Which keys of one tenant are meant.
-struct KeyFilter {
-    tenant: String,
-    prefix: Vec<u8>,
-    regex: Option<regex::bytes::Regex>,
-}
-
-impl KeyFilter {
-    fn new(tenant: &str, prefix: &str, regex: &str) -> Result<Self, StoreError> {
-        let regex = match regex {
-            "" => None,
-            pattern => Some(
-                regex::bytes::RegexBuilder::new(pattern)
-                    .size_limit(1 << 20)
-                    .build()
-                    .map_err(|e| StoreError::InvalidParams {
-                        what: format!("regex: {}", e.to_string().replace('\n', " ")),
-                    })?,
-            ),
-        };
-        let tenant = if tenant == key::DEFAULT_TENANT {
-            ""
-        } else {
-            tenant
-        };
-        Ok(Self {
-            tenant: tenant.to_owned(),
-            prefix: prefix.as_bytes().to_vec(),
-            regex,
-        })
-    }
-
-    fn key_of<'o>(&self, object: &'o Object) -> Option<&'o [u8]> {
-        let (tenant, bytes) = key::split(&object.key)?;
-        let matches = tenant == self.tenant
-            && bytes.starts_with(&self.prefix)
-            && self.regex.as_ref().is_none_or(|r| r.is_match(bytes));
-        matches.then_some(bytes)
-    }
 }

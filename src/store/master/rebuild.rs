@@ -1,23 +1,21 @@
-//! Nodes coming and going: registration with their directory (how the index survives the master), loss, unmounting,
-//! and settling what a vanished writer left behind.
+//! Nodes coming and going: registration with their directory (how the index survives the master), loss, unmounting.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
+use super::arenas::Arena;
 use super::events::Reason;
+use super::index::mounted;
 use super::object::{Attributes, Replica, Replicas};
-use super::puts::{Arena, Written, mounted};
-use super::segments::{Drop, NodePhase, NodeState, Offer};
+use super::puts::Written;
+use super::quotas::bytes_of;
+use super::segments::{Drop, NodePhase, NodeState, Offer, SegmentState};
 use super::state::{MasterState, add};
 use crate::base::clock::{Millis, unix_ms};
 use crate::base::id::Id128;
 use crate::store::model::header::footprint;
 use crate::store::model::key;
-
-/// How long a busy reconciliation rests.
-const RECONCILE_RETRY: Duration = Duration::from_secs(1);
 
 /// One entry of a node's directory.
 #[derive(Clone, Debug)]
@@ -32,31 +30,6 @@ pub(crate) struct Reported {
     pub(crate) pending: Option<Id128>,
     /// Not an object but a whole arena of an earlier term: the number of its versions.
     pub(crate) arena_versions: u32,
-}
-
-/// A range whose writer is gone or unsure, to be settled with its node.
-#[derive(Clone, Debug)]
-pub(crate) struct ReconcileJob {
-    pub(crate) node: Id128,
-    pub(crate) segment: u32,
-    pub(crate) node_segment: u32,
-    pub(crate) offset: u64,
-    pub(crate) length: u64,
-    pub(crate) client: Id128,
-    pub(crate) what: Settles,
-    /// The next version when the job was made: later ones in the range are not its business.
-    pub(crate) versions_end: u64,
-    pub(crate) not_before: Millis,
-    pub(crate) sent: bool,
-}
-
-/// What a reconciliation settles.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Settles {
-    /// A single range, freed afterwards.
-    Range,
-    /// An arena, dissolved afterwards.
-    Arena(u64),
 }
 
 /// A registration under way at the same master: what the node still has.
@@ -75,8 +48,10 @@ pub(crate) struct Registration {
 const VERSION_AHEAD_MS: u64 = 10 * 365 * 86_400_000;
 /// Most keys remembered for a node that was unmounted and may return.
 const DEPARTED_KEYS_MAX: usize = 200_000;
-/// Most such nodes.
+/// Most such nodes; of older ones nothing is taken back.
 const DEPARTED_NODES_MAX: usize = 64;
+/// Most nodes of which nothing is taken back.
+const FORGOTTEN_NODES_MAX: usize = 65_536;
 
 /// What a node that was unmounted has missed (D2): if it returns, these objects of its must not.
 #[derive(Clone, Debug, Default)]
@@ -87,9 +62,18 @@ pub(crate) struct Departed {
     versions: HashSet<u64>,
     /// More than can be remembered: nothing of it is taken back.
     all: bool,
+    /// When it left, as a number that grows.
+    left: u64,
 }
 
 impl Departed {
+    /// From now on nothing of this node is taken back.
+    fn forget(&mut self) {
+        self.all = true;
+        self.keys = HashSet::new();
+        self.versions = HashSet::new();
+    }
+
     fn forgets(&self, entry: &Reported) -> bool {
         self.all
             || self.versions.contains(&entry.written.version)
@@ -104,24 +88,62 @@ impl MasterState {
             return;
         }
         for departed in self.departed.lock().values_mut() {
-            if departed.keys.len() < DEPARTED_KEYS_MAX {
-                departed.keys.insert(hash);
-            } else {
-                departed.all = true;
+            if departed.all {
+                continue;
+            }
+            departed.keys.insert(hash);
+            if departed.keys.len() > DEPARTED_KEYS_MAX {
+                departed.forget();
             }
         }
     }
 
     fn depart(&self, node: &NodeState) {
         let mut departed = self.departed.lock();
-        if departed.len() >= DEPARTED_NODES_MAX {
-            // Somebody has to be forgotten; that one is then taken for a stranger.
-            let first = departed.keys().next().copied();
-            first.map(|id| departed.remove(&id));
+        let oldest = |all: &HashMap<Id128, Departed>, which: &dyn Fn(&Departed) -> bool| {
+            let some = all.iter().filter(|(_, d)| which(d));
+            some.min_by_key(|(_, d)| d.left).map(|(id, _)| *id)
+        };
+        let remembered = departed.values().filter(|d| !d.all).count();
+        if remembered >= DEPARTED_NODES_MAX
+            && let Some(id) = oldest(&departed, &|d| !d.all)
+            && let Some(first) = departed.get_mut(&id)
+        {
+            first.forget();
+        }
+        if departed.len() >= FORGOTTEN_NODES_MAX
+            && let Some(id) = oldest(&departed, &|_| true)
+        {
+            departed.remove(&id);
         }
         let entry = departed.entry(node.id).or_default();
+        entry.left = self.next_id.fetch_add(1, Ordering::Relaxed);
         entry.versions.extend(node.drops.lock().versions());
         self.any_departed.store(true, Ordering::Release);
+    }
+
+    /// Whose names a registration would take: nodes are told apart by name (drain jobs, preferred segments, views). One that
+    /// has lost its session may be the same node before it was started anew, and one at the same address is replaced.
+    pub(crate) fn name_taken(
+        &self,
+        id: Id128,
+        name: &str,
+        address: &str,
+        offers: &[Offer],
+    ) -> Option<String> {
+        let view = self.segments.view();
+        let same = |s: &&Arc<SegmentState>| {
+            let names = |o: &Offer| o.name == s.name;
+            s.node.id != id
+                && s.node.address != address
+                && s.node.phase() != NodePhase::Lost
+                && (s.node.name == name || offers.iter().any(names))
+        };
+        let other = view.iter().flatten().find(same)?;
+        Some(format!(
+            "a node called {} is in service at {}: give each node a --name of its own",
+            other.node.name, other.node.address
+        ))
     }
 
     /// A node registers. A returning one keeps its segments; one that listens where another did replaces it.
@@ -157,6 +179,7 @@ impl MasterState {
             for job in self.reconciles.lock().values_mut().filter(|j| j.node == id) {
                 job.sent = false;
             }
+            self.node_copies_lost(&node, now);
             // They are handed out again: a job that went out twice would settle what came after the first.
             node.reconciles.lock().clear();
             self.segments.changed();
@@ -295,18 +318,6 @@ impl MasterState {
         self.settle_arena(id, now);
     }
 
-    /// Has the node settle a closed arena, which is dissolved afterwards.
-    pub(crate) fn settle_arena(&self, id: u64, now: Millis) {
-        let Some(arena) = self.arenas.lock().get(&id).cloned() else {
-            return;
-        };
-        let (segment, offset, length, client) = {
-            let arena = arena.lock();
-            (arena.segment, arena.offset, arena.length, arena.client)
-        };
-        self.reconcile(segment, offset, length, client, Settles::Arena(id), now);
-    }
-
     fn adopt_complete(&self, entry: Reported, replica: Replica, now: Millis) {
         let hash = key::hash(&entry.key);
         let version = entry.written.version;
@@ -321,6 +332,7 @@ impl MasterState {
             Some(object) if object.version == version => {
                 if !object.replicas.contains(&replica) {
                     object.replicas.push(replica);
+                    self.quotas.charge(&object.key, bytes_of(object.size, 1));
                     if let Some(segment) = mounted(&view, replica) {
                         segment.objects.fetch_add(1, Ordering::Relaxed);
                     }
@@ -363,6 +375,7 @@ impl MasterState {
         let hash = key::hash(&entry.key);
         // In this order: a put leaves the unfinished ones only after it has entered the index.
         self.pending_shard(version).lock().contains_key(&version)
+            || self.copies.writes(version, replica)
             || self.arenas.lock().values().any(|a| {
                 let a = a.lock();
                 a.segment == replica.segment
@@ -433,7 +446,7 @@ impl MasterState {
     }
 
     /// The node's session broke.
-    pub(crate) fn lost(&self, node: &Arc<NodeState>) {
+    pub(crate) fn lost(&self, node: &Arc<NodeState>, now: Millis) {
         let _one = self.lifecycle.lock();
         match node.phase() {
             NodePhase::Gone => {}
@@ -441,12 +454,13 @@ impl MasterState {
             _ => {
                 node.set_phase(NodePhase::Lost);
                 self.segments.changed();
+                self.node_copies_lost(node, now);
             }
         }
     }
 
     /// Takes a node out with everything that lay only there.
-    pub(crate) fn unmount(&self, node: &Arc<NodeState>, _now: Millis) {
+    pub(crate) fn unmount(&self, node: &Arc<NodeState>, now: Millis) {
         let _one = self.lifecycle.lock();
         self.registration_failed(node);
         self.depart(node);
@@ -466,6 +480,7 @@ impl MasterState {
             .lock()
             .retain(|_, a| !node.slots.contains(&a.lock().segment));
         self.reconciles.lock().retain(|_, job| job.node != node.id);
+        self.node_copies_lost(node, now);
         self.progress.advance();
     }
 
@@ -474,189 +489,20 @@ impl MasterState {
         for shard in self.shards() {
             let mut shard = shard.lock();
             let objects = shard.remove_where(|object| {
+                let had = object.replicas.len();
                 object.replicas.retain(|r| !gone(r));
+                let less = had - object.replicas.len();
+                self.quotas.refund(&object.key, bytes_of(object.size, less));
                 object.replicas.is_empty()
             });
             for object in &objects {
                 self.events.removed(object, Reason::NodeLost);
             }
             drop(shard);
+            add(&self.counters.lost_objects, objects.len() as u64);
             let view = self.segments.view();
             for object in objects {
                 self.gone(&view, &object);
-            }
-        }
-    }
-
-    /// Keeps a range unused until its node vouches that `client` can no longer write there.
-    pub(crate) fn quarantine(&self, replica: Replica, length: u64, client: Id128, now: Millis) {
-        self.reconcile(
-            replica.segment,
-            replica.offset,
-            length,
-            client,
-            Settles::Range,
-            now,
-        );
-    }
-
-    pub(crate) fn reconcile(
-        &self,
-        slot: u32,
-        offset: u64,
-        length: u64,
-        client: Id128,
-        what: Settles,
-        now: Millis,
-    ) {
-        let Some(segment) = self.segments.get(slot) else {
-            return;
-        };
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let job = ReconcileJob {
-            node: segment.node.id,
-            segment: slot,
-            node_segment: segment.node_segment,
-            offset,
-            length,
-            client,
-            what,
-            versions_end: self.next_version(),
-            not_before: now,
-            sent: false,
-        };
-        self.reconciles.lock().insert(id, job);
-        self.send_reconciles(now);
-    }
-
-    /// Hands due jobs to their nodes' sessions.
-    pub(crate) fn send_reconciles(&self, now: Millis) {
-        let mut jobs = self.reconciles.lock();
-        for (id, job) in jobs
-            .iter_mut()
-            .filter(|(_, j)| !j.sent && j.not_before <= now)
-        {
-            if let Some(node) = self.segments.node(job.node) {
-                job.sent = true;
-                node.reconciles.lock().push(*id);
-                node.wake();
-            }
-        }
-    }
-
-    /// Which versions a job concerns, and those of them that are objects: the node keeps them. `None`: not known yet.
-    pub(crate) fn kept(&self, job: &ReconcileJob) -> Option<(std::ops::Range<u64>, Vec<u64>)> {
-        let Settles::Arena(id) = &job.what else {
-            return Some((0..job.versions_end, Vec::new()));
-        };
-        let Some(arena) = self.arenas.lock().get(id).cloned() else {
-            // Given up already: nothing in its range is ours to settle.
-            return Some((1..1, Vec::new()));
-        };
-        // A commit that was let in before the arena was closed is about to enter the index: ask again.
-        let versions = {
-            let arena = arena.lock();
-            if arena.committing > 0 {
-                return None;
-            }
-            arena.versions.clone()
-        };
-        let mut kept = Vec::new();
-        self.walk(0, usize::MAX, |o| {
-            if versions.contains(&o.version) {
-                kept.push(o.version);
-            }
-            false
-        });
-        Some((versions, kept))
-    }
-
-    /// The node's answer to a reconciliation.
-    pub(crate) fn reconciled(&self, id: u64, busy: bool, missing: &[u64], now: Millis) {
-        let job = {
-            let mut jobs = self.reconciles.lock();
-            if busy {
-                if let Some(job) = jobs.get_mut(&id) {
-                    job.sent = false;
-                    job.not_before = now.plus(RECONCILE_RETRY);
-                }
-                return;
-            }
-            jobs.remove(&id)
-        };
-        let Some(job) = job else { return };
-        match job.what {
-            Settles::Range => {
-                if let Some(segment) = self.segments.get(job.segment) {
-                    segment.release(job.offset, job.length);
-                }
-                self.progress.advance();
-            }
-            Settles::Arena(arena) => {
-                self.remove_missing(missing);
-                self.arena_dissolve(arena);
-            }
-        }
-    }
-
-    /// Objects that were committed and never arrived.
-    fn remove_missing(&self, missing: &[u64]) {
-        if missing.is_empty() {
-            return;
-        }
-        let missing: HashSet<u64> = missing.iter().copied().collect();
-        let mut found = Vec::new();
-        self.walk(0, usize::MAX, |o| {
-            if missing.contains(&o.version) {
-                found.push((o.key.clone(), o.version));
-            }
-            false
-        });
-        for (key, version) in found {
-            if let Some(object) = self.take_version(&key, version) {
-                self.drop_replicas(&object.replicas, object.size, version);
-            }
-        }
-    }
-
-    /// A client is gone: what it had not finished is settled with the nodes.
-    pub(crate) fn client_gone(&self, client: Id128, now: Millis) {
-        let mine: Vec<u64> = {
-            let arenas = self.arenas.lock();
-            arenas
-                .iter()
-                .filter_map(|(id, arena)| {
-                    let mut arena: parking_lot::MutexGuard<'_, Arena> = arena.lock();
-                    if arena.client != client || arena.closed {
-                        return None;
-                    }
-                    arena.closed = true;
-                    Some(*id)
-                })
-                .collect()
-        };
-        for id in mine {
-            self.settle_arena(id, now);
-        }
-        self.abandon(now, |put| put.client == client);
-    }
-
-    /// Reclaims the unfinished puts the predicate names.
-    pub(crate) fn abandon(&self, now: Millis, which: impl Fn(&super::puts::PendingPut) -> bool) {
-        for pending in &self.pending {
-            let mut gone = Vec::new();
-            pending.lock().retain(|_, put| {
-                let leaves = !put.ending && which(put);
-                if leaves {
-                    gone.push((put.replicas.clone(), put.size, put.client));
-                }
-                !leaves
-            });
-            add(&self.counters.released_puts, gone.len() as u64);
-            for (replicas, size, client) in gone {
-                for replica in replicas {
-                    self.quarantine(replica, footprint(size).unwrap_or(0), client, now);
-                }
             }
         }
     }

@@ -5,9 +5,11 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use super::copies::Copy;
 use super::events::Reason;
+use super::history::Cause;
+use super::index::mounted;
 use super::object::{Object, Replica};
-use super::puts::mounted;
 use super::segments::{DropQueue, NodeState};
 use super::state::{MasterState, add};
 use crate::base::clock::Millis;
@@ -25,24 +27,30 @@ const EXAMINED_PER_LOCK: u32 = 512;
 const IDLE_ROUNDS: usize = 32;
 
 /// What removals wait for: every node that had drops outstanding acknowledges them.
-pub(crate) struct Barrier(Vec<(std::sync::Arc<NodeState>, u64)>);
+pub(crate) struct Barrier {
+    drops: Vec<(std::sync::Arc<NodeState>, u64)>,
+    /// Of objects that are gone: one may still arrive.
+    copies: Vec<std::sync::Arc<Copy>>,
+}
 
 impl Barrier {
     /// Whether all nodes are done (an unmounted node holds nothing any more).
     pub(crate) fn reached(&self) -> bool {
-        self.0.iter().all(|(node, sequence)| {
+        self.drops.iter().all(|(node, sequence)| {
             node.phase() == super::segments::NodePhase::Gone || node.drops.lock().reached(*sequence)
-        })
+        }) && self.copies.iter().all(|copy| copy.is_forgotten())
     }
 
     /// Names of the nodes still awaited.
     pub(crate) fn awaited(&self) -> String {
-        let names: Vec<&str> = self
-            .0
-            .iter()
-            .filter(|(n, s)| !n.drops.lock().reached(*s))
-            .map(|(n, _)| n.name.as_str())
+        let drops = self.drops.iter();
+        let drops = drops.filter(|(n, s)| !n.drops.lock().reached(*s));
+        let copies = self.copies.iter().filter(|c| !c.is_forgotten());
+        let names = drops.map(|(n, _)| n.name.as_str());
+        let mut names: Vec<&str> = names
+            .chain(copies.map(|c| c.target().node.name.as_str()))
             .collect();
+        names.dedup();
         names.join(", ")
     }
 }
@@ -116,13 +124,18 @@ impl MasterState {
     }
 
     /// Takes this very version, whose bytes did not arrive, out of the index; its ranges become the caller's business.
-    pub(crate) fn take_version(&self, qualified: &[u8], version: u64) -> Option<Object> {
+    pub(crate) fn take_version(
+        &self,
+        qualified: &[u8],
+        version: u64,
+        which: impl Fn(&Object) -> bool,
+    ) -> Option<Object> {
         let hash = key::hash(qualified);
         let object = {
             let mut shard = self.shard(hash);
             shard
                 .get(hash, qualified)
-                .filter(|o| o.version == version)?;
+                .filter(|o| o.version == version && which(o))?;
             let object = shard.remove(hash, qualified)?;
             self.events.removed(&object, Reason::Incomplete);
             object
@@ -142,13 +155,13 @@ impl MasterState {
             let sequence = DropQueue::barrier(&node.drops.lock())?;
             Some((node, sequence))
         };
-        Barrier(
-            self.segments
-                .nodes()
-                .into_iter()
-                .filter_map(outstanding)
-                .collect(),
-        )
+        // In this order: a copy that ends in between has left its drops in the queues.
+        let copies = self.copies.departed();
+        let nodes = self.segments.nodes().into_iter();
+        Barrier {
+            drops: nodes.filter_map(outstanding).collect(),
+            copies,
+        }
     }
 
     /// Evicts until `bytes` are on their way to being free or nothing more may go. Returns the bytes.
@@ -221,7 +234,12 @@ impl MasterState {
                 None => {}
             }
             for victim in victims {
-                *wanted = wanted.saturating_sub(self.evict_one(&victim, soft_pinned_too, now));
+                *wanted = wanted.saturating_sub(self.evict_one(
+                    &victim,
+                    soft_pinned_too,
+                    Cause::Space,
+                    now,
+                ));
             }
         }
         for (number, rank) in idle {
@@ -231,7 +249,13 @@ impl MasterState {
     }
 
     /// Finishes the eviction of an object that has left its shard, with its group. Returns the bytes of the others.
-    fn evict_one(&self, victim: &Object, soft_pinned_too: bool, now: Millis) -> u64 {
+    pub(crate) fn evict_one(
+        &self,
+        victim: &Object,
+        soft_pinned_too: bool,
+        cause: Cause,
+        now: Millis,
+    ) -> u64 {
         let mut bytes = 0;
         if let Some(group) = &victim.group {
             let members: Vec<u64> = group.members.lock().keys().copied().collect();
@@ -246,21 +270,22 @@ impl MasterState {
                 if let Some(member) = shard.remove_by_hash(hash, of_group) {
                     self.events.removed(&member, Reason::Evicted);
                     drop(shard);
-                    bytes += self.evicted(&member, now);
+                    bytes += self.evicted(&member, cause, now);
                 }
             }
         }
-        self.evicted(victim, now);
+        self.evicted(victim, cause, now);
         bytes
     }
 
-    fn evicted(&self, object: &Object, now: Millis) -> u64 {
+    fn evicted(&self, object: &Object, cause: Cause, now: Millis) -> u64 {
         let bytes = object.size * object.replicas.len() as u64;
         add(&self.counters.evicted_objects, 1);
         add(&self.counters.evicted_bytes, bytes);
         add(&self.counters.evicted_unread, u64::from(!object.read));
-        let age = now.since(self.last_read(object));
-        self.counters.eviction_age_ms.observe(age);
+        let last_read = self.last_read(object);
+        self.counters.eviction_age_ms.observe(now.since(last_read));
+        self.history.evicted(object, last_read, cause, now);
         self.dismiss(object);
         bytes
     }

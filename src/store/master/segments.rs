@@ -168,6 +168,15 @@ pub(crate) struct NodeState {
     pub(crate) served: Mutex<crate::store::wire::Heartbeat>,
     /// Sequences of reconcile jobs to be sent.
     pub(crate) reconciles: Mutex<Vec<u64>>,
+    /// The trace of what the next drops are for; empty = none.
+    pub(crate) drops_for: Mutex<String>,
+    /// Messages of copies to be sent.
+    pub(crate) copies: Mutex<Vec<u64>>,
+    /// The version of the policies it was sent, and that it keeps.
+    pub(crate) quotas_sent: AtomicU64,
+    pub(crate) quotas_kept: AtomicU64,
+    /// It said that it can copy to other nodes.
+    pub(crate) copier: AtomicBool,
     waker: Mutex<Option<(u64, Waker)>>,
 }
 
@@ -257,12 +266,45 @@ pub(crate) struct SegmentState {
     pub(crate) objects: AtomicU64,
     /// Bytes granted to arenas and not yet filled.
     pub(crate) arena_bytes: AtomicU64,
+    drain: AtomicU8,
+}
+
+/// Whether a segment is being emptied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum DrainState {
+    /// No.
+    None = 0,
+    /// Readable, nothing new is placed there.
+    Draining = 1,
+    /// The same, and nothing lies there any more.
+    Drained = 2,
 }
 
 impl SegmentState {
     /// Whether new objects may be placed here.
     pub(crate) fn placeable(&self) -> bool {
-        self.node.phase() == NodePhase::Ok
+        self.node.phase() == NodePhase::Ok && self.drain() == DrainState::None
+    }
+
+    pub(crate) fn drain(&self) -> DrainState {
+        match self.drain.load(Ordering::Acquire) {
+            0 => DrainState::None,
+            1 => DrainState::Draining,
+            _ => DrainState::Drained,
+        }
+    }
+    pub(crate) fn set_drain(&self, drain: DrainState) {
+        self.drain.store(drain as u8, Ordering::Release);
+    }
+
+    /// For people.
+    pub(crate) fn state_name(&self, now: Millis) -> &'static str {
+        match (self.node.phase(), self.drain()) {
+            (NodePhase::Ok, DrainState::Draining) => "draining",
+            (NodePhase::Ok, DrainState::Drained) => "drained",
+            _ => self.node.state_name(now),
+        }
     }
 
     /// Frees a range; an inconsistency is reported, not hidden.
@@ -356,6 +398,11 @@ impl SegmentTable {
             drops: Mutex::default(),
             served: Mutex::default(),
             reconciles: Mutex::default(),
+            drops_for: Mutex::default(),
+            copies: Mutex::default(),
+            quotas_sent: AtomicU64::new(0),
+            quotas_kept: AtomicU64::new(0),
+            copier: AtomicBool::new(false),
             waker: Mutex::default(),
         });
         let mut slots = Vec::clone(&view);
@@ -371,6 +418,7 @@ impl SegmentTable {
                 allocator: Mutex::new(OffsetAllocator::new(offer.size)),
                 objects: AtomicU64::new(0),
                 arena_bytes: AtomicU64::new(0),
+                drain: AtomicU8::new(DrainState::None as u8),
             })));
         }
         *view = Arc::new(slots);

@@ -1,7 +1,7 @@
 //! The master's port: looks at a connection's first bytes and gives it to control lanes, or to gRPC and HTTP.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix;
 use std::sync::Arc;
@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::uri::Authority;
+use axum::http::{HeaderValue, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Router};
@@ -204,6 +205,30 @@ fn is_from_a_page(request: &Request) -> bool {
     !reads && request.headers().contains_key(header::ORIGIN)
 }
 
+/// Whether a request over HTTP/1 from this host names this host. A page of another site whose name was made to lead here
+/// says that name; gRPC is HTTP/2, which no page speaks without TLS.
+fn names_this_host(request: &Request) -> bool {
+    let given = request.headers().get(header::HOST);
+    let Some(given) = given.filter(|_| request.version() < Version::HTTP_2) else {
+        return true;
+    };
+    let Ok(given) = given.to_str() else {
+        return false;
+    };
+    let Ok(authority) = given.parse::<Authority>() else {
+        return false;
+    };
+    let host = authority.host().trim_matches(['[', ']']);
+    let own = |name: &str| host.eq_ignore_ascii_case(name);
+    let host_name = rustix::system::uname();
+    let host_name = host_name.nodename().to_str().unwrap_or("localhost");
+    host.parse::<IpAddr>().is_ok()
+        || own("localhost")
+        || host.to_ascii_lowercase().ends_with(".localhost")
+        || own(host_name)
+        || host_name.split('.').next().is_some_and(own)
+}
+
 /// The token guards everything else. Without one, what is destructive is for this host only.
 async fn authorize(State(master): State<Arc<Master>>, request: Request, next: Next) -> Response {
     let given = request
@@ -217,6 +242,11 @@ async fn authorize(State(master): State<Arc<Master>>, request: Request, next: Ne
             .is_some_and(|p| p.0.ip().to_canonical().is_loopback());
         if !master.keys.secured() && !local && is_destructive(&request) {
             let text = "without a cluster token this is for clients on the master's own host: set --token-file\n";
+            return (StatusCode::FORBIDDEN, text).into_response();
+        }
+        if !master.keys.secured() && local && !names_this_host(&request) {
+            let text = "without a cluster token this host answers to its own name or address only, which a web page of \
+                        another site cannot use (Host header): set --token-file\n";
             return (StatusCode::FORBIDDEN, text).into_response();
         }
         if !master.keys.secured() && is_from_a_page(&request) {

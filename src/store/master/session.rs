@@ -9,11 +9,16 @@ use tokio::sync::{Notify, mpsc};
 use tonic::{Status, Streaming};
 
 use super::Master;
+use super::copies::{Copied, Copy};
 use super::object::Attributes;
 use super::puts::Written;
+use super::quotas::{Policies, Policy};
 use super::rebuild::{Registration, Reported};
 use super::segments::{NodePhase, NodeState, Offer};
 use crate::base::clock::Millis;
+use crate::base::id::Id128;
+use crate::engine::grant::{Access, Grant};
+use crate::store::model::header::footprint;
 use crate::store::wire::{self, master_message::Kind as Out, node_message::Kind as In};
 
 /// How often a node is to say that it lives.
@@ -23,6 +28,8 @@ const REGISTRATION_SILENCE: Duration = Duration::from_secs(10);
 /// Write grants live for 600 s: those that expire within this were issued until now. One issued later in this very
 /// millisecond may be refused too: its writer then takes another range.
 const FENCED_GRANTS_MS: u64 = 600_000 + 1;
+/// A write grant of a copy lives as long as any.
+const COPY_GRANT: Duration = Duration::from_secs(600);
 /// Segments of one node.
 const SEGMENTS_MAX: usize = 64;
 
@@ -56,6 +63,13 @@ pub(crate) async fn serve(
         }
     };
     let id = wire::id(register.node_high, register.node_low);
+    let (name, address) = (&register.name, &register.address);
+    if let Some(reason) = master.state.name_taken(id, name, address, &offers) {
+        tracing::warn!(node = %register.name, address = %register.address, %reason, "registration refused");
+        let refusal = wire::Refusal { code: -102, reason };
+        send(&outbox, Out::Refused(refusal)).await;
+        return;
+    }
     master.state.raise_term_for(id, register.last_term);
     let registration = master.state.register(
         id,
@@ -67,6 +81,13 @@ pub(crate) async fn serve(
         Millis::now(),
     );
     let node = registration.node.clone();
+    node.copier.store(register.copies, Ordering::Release);
+    // What it keeps may be later than what is known here, or earlier: it is sent the whole.
+    let told = register.quotas.map(|q| q.tenants).unwrap_or_default();
+    if master.state.quotas.merge(told.into_iter().map(policy)) {
+        master.state.segments.nodes().iter().for_each(|n| n.wake());
+    }
+    node.quotas_sent.store(0, Ordering::Release);
     if !register.build.is_empty() {
         let _ = node.build.set(register.build.chars().take(64).collect());
     }
@@ -89,7 +110,7 @@ pub(crate) async fn serve(
         }
     }
     if node.detach(session) {
-        master.state.lost(&node);
+        master.state.lost(&node, Millis::now());
         if node.phase() == NodePhase::Lost {
             tracing::info!(node = %node.name, "node session ended");
         }
@@ -179,6 +200,46 @@ fn reported(entry: wire::DirectoryEntry) -> Reported {
     }
 }
 
+/// Copies from this node to another, with a grant for each.
+fn copy_message(master: &Master, sequence: u64) -> Option<wire::Copy> {
+    let batch = master.state.copies.batch(sequence);
+    let target = batch.first()?.target().node.clone();
+    let expires_unix_ms = crate::base::clock::unix_ms() + COPY_GRANT.as_millis() as u64;
+    let item = |copy: &Arc<Copy>| {
+        let segment = copy.target();
+        let source = master.state.segments.get(copy.from.segment)?;
+        let grant = Grant {
+            segment: segment.node_segment,
+            incarnation: segment.incarnation,
+            offset: copy.to.offset,
+            length: footprint(copy.size)?,
+            term: master.state.term(),
+            expires_unix_ms,
+            mac: [0; 16],
+        }
+        .signed(Access::Write, &master.keys);
+        Some(wire::CopyItem {
+            segment: source.node_segment,
+            offset: copy.from.offset,
+            size_bytes: copy.size,
+            version: copy.version,
+            target_segment: segment.node_segment,
+            target: Some(wire::ReplicaLocation::from_grant(segment.slot, &grant)),
+        })
+    };
+    let items: Option<Vec<wire::CopyItem>> = batch.iter().map(item).collect();
+    let left = batch.iter().map(|c| c.expires.since(Millis::now())).min()?;
+    Some(wire::Copy {
+        sequence,
+        node_high: target.id.high,
+        node_low: target.id.low,
+        node: target.name.clone(),
+        address: target.address.clone(),
+        items: items?,
+        patience_ms: u32::try_from(left).unwrap_or(u32::MAX),
+    })
+}
+
 async fn in_service(
     master: &Arc<Master>,
     node: &Arc<NodeState>,
@@ -187,7 +248,7 @@ async fn in_service(
     outbox: &Outbox,
     woken: &Notify,
 ) {
-    let mut drain_deadline = None;
+    let mut leaving: Option<Leaving> = None;
     let mut tick = tokio::time::interval(Duration::from_millis(100));
     loop {
         if !flush(master, node, session, outbox).await {
@@ -216,11 +277,16 @@ async fn in_service(
                             return;
                         }
                     }
-                    In::Drain(_) => {
-                        tracing::info!(node = %node.name, "node drains");
-                        node.set_phase(NodePhase::Draining);
-                        master.state.segments.changed();
-                        drain_deadline = Some(now.plus(Duration::from_secs(2)));
+                    In::CopyReport(report) => {
+                        let outcomes: Vec<Copied> = report.outcomes.iter().map(outcome).collect();
+                        tokio::task::block_in_place(|| {
+                            master.state.copies_reported(report.sequence, &outcomes, now);
+                        });
+                    }
+                    In::Quotas(table) => node.quotas_kept.store(table.version, Ordering::Release),
+                    In::Drain(drain) if leaving.is_none() => {
+                        tracing::info!(node = %node.name, move_ms = drain.move_ms, "node leaves");
+                        leaving = Some(Leaving::begin(master, node, drain.move_ms, now));
                     }
                     _ => {}
                 }
@@ -228,17 +294,102 @@ async fn in_service(
             () = woken.notified() => {}
             _ = tick.tick() => {}
         }
-        let drained = drain_deadline
-            .is_some_and(|deadline| Millis::now() >= deadline || !master.state.writing_to(node));
-        if drained {
-            tokio::task::block_in_place(|| master.state.unmount(node, Millis::now()));
+        let mut unmounted = wire::Unmounted::default();
+        if let Some(leaving) = &mut leaving
+            && leaving.may_go(master, node, Millis::now())
+        {
+            unmounted = tokio::task::block_in_place(|| leaving.unmount(master, node));
         }
         if node.phase() == NodePhase::Gone {
-            send(outbox, Out::Unmounted(wire::Unmounted {})).await;
+            send(outbox, Out::Unmounted(unmounted)).await;
             return;
         }
     }
 }
+
+fn policy(told: wire::TenantQuota) -> (String, Policy) {
+    let policy = Policy {
+        version: told.version,
+        quota_bytes: told.quota_bytes,
+    };
+    (told.tenant, policy)
+}
+
+fn table(policies: &Policies) -> wire::QuotaTable {
+    let tenants = policies
+        .tenants
+        .iter()
+        .map(|(tenant, p)| wire::TenantQuota {
+            tenant: tenant.clone(),
+            quota_bytes: p.quota_bytes,
+            version: p.version,
+        });
+    wire::QuotaTable {
+        version: policies.version,
+        tenants: tenants.collect(),
+    }
+}
+
+fn outcome(byte: &u8) -> Copied {
+    match byte {
+        0 => Copied::Done,
+        1 => Copied::NotThere,
+        2 => Copied::Refused,
+        3 => Copied::Busy,
+        _ => Copied::Unsure,
+    }
+}
+
+/// A node that takes leave: first what lies only there is moved, then puts under way end.
+struct Leaving {
+    job: Option<Id128>,
+    /// Once nothing more is moved: how long puts may take.
+    until: Option<Millis>,
+}
+
+/// How long puts to a node that leaves may take to end.
+const LAST_PUTS: Duration = Duration::from_secs(2);
+
+impl Leaving {
+    fn begin(master: &Master, node: &Arc<NodeState>, move_ms: u64, now: Millis) -> Self {
+        node.set_phase(NodePhase::Draining);
+        master.state.segments.changed();
+        let until = now.plus(Duration::from_millis(move_ms.min(MOVE_MS_MAX)));
+        let state = &master.state;
+        let job =
+            (move_ms > 0).then(|| tokio::task::block_in_place(|| state.leave(node, until, now)));
+        Self {
+            job: job.flatten(),
+            until: None,
+        }
+    }
+
+    fn may_go(&mut self, master: &Master, node: &NodeState, now: Millis) -> bool {
+        if self
+            .job
+            .is_some_and(|job| !master.state.drains.is_over(job))
+        {
+            return false;
+        }
+        let until = *self.until.get_or_insert(now.plus(LAST_PUTS));
+        now >= until || !master.state.writing_to(node)
+    }
+
+    fn unmount(&self, master: &Master, node: &Arc<NodeState>) -> wire::Unmounted {
+        let moved = self.job.and_then(|job| master.state.drains.report(job));
+        let before = master.state.counters.lost_objects.load(Ordering::Relaxed);
+        master.state.unmount(node, Millis::now());
+        let after = master.state.counters.lost_objects.load(Ordering::Relaxed);
+        wire::Unmounted {
+            moved_objects: moved.as_ref().map_or(0, |m| m.succeeded),
+            moved_bytes: moved.as_ref().map_or(0, |m| m.moved_bytes),
+            left_objects: after - before,
+        }
+    }
+}
+
+/// Longest time a node may ask for.
+const MOVE_MS_MAX: u64 = 86_400_000;
 
 /// Sends queued drops and reconciliations.
 async fn flush(master: &Master, node: &NodeState, session: u64, outbox: &Outbox) -> bool {
@@ -257,12 +408,31 @@ async fn flush(master: &Master, node: &NodeState, session: u64, outbox: &Outbox)
                 version: d.version,
             })
             .collect();
-        if !send(outbox, Out::Drop(wire::Drop { sequence, items })).await {
+        let drop = wire::Drop {
+            sequence,
+            items,
+            traceparent: std::mem::take(&mut *node.drops_for.lock()),
+        };
+        if !send(outbox, Out::Drop(drop)).await {
             return false;
         }
     }
     for probe in master.mesh.due(node.id) {
         if !send(outbox, Out::Probe(probe)).await {
+            return false;
+        }
+    }
+    let policies = master.state.quotas.version();
+    if node.quotas_sent.swap(policies, Ordering::AcqRel) < policies
+        && !send(outbox, Out::Quotas(table(&master.state.quotas.policies()))).await
+    {
+        return false;
+    }
+    let copies = std::mem::take(&mut *node.copies.lock());
+    for sequence in copies {
+        if let Some(copy) = copy_message(master, sequence)
+            && !send(outbox, Out::Copy(copy)).await
+        {
             return false;
         }
     }

@@ -14,13 +14,19 @@ use std::time::{Duration, Instant};
 use foldhash::fast::FixedState;
 use parking_lot::{Condvar, Mutex, MutexGuard, ReentrantMutex};
 
+use super::arenas::Arena;
 use super::config::MasterConfig;
+use super::copies::Copies;
+use super::drain::Drains;
 use super::events::EventRing;
 use super::eviction::Access;
 use super::eviction::order::EvictionOrder;
+use super::history::History;
 use super::object::{Group, Object};
-use super::puts::{Arena, PendingPut};
-use super::rebuild::{Departed, ReconcileJob};
+use super::puts::PendingPut;
+use super::quotas::Quotas;
+use super::rebuild::Departed;
+use super::reconcile::ReconcileJob;
 use super::segments::{SegmentTable, SegmentsView};
 use super::shard::Shard;
 use crate::base::clock::{Millis, unix_ms};
@@ -48,6 +54,8 @@ pub(crate) struct Counters {
     /// The same by reason, in the order of [`PUT_FAILURES`].
     pub(crate) put_failures_by: [AtomicU64; PUT_FAILURES.len()],
     pub(crate) removed: AtomicU64,
+    /// Objects that went with the last node they lay on.
+    pub(crate) lost_objects: AtomicU64,
     pub(crate) evicted_objects: AtomicU64,
     pub(crate) evicted_bytes: AtomicU64,
     pub(crate) eviction_rounds: AtomicU64,
@@ -95,6 +103,7 @@ impl Default for Counters {
             put_failures: zero(),
             put_failures_by: PUT_FAILURES.map(|_| zero()),
             removed: zero(),
+            lost_objects: zero(),
             evicted_objects: zero(),
             evicted_bytes: zero(),
             eviction_rounds: zero(),
@@ -203,6 +212,10 @@ pub(crate) struct MasterState {
     pub(crate) objects: AtomicU64,
     pub(crate) rebuilding: AtomicUsize,
     pub(crate) recovery_until: Millis,
+    pub(crate) copies: Copies,
+    pub(crate) drains: Drains,
+    pub(crate) quotas: Quotas,
+    pub(crate) history: History,
     pub(crate) eviction_order: EvictionOrder,
     pub(crate) counters: Counters,
     pub(crate) events: EventRing,
@@ -234,6 +247,10 @@ impl MasterState {
             objects: AtomicU64::new(0),
             rebuilding: AtomicUsize::new(0),
             recovery_until,
+            copies: Copies::default(),
+            drains: Drains::default(),
+            quotas: Quotas::default(),
+            history: History::default(),
             eviction_order: EvictionOrder::default(),
             counters: Counters::default(),
             events: EventRing::new(config.events_max),

@@ -42,6 +42,7 @@ fn run(master: &Weak<Master>, nudge: &Nudge) {
         } else {
             0
         };
+        master.state.drain_step(now);
         if due {
             next = Instant::now() + TICK;
             ticks += 1;
@@ -62,6 +63,7 @@ fn run(master: &Weak<Master>, nudge: &Nudge) {
 fn round(master: &Master, ticks: u64, now: Millis) {
     if ticks.is_multiple_of(5) {
         master.state.send_reconciles(now);
+        master.state.overdue_copies(now);
         nodes(master, now);
         clients(master, now);
     }

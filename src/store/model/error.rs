@@ -219,6 +219,15 @@ impl StoreError {
             -706 => Self::Leased,
             -101 => Self::SegmentNotFound,
             -1010 => Self::Rebuilding,
+            -1700 => Self::Refused {
+                code,
+                reason: "the tenant's quota is used up and none of its objects may go: raise the quota, or remove something"
+                    .to_owned(),
+            },
+            -1701 => Self::Refused {
+                code,
+                reason: "the tenant has no quota, and this master lets in only those that have one".to_owned(),
+            },
             code => Self::Refused {
                 code,
                 reason: format!("{} ({code})", code_name(code)),

@@ -11,19 +11,20 @@ use std::sync::atomic::Ordering;
 use parking_lot::{Mutex, RwLock};
 use prost::Message;
 
+use super::shared_arenas::SharedArena;
 use crate::base::id::Id128;
+use crate::base::trace::{Kind, Span};
 use crate::engine::host::{NotifyOrigin, NotifySink, Reach, Segment};
-use crate::store::arena_table::ArenaTable;
 use crate::store::model::header::{ALIGNMENT, footprint, pending};
 use crate::store::model::key;
 use crate::store::wire::{self, DirectoryEntry, NodeNotify, node_notify};
 
 /// One object.
 #[derive(Clone, Debug)]
-struct Entry {
+pub(super) struct Entry {
     key: Box<[u8]>,
     size: u64,
-    version: u64,
+    pub(super) version: u64,
     checksum: Option<u32>,
     hard_pin: bool,
     soft_pin_ttl_ms: u64,
@@ -32,41 +33,44 @@ struct Entry {
     client: Id128,
 }
 
-/// Entries of one segment, by offset: at most one object lies at a place.
-type Entries = BTreeMap<u64, Entry>;
-
-/// An arena that its writer fills through shared memory. Nothing else is placed in its range while it is listed: a master
-/// gives parts of it to nobody before the whole of it has been settled here.
-#[derive(Debug)]
-struct SharedArena {
-    client: Id128,
-    reach: Reach,
-    length: u64,
-    /// Term of its grant.
-    term: u64,
-    versions: (u64, u32),
-    table: ArenaTable,
-    /// Bytes of the table that are in the entries already.
-    gathered: u64,
-    /// A later master was told of it: its writer acknowledges nothing there any more, and its table is read no more.
-    sealed: bool,
+impl Entry {
+    /// As it goes to others.
+    fn told(&self, segment: u32, offset: u64, pending: bool) -> DirectoryEntry {
+        DirectoryEntry {
+            key: bytes::Bytes::copy_from_slice(&self.key),
+            segment,
+            offset,
+            size_bytes: self.size,
+            version: self.version,
+            checksum: self.checksum.unwrap_or(0),
+            has_checksum: self.checksum.is_some(),
+            hard_pin: self.hard_pin,
+            soft_pin_ttl_ms: self.soft_pin_ttl_ms,
+            group: self.group.to_string(),
+            data_type: u32::from(self.data_type),
+            arena_versions: 0,
+            pending,
+            client_high: self.client.high,
+            client_low: self.client.low,
+        }
+    }
 }
+
+/// Entries of one segment, by offset: at most one object lies at a place.
+pub(super) type Entries = BTreeMap<u64, Entry>;
 
 /// What one segment holds.
 #[derive(Debug, Default)]
-struct Contents {
-    entries: Entries,
+pub(super) struct Contents {
+    pub(super) entries: Entries,
     /// By offset; they do not overlap.
-    arenas: BTreeMap<u64, SharedArena>,
+    pub(super) arenas: BTreeMap<u64, SharedArena>,
 }
-
-/// Arenas of one segment at most; beyond that writers send their records.
-const ARENAS_MAX: usize = 8192;
 
 /// See the module header.
 #[derive(Default)]
 pub struct NodeDirectory {
-    segments: RwLock<Vec<(Arc<Segment>, Mutex<Contents>)>>,
+    pub(super) segments: RwLock<Vec<(Arc<Segment>, Mutex<Contents>)>>,
     /// Same-host lanes open, by client.
     shared_writers: Mutex<HashMap<Id128, i32>>,
 }
@@ -115,115 +119,6 @@ impl NodeDirectory {
         true
     }
 
-    /// Takes note of an arena and opens its table.
-    fn begin_arena(&self, origin: &NotifyOrigin, begin: wire::ArenaBegin) -> bool {
-        let segments = self.segments.read();
-        let Some((memory, contents)) = segments.get(origin.segment as usize) else {
-            return false;
-        };
-        let table = ArenaTable::new(memory.memory.clone(), origin.offset, origin.length);
-        let Some(table) = table.filter(|_| origin.reach != Reach::Network) else {
-            return false;
-        };
-        let mut contents = contents.lock();
-        let overlapping = contents.arenas_in(origin.offset, origin.length).next();
-        if let Some(other) = overlapping {
-            tracing::warn!(
-                offset = origin.offset,
-                other,
-                "an arena was granted over another: refused"
-            );
-            return false;
-        }
-        if contents.arenas.len() >= ARENAS_MAX || begin.first_version == 0 {
-            return false;
-        }
-        // Whatever lay there has been freed by the master.
-        contents.displace(origin.offset, origin.length);
-        table.open();
-        let arena = SharedArena {
-            client: origin.client,
-            reach: origin.reach,
-            length: origin.length,
-            term: origin.term,
-            versions: (begin.first_version, begin.version_count),
-            table,
-            gathered: 0,
-            sealed: false,
-        };
-        contents.arenas.insert(origin.offset, arena);
-        true
-    }
-
-    /// Its writer has left an arena: what its table says goes into the entries.
-    fn end_arena(&self, origin: &NotifyOrigin) -> bool {
-        let segments = self.segments.read();
-        let Some((memory, contents)) = segments.get(origin.segment as usize) else {
-            return false;
-        };
-        let mut contents = contents.lock();
-        let own = |a: &SharedArena| a.client == origin.client && a.length == origin.length;
-        match contents.arenas.get(&origin.offset) {
-            Some(arena) if own(arena) => {}
-            Some(_) => return false,
-            // Ended already: the first answer was lost on its way.
-            None => {
-                let mut others = contents.arenas_in(origin.offset, origin.length);
-                return others.next().is_none();
-            }
-        }
-        contents.gather(memory, origin.offset, false);
-        contents.arenas.remove(&origin.offset);
-        true
-    }
-
-    /// Ends the writers' right to acknowledge in arenas of terms before `term`, before the directory is read for a new
-    /// master: what is complete then is in the entries, and what is not can no longer become so.
-    pub fn seal_before(&self, term: u64) {
-        for (memory, contents) in self.segments.read().iter() {
-            let mut contents = contents.lock();
-            let old = contents.arenas.iter();
-            let old = old.filter(|(_, a)| a.term < term && !a.sealed);
-            let old: Vec<u64> = old.map(|(at, _)| *at).collect();
-            for at in old {
-                if let Some(arena) = contents.arenas.get(&at) {
-                    arena.table.seal();
-                }
-                contents.gather(memory, at, true);
-                if let Some(arena) = contents.arenas.get_mut(&at) {
-                    arena.sealed = true;
-                }
-            }
-        }
-    }
-
-    /// Takes what the tables of a segment's arenas say into its entries, and returns the sealed arenas: their writers may
-    /// still be writing there, so that nothing of them must be given to others yet.
-    pub fn gather(&self, segment: u32) -> Vec<DirectoryEntry> {
-        let segments = self.segments.read();
-        let Some((memory, contents)) = segments.get(segment as usize) else {
-            return Vec::new();
-        };
-        let mut contents = contents.lock();
-        let all: Vec<u64> = contents.arenas.keys().copied().collect();
-        for offset in all {
-            contents.gather(memory, offset, false);
-        }
-        let sealed = contents.arenas.iter().filter(|(_, a)| a.sealed);
-        let entry = |(offset, a): (&u64, &SharedArena)| DirectoryEntry {
-            segment,
-            offset: *offset,
-            size_bytes: a.length,
-            version: a.versions.0,
-            arena_versions: a.versions.1,
-            pending: true,
-            client_high: a.client.high,
-            client_low: a.client.low,
-            ..DirectoryEntry::default()
-        };
-        sealed.map(entry).collect()
-    }
-
     /// Forgets an object and makes it unreadable, if it is (still) this version.
     pub fn drop_object(&self, segment: u32, offset: u64, version: u64) {
         if version == 0 {
@@ -238,6 +133,22 @@ impl NodeDirectory {
             entries.remove(&offset);
         }
         erase(segment, offset, version);
+    }
+
+    /// An object that is complete here, in this version, with the memory it lies in.
+    pub fn complete_object(
+        &self,
+        segment: u32,
+        offset: u64,
+        version: u64,
+    ) -> Option<(Arc<Segment>, DirectoryEntry)> {
+        let segments = self.segments.read();
+        let (memory, contents) = segments.get(segment as usize)?;
+        let mut contents = contents.lock();
+        contents.gather_around(memory, offset, 1);
+        let entry = contents.entries.get(&offset)?;
+        let is_it = entry.version == version && memory.memory.word_is(offset, version);
+        is_it.then(|| (memory.clone(), entry.told(segment, offset, false)))
     }
 
     /// A page of entries of one segment from `from` on, as they go to a master, and the next offset. Entries that are not
@@ -262,23 +173,7 @@ impl NodeDirectory {
         let mut out = Vec::with_capacity(page.len());
         for (offset, e) in page {
             let pending = !memory.memory.word_is(offset, e.version);
-            out.push(DirectoryEntry {
-                key: bytes::Bytes::copy_from_slice(&e.key),
-                segment,
-                offset,
-                size_bytes: e.size,
-                version: e.version,
-                checksum: e.checksum.unwrap_or(0),
-                has_checksum: e.checksum.is_some(),
-                hard_pin: e.hard_pin,
-                soft_pin_ttl_ms: e.soft_pin_ttl_ms,
-                group: e.group.into(),
-                data_type: u32::from(e.data_type),
-                arena_versions: 0,
-                pending,
-                client_high: e.client.high,
-                client_low: e.client.low,
-            });
+            out.push(e.told(segment, offset, pending));
         }
         (out, next)
     }
@@ -333,7 +228,7 @@ impl NodeDirectory {
 }
 
 impl Contents {
-    fn displace(&mut self, offset: u64, bytes: u64) {
+    pub(super) fn displace(&mut self, offset: u64, bytes: u64) {
         let from = self
             .entries
             .range(..offset)
@@ -351,7 +246,7 @@ impl Contents {
     }
 
     /// Whatever lay there has been freed by the master and is being overwritten.
-    fn insert(&mut self, e: DirectoryEntry, bytes: u64, client: Id128) {
+    pub(super) fn insert(&mut self, e: DirectoryEntry, bytes: u64, client: Id128) {
         self.displace(e.offset, bytes);
         self.entries.insert(
             e.offset,
@@ -368,106 +263,6 @@ impl Contents {
             },
         );
     }
-
-    /// Offsets of the arenas that a range touches.
-    fn arenas_in(&self, offset: u64, length: u64) -> impl Iterator<Item = u64> + '_ {
-        let end = offset.saturating_add(length);
-        self.arenas
-            .range(..end)
-            .rev()
-            .take_while(move |(at, a)| **at + a.length > offset)
-            .map(|(at, _)| *at)
-    }
-
-    fn gather_around(&mut self, memory: &Segment, offset: u64, length: u64) {
-        let around: Vec<u64> = self.arenas_in(offset, length).collect();
-        for at in around {
-            self.gather(memory, at, false);
-        }
-    }
-
-    /// Takes new records of one arena into the entries. Objects whose word says neither that they are there nor that
-    /// they are on their way were dropped. `last`: what is still on its way is not to arrive any more.
-    fn gather(&mut self, memory: &Segment, offset: u64, last: bool) {
-        let Some(arena) = self.arenas.get_mut(&offset).filter(|a| !a.sealed) else {
-            return;
-        };
-        let (records, gathered) = arena.table.records(arena.gathered);
-        arena.gathered = gathered;
-        let (low, client) = (arena.table.low(), arena.client);
-        for record in records {
-            let Ok(e) = DirectoryEntry::decode(record.as_slice()) else {
-                continue;
-            };
-            let Some(bytes) = footprint(e.size_bytes) else {
-                continue;
-            };
-            let inside = e.offset >= offset
-                && e.offset.is_multiple_of(ALIGNMENT)
-                && e.offset.checked_add(bytes).is_some_and(|end| end <= low);
-            if !inside || e.size_bytes == 0 || e.version == 0 || key::split(&e.key).is_none() {
-                continue;
-            }
-            let on_its_way = memory.memory.word_is(e.offset, pending(e.version));
-            if (on_its_way && !last) || memory.memory.word_is(e.offset, e.version) {
-                self.insert(e, bytes, client);
-            }
-        }
-        if last {
-            self.stop_pending(memory, offset);
-        }
-    }
-
-    /// Takes away the words of what an arena's writer has under way, so that it cannot publish it; what it published in
-    /// the last moment is complete.
-    fn stop_pending(&mut self, memory: &Segment, offset: u64) {
-        let Some(arena) = self.arenas.get(&offset) else {
-            return;
-        };
-        // All of the table once more: entries are found by what their words say now.
-        let (records, _) = arena.table.records(0);
-        let (low, client) = (arena.table.low(), arena.client);
-        for record in records {
-            let Ok(e) = DirectoryEntry::decode(record.as_slice()) else {
-                continue;
-            };
-            let bytes = footprint(e.size_bytes).unwrap_or(u64::MAX);
-            let end = e.offset.checked_add(bytes);
-            if e.offset < offset || e.version == 0 || end.is_none_or(|end| end > low) {
-                continue;
-            }
-            let Some(word) = memory.memory.word(e.offset) else {
-                continue;
-            };
-            let told = pending(e.version);
-            let stopped = word.compare_exchange(told, 0, Ordering::SeqCst, Ordering::SeqCst);
-            let own = self.entries.get(&e.offset).map(|known| known.version);
-            if stopped.is_ok() && own == Some(e.version) {
-                self.entries.remove(&e.offset);
-            } else if stopped == Err(e.version)
-                && own != Some(e.version)
-                && e.size_bytes > 0
-                && key::split(&e.key).is_some()
-            {
-                self.insert(e, bytes, client);
-            }
-        }
-    }
-
-    /// Gathers and forgets arenas that lie within a range: it is being settled, and nobody writes there any more.
-    fn end_arenas_within(&mut self, memory: &Segment, offset: u64, length: u64) {
-        let end = offset.saturating_add(length);
-        let within: Vec<u64> = self
-            .arenas
-            .range(offset..end)
-            .filter(|(at, a)| **at + a.length <= end)
-            .map(|(at, _)| *at)
-            .collect();
-        for at in within {
-            self.gather(memory, at, false);
-            self.arenas.remove(&at);
-        }
-    }
 }
 
 /// Takes the version out of the header, so that no reader accepts it any more.
@@ -482,29 +277,32 @@ fn erase(segment: &Segment, offset: u64, version: u64) {
 
 impl NotifySink for NodeDirectory {
     fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> bool {
-        match NodeNotify::decode(payload) {
-            Ok(NodeNotify {
-                kind: Some(node_notify::Kind::Record(entry)),
-            }) => self.record(&origin, entry),
-            Ok(NodeNotify {
-                kind:
-                    Some(node_notify::Kind::Discard(wire::DropItem {
-                        offset, version, ..
-                    })),
-            }) => {
+        let Ok(notify) = NodeNotify::decode(payload) else {
+            return false;
+        };
+        let name = match &notify.kind {
+            Some(node_notify::Kind::Record(_)) => "record",
+            Some(node_notify::Kind::Discard(_)) => "discard",
+            Some(node_notify::Kind::ArenaBegin(_)) => "arena begin",
+            Some(node_notify::Kind::ArenaEnd(_)) => "arena end",
+            None => return false,
+        };
+        let mut span = Span::of(name, Kind::Server, &notify.traceparent);
+        span.note("bytes", origin.length);
+        match notify.kind {
+            Some(node_notify::Kind::Record(entry)) => self.record(&origin, entry),
+            Some(node_notify::Kind::Discard(wire::DropItem {
+                offset, version, ..
+            })) => {
                 if offset != origin.offset {
                     return false;
                 }
                 self.drop_object(origin.segment, offset, version);
                 true
             }
-            Ok(NodeNotify {
-                kind: Some(node_notify::Kind::ArenaBegin(begin)),
-            }) => self.begin_arena(&origin, begin),
-            Ok(NodeNotify {
-                kind: Some(node_notify::Kind::ArenaEnd(_)),
-            }) => self.end_arena(&origin),
-            _ => false,
+            Some(node_notify::Kind::ArenaBegin(begin)) => self.begin_arena(&origin, begin),
+            Some(node_notify::Kind::ArenaEnd(_)) => self.end_arena(&origin),
+            None => false,
         }
     }
 
@@ -522,6 +320,7 @@ impl NotifySink for NodeDirectory {
 mod tests {
     use super::*;
     use crate::engine::memory::Memory;
+    use crate::store::arena_table::ArenaTable;
 
     fn directory() -> (NodeDirectory, Arc<Segment>) {
         let directory = NodeDirectory::default();
@@ -547,6 +346,7 @@ mod tests {
         };
         let notify = NodeNotify {
             kind: Some(node_notify::Kind::Record(entry)),
+            ..NodeNotify::default()
         };
         let origin = NotifyOrigin {
             client: Id128 { high: 1, low: 1 },
@@ -619,6 +419,7 @@ mod tests {
         };
         let too_large = NodeNotify {
             kind: Some(node_notify::Kind::Record(entry)),
+            ..NodeNotify::default()
         };
         assert!(!d.notify(origin, &too_large.encode_to_vec()));
     }
@@ -638,7 +439,10 @@ mod tests {
             term: 5,
             reach,
         };
-        let notify = NodeNotify { kind: Some(kind) };
+        let notify = NodeNotify {
+            kind: Some(kind),
+            ..NodeNotify::default()
+        };
         d.notify(origin, &notify.encode_to_vec())
     }
 

@@ -4,15 +4,18 @@
 //! bytes themselves are served by the engine's data server; the node never looks at them.
 
 mod directory;
+mod mover;
 mod probe;
 mod session;
+mod shared_arenas;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 pub use directory::NodeDirectory;
@@ -89,8 +92,30 @@ struct Shared {
     phase: AtomicU8,
     phase_changed: Notify,
     drain: Notify,
+    /// Once it leaves: until when objects are moved.
+    moves_until: Mutex<Option<Instant>>,
+    /// When there was a session last.
+    last_session: Mutex<Option<Instant>>,
+    /// What was moved when it left.
+    farewell: Mutex<Option<wire::Unmounted>>,
+    mover: mover::Mover,
+    /// Policies of tenants, kept for the next master.
+    quotas: Mutex<Option<wire::QuotaTable>>,
     /// Tests of the way to other nodes under way.
     probes: std::sync::atomic::AtomicUsize,
+}
+
+/// What became of the objects of a node that has left.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Farewell {
+    /// The master has unmounted it.
+    pub confirmed: bool,
+    /// Objects that lay nowhere else and were moved to other nodes.
+    pub moved_objects: u64,
+    /// Their payload.
+    pub moved_bytes: u64,
+    /// Objects that lay nowhere else and are gone with the node.
+    pub left_objects: u64,
 }
 
 /// A running node.
@@ -139,6 +164,8 @@ impl Shared {
             segments: self.host.segments().iter().map(offer).collect(),
             last_term: self.term.load(Ordering::Acquire),
             build: env!("CARGO_PKG_VERSION").to_owned(),
+            copies: true,
+            quotas: self.quotas.lock().clone(),
         }
     }
 }
@@ -233,6 +260,7 @@ impl Node {
             LANE_STACK,
             config.fabric.clone(),
         )?;
+        let mover = mover::Mover::new(id, &host.keys);
         let shared = Arc::new(Shared {
             id,
             address,
@@ -244,6 +272,11 @@ impl Node {
             phase: AtomicU8::new(NodePhase::Connecting as u8),
             phase_changed: Notify::new(),
             drain: Notify::new(),
+            moves_until: Mutex::default(),
+            last_session: Mutex::default(),
+            farewell: Mutex::default(),
+            mover,
+            quotas: Mutex::default(),
             probes: std::sync::atomic::AtomicUsize::new(0),
             config,
         });
@@ -290,12 +323,28 @@ impl Node {
         tokio::time::timeout(timeout, reached).await.is_ok()
     }
 
-    /// Takes leave of the master: no more objects are placed here, puts under way end, the segments are unmounted.
-    /// Returns whether the master confirmed in time.
+    /// Takes leave without moving anything. Returns whether the master confirmed within `timeout`.
     pub async fn drain(&self, timeout: Duration) -> bool {
+        self.leave(Duration::ZERO, timeout).await.confirmed
+    }
+
+    /// Takes leave of the master: no more objects are placed here, those that lie nowhere else are moved to other nodes for
+    /// at most `moves` (zero: not at all), puts under way end within `rest`, the segments are unmounted.
+    ///
+    /// Cancel-safe: what has not been moved stays until the process ends or the master unmounts the node.
+    pub async fn leave(&self, moves: Duration, rest: Duration) -> Farewell {
+        *self.shared.moves_until.lock() = Some(Instant::now() + moves);
         self.shared.set_phase(NodePhase::Draining);
         self.shared.drain.notify_one();
-        self.wait_for(NodePhase::Unmounted, timeout).await
+        let confirmed = self.wait_for(NodePhase::Unmounted, moves + rest).await;
+        let told = *self.shared.farewell.lock();
+        let told = told.unwrap_or_default();
+        Farewell {
+            confirmed,
+            moved_objects: told.moved_objects,
+            moved_bytes: told.moved_bytes,
+            left_objects: told.left_objects,
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use tonic::{Request, Streaming};
 use super::{NodePhase, Shared};
 use crate::base::histogram::Histogram;
 use crate::base::net::{join_host_port, split_host_port};
+use crate::base::trace::{Kind, Span};
 use crate::engine::host::RangeFence;
 use crate::engine::transport::server::WAYS;
 use crate::store::wire::{
@@ -23,6 +24,8 @@ use crate::store::wire::{
 const RETRY: Duration = Duration::from_millis(150);
 /// How long writes that are fenced off may take to end; then it is tried again.
 const FENCE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a node that leaves waits for a master that is being restarted.
+const MASTER_PATIENCE: Duration = Duration::from_secs(5);
 /// Entries of one directory message.
 const PAGE: usize = 4096;
 
@@ -43,14 +46,27 @@ pub(super) async fn run(shared: Arc<Shared>) {
         if shared.phase() == NodePhase::Unmounted {
             return;
         }
-        if shared.phase() == NodePhase::Draining {
+        let moves_until = *shared.moves_until.lock();
+        if shared.phase() == NodePhase::Draining && !may_wait(&shared, moves_until) {
             // Nobody to take leave of.
             shared.set_phase(NodePhase::Unmounted);
             return;
         }
         shared.set_phase(NodePhase::Connecting);
+        // A master that comes back in time is asked again.
+        if moves_until.is_some() {
+            shared.drain.notify_one();
+        }
         tokio::time::sleep(RETRY).await;
     }
+}
+
+/// Whether a node that leaves tries once more to find its master: as long as it has something to move, for a short time.
+fn may_wait(shared: &Shared, moves_until: Option<Instant>) -> bool {
+    let now = Instant::now();
+    let left_at = *shared.last_session.lock();
+    let soon = left_at.is_some_and(|at| now < at + MASTER_PATIENCE);
+    soon && moves_until.is_some_and(|until| now < until) && !shared.directory.is_empty()
 }
 
 async fn connect(shared: &Shared) -> Result<PoolClient<Channel>, String> {
@@ -176,24 +192,43 @@ async fn serve(
     heartbeat: Duration,
 ) -> Result<(), String> {
     let mut beat = tokio::time::interval(heartbeat.max(Duration::from_millis(50)));
-    let mut drain_sent = false;
+    let (mut ready, mut drain_sent) = (false, false);
     loop {
+        *shared.last_session.lock() = Some(Instant::now());
         let message = tokio::select! {
             message = next(inbox) => message?,
             _ = beat.tick() => {
                 send(out, Out::Heartbeat(beat_of(shared))).await?;
                 continue;
             }
-            () = shared.drain.notified(), if !drain_sent => {
+            () = shared.drain.notified(), if ready && !drain_sent => {
                 drain_sent = true;
-                send(out, Out::Drain(wire::Drain {})).await?;
+                let until = *shared.moves_until.lock();
+                let left = until.map(|u| u.saturating_duration_since(Instant::now()));
+                let move_ms = left.map_or(0, |l| l.as_millis() as u64);
+                send(out, Out::Drain(wire::Drain { move_ms })).await?;
                 continue;
             }
         };
         match message {
-            In::Ready(_) => shared.set_phase(NodePhase::InService),
+            In::Ready(_) => {
+                ready = true;
+                shared.set_phase(NodePhase::InService);
+            }
+            In::Quotas(table) => {
+                let version = table.version;
+                *shared.quotas.lock() = Some(table);
+                let kept = wire::QuotaTable {
+                    version,
+                    tenants: Vec::new(),
+                };
+                send(out, Out::Quotas(kept)).await?;
+            }
+            In::Copy(copy) => super::mover::start(shared, copy, out),
             In::Drop(drop) => {
                 tokio::task::block_in_place(|| {
+                    let mut span = Span::of("drop", Kind::Server, &drop.traceparent);
+                    span.note("objects", drop.items.len() as u64);
                     for item in &drop.items {
                         shared
                             .directory
@@ -208,8 +243,9 @@ async fn serve(
                 send(out, Out::ReconcileReport(report)).await?;
             }
             In::Probe(probe) => super::probe::start(shared, probe, out),
-            In::Unmounted(_) => {
+            In::Unmounted(farewell) => {
                 if drain_sent {
+                    *shared.farewell.lock() = Some(farewell);
                     shared.set_phase(NodePhase::Unmounted);
                 }
                 return Ok(());

@@ -12,17 +12,15 @@ use serde_json::{Map, Value, json};
 
 use super::super::eviction::Access;
 use super::super::object::{Object, Replica};
-use super::super::segments::{NodePhase, SegmentState, SegmentsView};
+use super::super::segments::{DrainState, NodePhase, SegmentState, SegmentsView};
 use super::super::{Master, operations};
-use super::{Params, Shared, answer, census, failure, invalid, plain};
+use super::{Params, Shared, answer, failure, invalid, plain};
 use crate::base::clock::Millis;
 use crate::base::units::ByteSize;
 use crate::store::model::error::{StoreError, code_name};
 use crate::store::model::key;
 use crate::store::wire::{RemoveMatching, operation, reply};
 
-/// `UNAVAILABLE_IN_CURRENT_MODE`.
-const UNAVAILABLE: i32 = -1011;
 /// Keys of one `batch_query_keys`.
 const KEYS_MAX: usize = 10_000;
 
@@ -39,31 +37,12 @@ pub(super) fn routes() -> Router<Arc<Master>> {
         .route("/get_segments_detail", get(segments_detail))
         .route("/query_segment", get(query_segment))
         .route("/api/v1/segments/status", get(segment_status))
-        .route(
-            "/api/v1/tenant_quotas",
-            get(tenant_quotas).put(unavailable).delete(unavailable),
-        )
-        .route("/api/v1/drain_jobs", post(unavailable))
-        .route("/api/v1/drain_jobs/query", get(no_job))
-        .route("/api/v1/drain_jobs/cancel", post(no_job))
         .route("/api/v1/remove_all", post(remove_all))
 }
 
 async fn leader() -> Response {
     let none = json!({"present": false, "leader_address": null, "view_version": null});
     answer(StatusCode::OK, &none)
-}
-
-/// What this master does not do: policies of quotas, moving data off a segment.
-async fn unavailable() -> Response {
-    failure(StatusCode::CONFLICT, UNAVAILABLE)
-}
-
-async fn no_job(Query(params): Params) -> Response {
-    if params.get("job_id").is_none_or(String::is_empty) {
-        return invalid("Missing or invalid job_id");
-    }
-    failure(StatusCode::NOT_FOUND, StoreError::NotFound.code())
 }
 
 async fn kv_events_status(State(master): Shared) -> Response {
@@ -223,7 +202,11 @@ async fn segment_status(State(master): Shared, Query(params): Params) -> Respons
         return failure(StatusCode::NOT_FOUND, StoreError::SegmentNotFound.code());
     };
     let (status, name) = match segment.node.phase() {
-        NodePhase::Ok => (1, "OK"),
+        NodePhase::Ok => match segment.drain() {
+            DrainState::None => (1, "OK"),
+            DrainState::Draining => (2, "DRAINING"),
+            DrainState::Drained => (3, "DRAINED"),
+        },
         NodePhase::Draining => (2, "DRAINING"),
         NodePhase::Gone => (5, "UNMOUNTING"),
         NodePhase::Rebuilding | NodePhase::Lost => (0, "UNDEFINED"),
@@ -235,31 +218,6 @@ async fn segment_status(State(master): Shared, Query(params): Params) -> Respons
             "error_code": 0, "error_message": "",
         }),
     )
-}
-
-/// What tenants hold. There are no policies here: the effective quota of each is the capacity.
-async fn tenant_quotas(State(master): Shared, Query(params): Params) -> Response {
-    let (holds, _) = census::tenants(&master).await;
-    let (capacity, _) = master.state.capacity();
-    let row = |tenant: &str, charged: u64| {
-        json!({
-            "tenant_id": tenant, "requested_quota_bytes": 0, "effective_quota_bytes": capacity,
-            "charged_bytes": charged, "admission_closed": false, "over_quota": false,
-            "has_explicit_policy": false,
-        })
-    };
-    let data = match params.get("tenant_id").filter(|t| !t.is_empty()) {
-        None => holds
-            .iter()
-            .map(|(name, h)| row(name, h.replica_bytes))
-            .collect::<Vec<Value>>()
-            .into(),
-        Some(tenant) => match holds.get(tenant) {
-            Some(h) => row(tenant, h.replica_bytes),
-            None => return failure(StatusCode::NOT_FOUND, StoreError::NotFound.code()),
-        },
-    };
-    answer(StatusCode::OK, &json!({"success": true, "data": data}))
 }
 
 async fn remove_all(State(master): Shared, Query(params): Params) -> Response {

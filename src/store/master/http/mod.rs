@@ -2,8 +2,11 @@
 
 mod admin;
 mod census;
+mod drain;
+mod history;
 mod keys;
 mod pool;
+mod quotas;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -41,6 +44,9 @@ pub(crate) fn router(master: Arc<Master>) -> Router {
         .route("/", get(dashboard::page))
         .route("/dashboard/live", get(dashboard::live))
         .merge(admin::routes())
+        .merge(drain::routes())
+        .merge(history::routes())
+        .merge(quotas::routes())
         .merge(pool::routes())
         .fallback(|| async { (StatusCode::NOT_FOUND, "404 Not Found") })
         .with_state(master)
@@ -86,6 +92,21 @@ fn status(code: i32) -> StatusCode {
     } else {
         StatusCode::INTERNAL_SERVER_ERROR
     }
+}
+
+/// The status upstream's admin endpoints give, with the reason.
+fn refused(error: &StoreError) -> Response {
+    let status = match error.code() {
+        -600 | -400 => StatusCode::BAD_REQUEST,
+        -101 | -704 | -1402 => StatusCode::NOT_FOUND,
+        -1010 | -1011 | -1401 | -1702 => StatusCode::CONFLICT,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    let message = format!("{}: {error}", code_name(error.code()));
+    answer(
+        status,
+        &json!({"success": false, "error_code": error.code(), "error_message": message}),
+    )
 }
 
 /// Carries out one operation on a thread that may wait.

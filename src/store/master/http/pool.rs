@@ -99,6 +99,15 @@ pub(super) fn unhex(text: &str) -> Option<Vec<u8>> {
         .collect()
 }
 
+/// The key that `key` or `key_hex` names.
+pub(super) fn key_of(params: &HashMap<String, String>) -> Option<Vec<u8>> {
+    match (params.get("key"), params.get("key_hex")) {
+        (Some(key), None) => Some(key.clone().into_bytes()),
+        (None, Some(text)) => unhex(text),
+        _ => None,
+    }
+}
+
 fn share(part: u64, whole: u64) -> Value {
     if whole == 0 {
         Value::Null
@@ -117,6 +126,17 @@ async fn overview(State(master): Shared) -> Response {
     let state = &master.state;
     let (nodes, segments) = (state.segments.nodes(), state.segments.view());
     let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
+    let moved = master.metrics.moved.all();
+    let transfers: Vec<Value> = moved
+        .iter()
+        .filter(|m| m.bytes > 0)
+        .map(|m| {
+            json!({
+                "transport": m.transport, "operation": m.operation, "bytes": m.bytes, "transfers": m.times.count(),
+                "p50_ns": m.times.quantile(0.5), "p99_ns": m.times.quantile(0.99),
+            })
+        })
+        .collect();
     ok(&json!({
         "build": o.build, "uptime_ms": o.uptime_ms, "term": state.term(), "rebuilding": o.rebuilding,
         "nodes": nodes.len(), "segments": segments.iter().flatten().count(), "clients": o.clients,
@@ -127,6 +147,7 @@ async fn overview(State(master): Shared) -> Response {
         "removed": load(&state.counters.removed),
         "evicted_objects": o.evicted_objects, "evicted_bytes": o.evicted_bytes,
         "eviction_hold_max_us": o.eviction_hold_max_us,
+        "read_bytes": o.read_bytes, "written_bytes": o.written_bytes, "transfers": transfers,
         "hits": o.hits, "misses": o.misses, "hit_rate": share(o.hits, o.hits + o.misses),
         "events": {
             "enabled": state.events.enabled(), "epoch": state.events.epoch(),
@@ -156,6 +177,7 @@ async fn nodes(State(master): Shared) -> Response {
             "used_bytes": own().map(|s| s.allocator.lock().used()).sum::<u64>(),
             "objects": own().map(|s| s.objects.load(Ordering::Relaxed)).sum::<u64>(),
             "leaving_bytes": node.drops.lock().bytes(),
+            "refused_requests": node.served.lock().refused, "refused_lanes": node.served.lock().lanes_refused,
         })
     };
     let nodes: Vec<Value> = nodes.into_iter().map(show).collect();
@@ -212,12 +234,7 @@ async fn segment_map(State(master): Shared, Query(params): Params) -> Response {
 
 async fn one_key(State(master): Shared, Query(params): Params) -> Response {
     let tenant = params.get("tenant").cloned().unwrap_or_default();
-    let bytes = match (params.get("key"), params.get("key_hex")) {
-        (Some(key), None) => Some(key.clone().into_bytes()),
-        (None, Some(text)) => unhex(text),
-        _ => None,
-    };
-    let Some(bytes) = bytes else {
+    let Some(bytes) = key_of(&params) else {
         return invalid("one of `key` and `key_hex` is needed");
     };
     let stat = wire::operation::Kind::Stat(wire::Stat {

@@ -3,6 +3,8 @@
 
 pub(crate) mod exposition;
 pub(crate) mod hot;
+mod moved;
+mod quotas;
 mod rpc;
 mod tenants;
 mod upstream;
@@ -15,6 +17,7 @@ use exposition::Writer;
 use upstream::Kind;
 
 use super::Master;
+use super::quotas::Snapshot;
 use super::state::PUT_FAILURES;
 use crate::base::histogram::{Counted, Histogram, NANOSECONDS};
 use crate::store::wire;
@@ -29,6 +32,7 @@ pub(crate) struct Metrics {
     pub(crate) tenants: tenants::Tenants,
     pub(crate) hot: hot::Hot,
     pub(crate) slow: AtomicU64,
+    pub(crate) moved: moved::ClientMoves,
 }
 
 /// A histogram as it is shown: values are divided by `scale` to be in the unit of the name.
@@ -49,6 +53,7 @@ impl Metrics {
             tenants: tenants::Tenants::default(),
             hot: hot::Hot::default(),
             slow: AtomicU64::new(0),
+            moved: moved::ClientMoves::default(),
         }
     }
 
@@ -115,6 +120,7 @@ impl Metrics {
         let values = self.upstream_values(master);
         let value = |name: &str| values.get(name).copied().unwrap_or(0);
         let counters = &master.state.counters;
+        let tenants = master.state.tenant_snapshots();
         for (name, kind) in upstream::NAMES {
             let help = format!(
                 "As upstream's, {}",
@@ -132,10 +138,14 @@ impl Metrics {
                     w.head(name, "histogram", &help);
                     w.histogram(name, &[], &counted, 1.0);
                 }
-                Kind::LabelledCounter => w.head(name, "counter", &help),
+                Kind::LabelledCounter => {
+                    w.head(name, "counter", &help);
+                    quotas::series(&tenants, name, w);
+                }
                 Kind::LabelledGauge => {
                     w.head(name, "gauge", &help);
                     segment_series(master, name, w);
+                    quotas::series(&tenants, name, w);
                 }
             }
         }
@@ -194,6 +204,23 @@ impl Metrics {
         set(
             "mooncake_tenant_quota_allocatable_capacity_bytes",
             o.capacity_bytes,
+        );
+        // Upstream's words for what nodes copy to each other.
+        let (done, failed) = (load(&state.copies.done), load(&state.copies.failed));
+        for name in ["create_move_task", "move_start", "move_end"] {
+            set(&format!("master_{name}_requests_total"), done + failed);
+            set(&format!("master_{name}_failures_total"), failed);
+        }
+        let tenants = state.tenant_snapshots();
+        let explicit = tenants.iter().filter(|t| t.explicit);
+        let sum = |of: fn(&Snapshot) -> u64| explicit.clone().map(of).fold(0, u64::saturating_add);
+        set(
+            "mooncake_tenant_quota_requested_bytes_sum",
+            sum(|t| t.requested),
+        );
+        set(
+            "mooncake_tenant_quota_effective_bytes_sum",
+            sum(|t| t.effective),
         );
         // A put into an arena is both phases in one.
         for (name, kinds) in [
@@ -315,6 +342,8 @@ impl Metrics {
             w.series("mooncake_node_state", &labels, 1);
         }
         nodes(master, w);
+        self.moved.render(w);
+        moves(master, w);
         let mut before = "";
         for shown in self.histograms(master) {
             if shown.name != before {
@@ -328,6 +357,40 @@ impl Metrics {
                 shown.scale,
             );
         }
+    }
+}
+
+/// What nodes copied to each other.
+fn moves(master: &Master, w: &mut Writer) {
+    let copies = &master.state.copies;
+    let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
+    for (name, kind, help, value) in [
+        (
+            "copies_total",
+            "counter",
+            "Objects moved from one node to another",
+            load(&copies.done),
+        ),
+        (
+            "copied_bytes_total",
+            "counter",
+            "Payload of objects moved",
+            load(&copies.done_bytes),
+        ),
+        (
+            "copy_failures_total",
+            "counter",
+            "Copies that came to nothing",
+            load(&copies.failed),
+        ),
+        (
+            "copies_under_way",
+            "gauge",
+            "Objects being moved",
+            copies.under_way() as u64,
+        ),
+    ] {
+        w.single(&format!("mooncake_master_{name}"), kind, help, value);
     }
 }
 

@@ -7,9 +7,9 @@ use std::time::Duration;
 use clap::ArgMatches;
 use serde_json::Value;
 
+use super::{UsageError, connect};
 use crate::base::net::{join_host_port, split_host_port};
 use crate::base::trust::Token;
-use crate::cmd::{UsageError, connect};
 use crate::store::model::error::StoreError;
 
 /// Most bytes of one answer.
@@ -75,17 +75,45 @@ impl Api {
     /// # Errors
     /// As [`Self::get`].
     pub(super) fn get_within(&self, path: &str, patience: Duration) -> Result<Value, StoreError> {
-        let url = format!("http://{}/api/v1/{path}", self.master);
         let mut request = self
             .agent
-            .get(url)
+            .get(self.url(path))
             .config()
             .timeout_global(Some(patience.min(self.patience)))
             .build();
         if let Some(token) = &self.token {
             request = request.header("authorization", token.bearer());
         }
-        let mut reply = request.call().map_err(|e| self.unreachable(e))?;
+        let reply = request.call().map_err(|e| self.unreachable(e))?;
+        self.answer(reply)
+    }
+
+    /// `POST /api/v1/PATH`.
+    ///
+    /// # Errors
+    /// As [`Api::get`], and `Refused` with the master's code and words.
+    pub(super) fn post(&self, path: &str, body: &Value) -> Result<Value, StoreError> {
+        let mut request = self
+            .agent
+            .post(self.url(path))
+            .config()
+            .timeout_global(Some(self.patience))
+            .build();
+        if let Some(token) = &self.token {
+            request = request.header("authorization", token.bearer());
+        }
+        let request = request.header("content-type", "application/json");
+        let reply = request
+            .send(body.to_string())
+            .map_err(|e| self.unreachable(e))?;
+        self.answer(reply)
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}/api/v1/{path}", self.master)
+    }
+
+    fn answer(&self, mut reply: ureq::http::Response<ureq::Body>) -> Result<Value, StoreError> {
         let status = reply.status().as_u16();
         let text = reply
             .body_mut()
@@ -100,9 +128,12 @@ impl Api {
             (401, _) => Err(self.unreachable(
                 "the cluster token was refused: give the same token on both sides (--token-file or MOONCAKE_TOKEN)",
             )),
-            (404, Some(_)) => Err(StoreError::NotFound),
+            (404, Some(value)) => Err(refusal(&value).unwrap_or(StoreError::NotFound)),
             (404, None) => Err(self.unreachable("it is of a release that does not tell this")),
             (503, Some(_)) => Err(StoreError::Rebuilding),
+            (400 | 403 | 409, Some(value)) if refusal(&value).is_some() => {
+                Err(refusal(&value).unwrap_or(StoreError::NotFound))
+            }
             (status, value) => {
                 let said = value.as_ref().and_then(|v| v.get("error_message"));
                 let said = said.and_then(Value::as_str).unwrap_or("no reason given");
@@ -110,6 +141,14 @@ impl Api {
             }
         }
     }
+}
+
+/// What a master refused, with its code; nothing for what is just not there.
+fn refusal(value: &Value) -> Option<StoreError> {
+    let code = value.get("error_code").and_then(Value::as_i64)?;
+    let code = i32::try_from(code).ok()?;
+    let reason = text(value, "error_message").to_owned();
+    (code != StoreError::NotFound.code()).then_some(StoreError::Refused { code, reason })
 }
 
 /// A number of an object, 0 when it is not there.
