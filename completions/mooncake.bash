@@ -527,7 +527,7 @@ _mooncake() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "shm tcp" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "shm rdma tcp" -- "${cur}"))
                     return 0
                     ;;
                 --timeout)

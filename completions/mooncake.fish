@@ -420,14 +420,14 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l master -d 'M
 complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l tenant -d 'Namespace of the keys [default: tenant_id of mooncake.json, else `default`]' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l transport -d 'Use only this transport for data' -r -f -a "shm\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l transport -d 'Use only this transport for data; rdma: TCP where RDMA fails' -r -f -a "shm\t''
+rdma\t''
 tcp\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l timeout -d 'Bound of one operation; a bare number is seconds' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l output -d 'How to print the result' -r -f -a "text\t'For people'
 json\t'One JSON document'"
 complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -l cancel -d 'Cancel it: what was moved stays moved, the segments take new objects again'
 complete -c mooncake -n "__fish_mooncake_using_subcommand drain" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand doctor" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r
