@@ -167,6 +167,9 @@ impl App {
         let Some(path) = &self.config.state_file else {
             return;
         };
+        // One writer at a time, each with all that had changed before it.
+        static SAVING: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
+        let _alone = SAVING.lock();
         let all = self.registry.all();
         let added: Vec<_> = all
             .iter()

@@ -125,7 +125,8 @@ pub(crate) fn facts(body: &[u8], members: &Members, limit: &str, bytes_per_token
     let listed = get("prompt").and_then(prompts);
     let special = Special {
         choices: above_one("n") || above_one("best_of"),
-        echo: truthy("echo"),
+        // Chat has the field, too, and another meaning for it.
+        echo: truthy("echo") && get("prompt").is_some() && get("messages").is_none(),
         prompt_logprobs: is_set("prompt_logprobs"),
         beam: truthy("use_beam_search"),
         no_output: get(limit).and_then(number).is_some_and(|n| n < 1.0),

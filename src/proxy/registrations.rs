@@ -115,6 +115,7 @@ pub(crate) async fn listen(app: Arc<App>, address: SocketAddr) {
         Arc::new(Leases::default()),
         Arc::new(Semaphore::new(CONNECTIONS_MAX)),
     );
+    let mut look = tokio::time::interval(LOOK);
     loop {
         tokio::select! {
             accepted = listener.accept() => {
@@ -129,7 +130,7 @@ pub(crate) async fn listen(app: Arc<App>, address: SocketAddr) {
                     drop(place);
                 });
             }
-            () = tokio::time::sleep(LOOK) => {
+            _ = look.tick() => {
                 leases.expired(Instant::now()).iter().for_each(|said| leave(&app, said));
             }
             () = app.stopping() => return,

@@ -29,6 +29,10 @@ impl Store {
             return 0;
         }
         self.buffers.remove(address);
+        if let Ok(pool) = self.pool() {
+            // Nothing may go on to name memory that its owner takes for unregistered.
+            py.detach(|| pool.client.unregister(address as *mut u8));
+        }
         INVALID_PARAMS
     }
 

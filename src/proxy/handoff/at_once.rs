@@ -54,6 +54,8 @@ impl HandOff {
             }
             // It may have restarted: decode fails then as long as its old engine id is used.
             health::find_bootstrap(&self.app, &kept).await;
+            // Its own place must not be what it waits for.
+            self.place = None;
             prefill = match self.pick(Role::Prefill, &[], Some(&kept)).await {
                 Ok(Some(leg)) => leg,
                 _ => return last,
@@ -205,7 +207,7 @@ impl HandOff {
 
     fn decoded(&self, tried: Tried) -> Pushed {
         match tried {
-            Tried::Answer(_) if self.owner.is_gone() => {
+            Tried::Answer(answer) if self.owner.is_gone() && answer.head.status < 300 => {
                 self.app.metrics.released.add();
                 Pushed::Done(Served::Gone)
             }

@@ -172,7 +172,8 @@ impl HandOff {
             attempts.tried.push(instance.number);
             self.route.decode = Some(instance.clone());
             let (last, failure) = match self.decode_once(leg, body).await {
-                Tried::Answer(_) if self.owner.is_gone() => {
+                // A refusal has fetched nothing: it comes back as an answer, and the KV is released.
+                Tried::Answer(answer) if self.owner.is_gone() && answer.head.status < 300 => {
                     // The first byte is here, so the KV has been fetched: closing is all that is left to do.
                     self.app.metrics.released.add();
                     return (Served::Gone, None);

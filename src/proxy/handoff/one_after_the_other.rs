@@ -69,6 +69,8 @@ impl HandOff {
             if !again {
                 return served;
             }
+            // Its own place must not be what it waits for.
+            self.place = None;
             prefill = match self.pick(Role::Prefill, &[], None).await {
                 Ok(Some(leg)) => leg,
                 _ => return served,

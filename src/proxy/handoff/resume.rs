@@ -137,7 +137,7 @@ impl Resume {
             return;
         };
         let ended = inner.get(choice, "finish_reason");
-        self.over = ended.is_some_and(|reason| reason != b"null");
+        self.over |= ended.is_some_and(|reason| reason != b"null");
         let text = inner.get(choice, "text").unwrap_or_default();
         let text = text.strip_prefix(b"\"").and_then(|t| t.strip_suffix(b"\""));
         self.text.extend_from_slice(text.unwrap_or_default());
@@ -175,7 +175,8 @@ impl Resume {
         dead: u64,
     ) -> Option<Box<Answer>> {
         self.tried.push(dead);
-        if self.over {
+        // Of an event that came in part the rest is missing: nothing can follow it.
+        if self.over || !self.event.is_empty() {
             return None;
         }
         let body = self.rest()?;

@@ -25,7 +25,7 @@ fn ask(address: &str, path: &str, token: Option<&str>) -> (String, String) {
         .unwrap();
     let bearer = token.map_or_else(String::new, |t| format!("Authorization: Bearer {t}\r\n"));
     let request =
-        format!("GET {path} HTTP/1.1\r\nHost: master\r\n{bearer}Connection: close\r\n\r\n");
+        format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n{bearer}Connection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).unwrap();
     let mut all = Vec::new();
     let end = Instant::now() + Duration::from_millis(1200);
@@ -173,7 +173,7 @@ fn frames_say_what_is_there() {
             .set_read_timeout(Some(Duration::from_secs(5)))
             .unwrap();
         stream
-            .write_all(b"GET /dashboard/live HTTP/1.1\r\nHost: m\r\n\r\n")
+            .write_all(b"GET /dashboard/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
             .unwrap();
         let mut head = [0; 12];
         stream.read_exact(&mut head).unwrap();

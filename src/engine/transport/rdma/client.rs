@@ -318,9 +318,19 @@ impl InFlight for Under<'_> {
                 && exchange.lane.reused
                 && exchange.frame.first == 0
                 && Instant::now() < deadline
-                && let Ok(again) = transport.send_first(requests, deadline, true)
             {
-                exchange = again;
+                // The old queue pairs first: what is under way on them must not reach what the new ones have brought.
+                drop(exchange);
+                match transport.send_first(requests, deadline, true) {
+                    Ok(again) => exchange = again,
+                    Err(error) => {
+                        if error.is_path_failure() {
+                            transport.rest(address, &error);
+                        }
+                        results.extend(requests.iter().map(|_| Err(error.clone())));
+                        return;
+                    }
+                }
                 outcome = exchange.receive(requests);
             }
             let (mut outcomes, rails) = match outcome {
@@ -337,6 +347,13 @@ impl InFlight for Under<'_> {
                 }
             };
             lost |= rails;
+            // A rail that was lost ends here: what is late on it must not reach what the next frame brings to the same place.
+            transport.pause_rails(address, &exchange.joined, rails);
+            for (rail, end) in exchange.joined.ends.iter_mut().enumerate() {
+                if rails & (1 << rail) != 0 {
+                    *end = None;
+                }
+            }
             results.append(&mut outcomes);
             let next = exchange.frame.end;
             if next >= requests.len() {
@@ -349,11 +366,7 @@ impl InFlight for Under<'_> {
                 return;
             }
         }
-        let ends = exchange.joined.ends.iter().enumerate();
-        let none_left = lost != 0
-            && ends
-                .filter(|(_, end)| end.is_some())
-                .all(|(rail, _)| lost & (1 << rail) != 0);
+        let none_left = lost != 0 && exchange.joined.ends.iter().all(Option::is_none);
         exchange.end(lost);
         // What failed by itself (memory that no NIC reaches, say) goes by TCP, and nothing is said of the peer.
         if none_left {

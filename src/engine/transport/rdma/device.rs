@@ -262,9 +262,17 @@ impl Device {
             if unsafe { (self.verbs.ibv_get_async_event)(self.context, &raw mut event) } != 0 {
                 return;
             }
-            let kind = event.kind;
+            let (kind, element) = (event.kind, event.element);
             // SAFETY: of the call above; queue pairs cannot be destroyed before their events are acknowledged.
             unsafe { (self.verbs.ibv_ack_async_event)(&raw mut event) };
+            let of_a_port = matches!(
+                kind,
+                EVENT_PORT_ERROR | EVENT_PORT_ACTIVE | EVENT_GID_CHANGE
+            );
+            // For events of ports the element is the port's number; the other port is not our business.
+            if of_a_port && element as u32 != u32::from(self.port) {
+                continue;
+            }
             match kind {
                 EVENT_PORT_ERROR | EVENT_DEVICE_FATAL => {
                     if self.up.swap(false, Ordering::AcqRel) {

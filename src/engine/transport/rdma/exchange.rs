@@ -90,10 +90,19 @@ impl Exchange<'_> {
         let mut staged = 0;
         let mut named: Vec<&TransferRequest> = Vec::new();
         for (at, r) in requests.iter().enumerate().skip(first) {
+            let (copies, held) = (self.frame.copies.len(), self.frame.held.len());
             let mine = match self.name(at, r, staged)? {
                 Named::Pieces(mine, to) => {
                     staged = to;
                     mine
+                }
+                // Memory that no NIC reaches: it goes elsewhere, and nothing is said of the peer.
+                Named::Unreachable => {
+                    self.frame.copies.truncate(copies);
+                    self.frame.held.truncate(held);
+                    self.frame.unnamed.push(at);
+                    self.frame.end = at + 1;
+                    continue;
                 }
                 // A full buffer is sent; what does not fit into an empty one goes elsewhere.
                 Named::NoRoom if named.is_empty() => {
@@ -107,6 +116,8 @@ impl Exchange<'_> {
             wire::encode_pieces(&mut pieces, &mine);
             if pieces.len() as u64 > wire::PIECES_BYTES_MAX {
                 pieces.truncate(before);
+                self.frame.copies.truncate(copies);
+                self.frame.held.truncate(held);
                 if named.is_empty() {
                     self.frame.unnamed.push(at);
                     self.frame.end = at + 1;
@@ -149,7 +160,10 @@ impl Exchange<'_> {
                 self.push(&mut pieces, &registration, address, length);
                 self.frame.held.push(registration);
             } else if slice.length >= REGISTERED_ONCE {
-                let registration = Arc::new(self.register_once(r.opcode, slice)?);
+                let Ok(registration) = self.register_once(r.opcode, slice) else {
+                    return Ok(Named::Unreachable);
+                };
+                let registration = Arc::new(registration);
                 self.push(&mut pieces, &registration, address, length);
                 self.frame.held.push(registration);
             } else {
@@ -296,7 +310,7 @@ impl Exchange<'_> {
         }
         if let Some(staging) = &self.joined.staging {
             for (at, offset, slice) in &frame.copies {
-                if results[at - frame.first].is_ok() {
+                if results.get(at - frame.first).is_some_and(Result::is_ok) {
                     let source = staging.memory.as_ptr().wrapping_add(*offset);
                     // SAFETY: inside the buffer; the slice is valid for writing until the transfer returns.
                     unsafe { std::ptr::copy_nonoverlapping(source, slice.pointer, slice.length) };
@@ -322,4 +336,6 @@ enum Named {
     /// And how far the lane's buffer is filled.
     Pieces(Vec<Piece>, usize),
     NoRoom,
+    /// A slice of it cannot be registered.
+    Unreachable,
 }

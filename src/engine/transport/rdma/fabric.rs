@@ -160,7 +160,8 @@ impl Fabric {
     }
 
     fn begin(self: &Arc<Self>, memory: &Arc<Memory>, kept: &Arc<Kept>, access: Access) {
-        let (fabric, kept, alive) = (self.clone(), kept.clone(), Arc::downgrade(memory));
+        let there = kept;
+        let (fabric, kept, alive) = (self.clone(), there.clone(), Arc::downgrade(memory));
         let (base, length) = (memory.as_ptr() as usize, memory.len());
         let device = memory.device().cloned();
         let run = move || {
@@ -192,6 +193,8 @@ impl Fabric {
             .spawn(run);
         if let Err(error) = spawned {
             tracing::warn!(%error, "no thread to register memory");
+            *there.state.lock() = State::Failed(RdmaError::NoDevice);
+            there.ended.notify_all();
         }
     }
 

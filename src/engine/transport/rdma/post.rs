@@ -19,6 +19,10 @@ use super::rail::{Direction, Job, LIST_MAX, Rail, Request, Slice};
 const WINDOW: u64 = 8 << 20;
 /// How long completions are polled for before the thread sleeps.
 const SPIN: Duration = Duration::from_micros(50);
+/// How long a batch may take in all, per 64 MiB: as a frame over TCP.
+const WHOLE: Duration = Duration::from_secs(10);
+/// About how many slices a batch is cut into at most.
+const SLICES_MAX: u64 = 1 << 16;
 /// How often a sleeping thread looks whether a rail has stalled.
 const TICK: Duration = Duration::from_millis(100);
 /// Largest slice, whatever is asked for: progress is judged by slices.
@@ -68,7 +72,9 @@ impl Rails {
         jobs: &[Job<'_>],
         watch: BorrowedFd<'_>,
     ) -> Outcome {
+        let total: u64 = jobs.iter().flat_map(|j| j.remote).map(|p| p.length).sum();
         let mut batch = Batch {
+            until: Instant::now() + WHOLE * (1 + (total >> 26).min(10_000) as u32),
             direction,
             jobs,
             queue: VecDeque::new(),
@@ -87,7 +93,12 @@ impl Rails {
             let lost = batch.outcome.lost;
             batch.queue = self.cut(jobs);
             self.drive(&mut batch, watch);
-            if direction == Direction::Fetch || !batch.outcome.failed.is_empty() {
+            if direction == Direction::Fetch {
+                break;
+            }
+            if !batch.outcome.failed.is_empty() {
+                // What did arrive was not flushed.
+                batch.fail_all();
                 break;
             }
             if batch.outcome.lost == lost && self.flush(&mut batch, watch) {
@@ -107,6 +118,8 @@ impl Rails {
         let total: u64 = jobs.iter().flat_map(|j| j.remote).map(|p| p.length).sum();
         // Large transfers in larger slices, as long as every rail gets several.
         let most = (total / (8 * live)).clamp(self.slice, SLICE_MAX.max(self.slice));
+        // Nobody makes us keep millions of slices by naming terabytes.
+        let most = most.max((total / SLICES_MAX).min(1 << 30));
         let mut queue = VecDeque::new();
         for (job, j) in jobs.iter().enumerate() {
             let mut local = j.local;
@@ -154,6 +167,13 @@ impl Rails {
                 progress |= self.reap(at, batch);
             }
             let now = Instant::now();
+            if now >= batch.until {
+                for at in 0..self.rails.len() {
+                    self.lose(at, batch, "it took too long".to_owned());
+                }
+                batch.give_up();
+                return;
+            }
             if progress {
                 idle_since = None;
                 continue;
@@ -351,6 +371,8 @@ impl Rails {
 }
 
 struct Batch<'a> {
+    /// When it is given up whatever moves.
+    until: Instant,
     direction: Direction,
     jobs: &'a [Job<'a>],
     queue: VecDeque<Slice>,
