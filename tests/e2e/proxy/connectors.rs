@@ -237,7 +237,10 @@ async fn a_rank_of_mooncake_has_its_own_engine() {
         .await;
         rig.prefill[0].ranks.store(2, Ordering::SeqCst);
         rig.until("both engines", async || {
-            rig.get("/instances").await.json()["instances"][0]["engines"] == 2
+            let all = rig.get("/instances").await.json();
+            let all = all["instances"].as_array().unwrap().clone();
+            let mut prefill = all.iter().filter(|i| i["role"] == "prefill");
+            prefill.all(|i| i["engines"] == 2)
         })
         .await;
         let engine = rig.prefill[0].engine.lock().unwrap().clone();
