@@ -314,7 +314,9 @@ fn drain(app: &Arc<App>, instance: &Arc<Instance>, deadline: Duration) {
             let end = *instance.drained_by.lock();
             end.is_none_or(|end| tokio::time::Instant::now() >= end)
         };
-        while instance.inflight_all() > 0 && app.has(&instance) && !is_late() {
+        // A hand-off needs what prefill computed until decode has it.
+        let busy = || instance.inflight_all() + app.handoffs.of(instance.number);
+        while busy() > 0 && app.has(&instance) && !is_late() {
             let changed = app.registry.changed.notified();
             // Looked at again now and then: a leg may have ended just before.
             let _ = tokio::time::timeout(Duration::from_millis(200), changed).await;

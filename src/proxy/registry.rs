@@ -361,6 +361,10 @@ impl Registry {
             if old.role().does(new.role) {
                 return Err(AddError::Exists);
             }
+            // What is discovered again and again does not undo a role that was changed.
+            if new.origin == Origin::Discovered {
+                return Err(AddError::Exists);
+            }
             old.set_role(Role::Both);
             return Ok(old.clone());
         }
@@ -455,15 +459,19 @@ impl Registry {
     /// Enters a request into the counters of an instance; `None` when its breaker has just closed the door.
     pub(crate) fn enter(&self, instance: &Arc<Instance>, role: Role, tokens: u64) -> Option<Leg> {
         let pass = instance.breaker.pass(Millis::now())?;
-        instance.inflight[slot(role)].fetch_add(1, Ordering::Relaxed);
+        instance.inflight[slot(role)].fetch_add(1, Ordering::SeqCst);
         instance.tokens.fetch_add(tokens, Ordering::Relaxed);
-        Some(Leg {
+        let leg = Leg {
             instance: instance.clone(),
             role,
             tokens,
             pass: Some(pass),
             freed: self.changed.clone(),
-        })
+        };
+        // Counted first: who empties the instance sees it, or it is seen here that it is being emptied.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let is_left = instance.is_draining() || instance.switching.load(Ordering::SeqCst);
+        (!is_left).then_some(leg)
     }
 
     /// Whether any instance lists `model`.

@@ -115,7 +115,8 @@ async fn is_offered(app: &App, instance: &Instance) -> bool {
 async fn idle(app: &App, instances: &[Arc<Instance>], deadline: Duration) -> Result<(), RoleError> {
     let end = Instant::now() + deadline;
     loop {
-        let busy: usize = instances.iter().map(|i| i.inflight_all()).sum();
+        let under_way = |i: &Arc<Instance>| i.inflight_all() + app.handoffs.of(i.number);
+        let busy: usize = instances.iter().map(under_way).sum();
         if busy == 0 {
             return Ok(());
         }

@@ -39,14 +39,19 @@ impl HandOff {
         let mut attempts = Attempts::default();
         self.owner.pin();
         loop {
-            attempts.tried.push(decode.instance.number);
+            let numbers = (prefill.instance.number, decode.instance.number);
             let kept = prefill.instance.clone();
             self.hold(&kept, Some(&decode.instance));
             self.route.prefill = Some(kept.clone());
             self.route.decode = Some(decode.instance.clone());
             let (last, failure) = match self.push(prefill, decode, limit).await {
                 Pushed::Done(served) | Pushed::Final(served) => return served,
-                Pushed::Again(served, failure) => (served, failure),
+                Pushed::Again(served, failure, role) => {
+                    let is_prefill = role == Role::Prefill;
+                    let number = if is_prefill { numbers.0 } else { numbers.1 };
+                    attempts.tried.push(number);
+                    (served, failure)
+                }
             };
             let cause = Cause::of(&last, failure);
             if !self.may_retry(&mut attempts, "decode", cause) {
@@ -56,11 +61,11 @@ impl HandOff {
             health::find_bootstrap(&self.app, &kept).await;
             // Its own place must not be what it waits for.
             self.place = None;
-            prefill = match self.pick(Role::Prefill, &[], Some(&kept)).await {
+            prefill = match self.pick(Role::Prefill, &attempts.tried, Some(&kept)).await {
                 Ok(Some(leg)) => leg,
                 _ => return last,
             };
-            // Another decode instance if there is one; else the same may have been only briefly busy.
+            // Others than those that have failed.
             decode = match self
                 .pick(Role::Decode, &attempts.tried, Some(&prefill.instance))
                 .await
@@ -180,7 +185,9 @@ impl HandOff {
                     decoded
                 }
                 // Decode waits for KV that will not come: dropping it tells it so.
-                Err(Tried::Again(served, failure)) => Pushed::Again(served, failure),
+                Err(Tried::Again(served, failure)) => {
+                    Pushed::Again(served, failure, Role::Prefill)
+                }
                 Err(Tried::Final(served)) => Pushed::Final(served),
                 Err(Tried::Answer(answer)) => Pushed::Done(Served::Answer(answer)),
             },
@@ -212,7 +219,7 @@ impl HandOff {
                 Pushed::Done(Served::Gone)
             }
             Tried::Answer(answer) => Pushed::Done(Served::Answer(answer)),
-            Tried::Again(served, failure) => Pushed::Again(served, failure),
+            Tried::Again(served, failure) => Pushed::Again(served, failure, Role::Decode),
             Tried::Final(served) => Pushed::Final(served),
         }
     }
@@ -220,7 +227,8 @@ impl HandOff {
 
 enum Pushed {
     Done(Served),
-    Again(Served, Failure),
+    /// And whose leg has failed.
+    Again(Served, Failure, Role),
     Final(Served),
 }
 

@@ -64,6 +64,7 @@ impl HandOff {
     fn about(&self, part: Range<usize>) -> Self {
         let mut one = self.beside();
         one.part = Some(part);
+        one.is_beside = true;
         one.known = OnceLock::new();
         one
     }
@@ -78,11 +79,8 @@ impl HandOff {
             Some(leg) => leg,
             None => match self.pick(Role::Prefill, &[], with.as_deref()).await {
                 Ok(Some(leg)) => leg,
-                Ok(None) => {
-                    let reply = LocalReply::later(503, "no prefill instance is available", 2);
-                    return Err(Served::local(reply));
-                }
-                Err(reply) => return Err(Served::local(reply)),
+                // Decode computes this one itself: the batch holds what others may be waiting for.
+                _ => return Ok(()),
             },
         };
         let began = Instant::now();

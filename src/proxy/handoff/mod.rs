@@ -198,6 +198,8 @@ struct HandOff {
     told: Option<PromptPart>,
     /// The prompt this is about, of a request with several.
     part: Option<Range<usize>>,
+    /// Runs beside a hand-off that is counted: it takes no place of its own and does not wait long.
+    is_beside: bool,
     /// The prompt's tokens, as far as they were known when somebody asked first.
     known: OnceLock<Option<Known>>,
     /// Any decode instance could go on with the answer.
@@ -253,6 +255,7 @@ impl HandOff {
             wire_id: None,
             told: None,
             part: None,
+            is_beside: false,
             known: OnceLock::new(),
             resumable: false,
         }

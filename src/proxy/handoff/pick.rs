@@ -2,12 +2,18 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use super::super::config::Role;
 use super::super::policy::Ask;
 use super::super::registry::{Instance, Leg};
 use super::super::reply::LocalReply;
 use super::HandOff;
+
+/// How long one of several prompts waits for a prefill instance.
+const BESIDE_PATIENCE: Duration = Duration::from_millis(500);
+/// Who stands first in line looks again this often: nobody tells when a breaker's pause ends.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 impl HandOff {
     fn ask(&self, role: Role) -> Ask<'_> {
@@ -39,7 +45,13 @@ impl HandOff {
         with: Option<&Instance>,
     ) -> Result<Option<Leg>, LocalReply> {
         let app = &self.app;
-        let deadline = tokio::time::Instant::now() + app.config.queue_timeout;
+        let patience = app.config.queue_timeout;
+        let patience = if self.is_beside {
+            patience.min(BESIDE_PATIENCE)
+        } else {
+            patience
+        };
+        let deadline = tokio::time::Instant::now() + patience;
         let line = app.line(role);
         // A newcomer does not overtake who waits; what is tried again has waited already.
         let mut waiting = (tried.is_empty() && !line.is_empty())
@@ -70,7 +82,10 @@ impl HandOff {
             }
             let waiting = waiting.get_or_insert_with(|| line.join(self.job.claim, self.kin(with)));
             waiting.found_nothing();
-            let turn = waiting.turn(changed);
+            let looks = async {
+                let _ = tokio::time::timeout(LOOK_AGAIN, changed).await;
+            };
+            let turn = waiting.turn(looks);
             if tokio::time::timeout_at(deadline, turn).await.is_err() {
                 return Err(self.all_busy(role));
             }
@@ -128,6 +143,7 @@ impl HandOff {
         let (config, handoffs) = (&self.app.config, &self.app.handoffs);
         let below = |max: usize, count: usize| max == 0 || count < max;
         match (role, with) {
+            (Role::Prefill, _) if self.is_beside => true,
             (Role::Prefill, _) => below(config.handoffs_max, handoffs.of(instance.number)),
             (_, Some(prefill)) => {
                 let count = || handoffs.of_pair(prefill.number, instance.number);

@@ -182,7 +182,7 @@ impl Source {
             self.apply(number, payload);
             return Ok(());
         };
-        if number > last + 1 {
+        if number > last.saturating_add(1) {
             self.listener.feed().gaps.fetch_add(1, Ordering::Relaxed);
             if self.address.replay.is_some() {
                 self.catch_up().await?;
@@ -240,7 +240,7 @@ impl Source {
                 }
                 continue;
             }
-            let expected = self.last.map(|(last, _)| last + 1);
+            let expected = self.last.map(|(last, _)| last.saturating_add(1));
             if expected.is_some_and(|e| e != number) {
                 self.forget();
             }
