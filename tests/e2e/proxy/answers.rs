@@ -115,6 +115,28 @@ async fn errors_of_either_are_passed_on_where_answers_are_merged() {
     );
 }
 
+/// The prompts of a batch do not wait for the place that the batch itself has taken.
+#[tokio::test]
+async fn batches_go_through_the_narrowest_bounds() {
+    let rig = Rig::with(Dialect::Store, 1, 1, |c| {
+        c.handoffs_max = 1;
+        c.queue_timeout = std::time::Duration::from_secs(20);
+    })
+    .await;
+    assert_eq!(rig.complete("").await.status, 200);
+    let body = r#"{"prompt":["one","two","three"],"max_tokens":4}"#;
+    let before = rig.prefill[0].count();
+    let begun = std::time::Instant::now();
+    let (a, b) = tokio::join!(
+        rig.post("/v1/completions", body),
+        rig.post("/v1/completions", body)
+    );
+    assert_eq!((a.status, b.status), (200, 200));
+    assert_eq!(rig.prefill[0].count(), before + 6);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(10));
+    rig.settled().await;
+}
+
 #[tokio::test]
 async fn a_batch_is_prefilled_prompt_by_prompt() {
     let rig = Rig::new(Dialect::Store, 2, 1).await;

@@ -78,6 +78,28 @@ async fn a_client_that_leaves_before_the_first_token() {
     }
 }
 
+/// A refusal has fetched nothing, whoever is still there to read it.
+#[tokio::test]
+async fn a_client_that_leaves_what_decode_refuses_pins_nothing() {
+    let rig = Rig::new(Dialect::Nixl, 1, 1).await;
+    rig.complete("").await;
+    let (done, seen) = (
+        rig.prefill[0].finished.load(Ordering::SeqCst),
+        rig.decode[0].count(),
+    );
+    rig.decode[0].refuses_after.store(60_000, Ordering::SeqCst);
+    rig.decode[0].fail(400, 1);
+    let client = send(&rig, STREAM).await;
+    rig.until("decode runs", async || {
+        rig.decode[0].count() > seen && rig.prefill[0].finished.load(Ordering::SeqCst) > done
+    })
+    .await;
+    drop(client);
+    rig.settled().await;
+    assert_eq!(rig.world.pinned(), 0);
+    assert_eq!(rig.decode[0].count(), seen + 2, "refused, then fetched");
+}
+
 #[tokio::test]
 async fn a_client_that_leaves_in_mid_stream_or_closes_half() {
     for half in [false, true] {
