@@ -73,17 +73,23 @@ impl Drop for Watch {
 }
 
 fn install() {
-    BEFORE.get_or_init(|| {
+    static INSTALLED: std::sync::Once = std::sync::Once::new();
+    INSTALLED.call_once(|| {
+        BEFORE.get_or_init(|| {
+            // SAFETY: a structure of integers and pointers, filled by the call.
+            unsafe {
+                let mut before: libc::sigaction = std::mem::zeroed();
+                libc::sigaction(libc::SIGBUS, std::ptr::null(), &raw mut before);
+                before
+            }
+        });
         // SAFETY: structures of integers and pointers; the handler is of the kind that SA_SIGINFO announces.
         unsafe {
-            let mut before: libc::sigaction = std::mem::zeroed();
-            libc::sigaction(libc::SIGBUS, std::ptr::null(), &raw mut before);
             let mut ours: libc::sigaction = std::mem::zeroed();
             ours.sa_sigaction = on_bus as *const () as usize;
             ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
             libc::sigemptyset(&raw mut ours.sa_mask);
             libc::sigaction(libc::SIGBUS, &raw const ours, null_mut());
-            before
         }
     });
 }
@@ -123,9 +129,19 @@ fn pass_on(number: c_int, about: *mut libc::siginfo_t, context: *mut c_void) {
     let before = BEFORE.get();
     let handler = before.map_or(libc::SIG_DFL, |b| b.sa_sigaction);
     if handler == libc::SIG_DFL || handler == libc::SIG_IGN {
-        // The access is repeated on return, and the process ends as it would have without us.
+        // SAFETY: the kernel's, for the time of the call.
+        let was_sent = unsafe { (*about).si_code } <= 0;
+        if was_sent && handler == libc::SIG_IGN {
+            return;
+        }
+        // An access is repeated on return, and the process ends as it would have without us; a signal that was sent is sent again.
         // SAFETY: sets the default.
-        unsafe { libc::signal(number, libc::SIG_DFL) };
+        unsafe {
+            libc::signal(number, libc::SIG_DFL);
+            if was_sent {
+                libc::raise(number);
+            }
+        }
         return;
     }
     let has_more = before.is_some_and(|b| b.sa_flags & libc::SA_SIGINFO != 0);

@@ -508,15 +508,21 @@ impl Begun<'_> {
                 let from = results.len();
                 in_flight.finish(results);
                 self.engine.counted(at, requests, &results[from..], begun);
-                for index in 0..requests.len() {
-                    let failed = match &results[from + index] {
-                        Err(error) if error.is_path_failure() => error.clone(),
-                        _ => continue,
-                    };
-                    let one = &requests[index..=index];
-                    let again = self.engine.run(one, at + 1, self.deadline, failed);
-                    if let Some(outcome) = again.into_iter().next() {
-                        results[from + index] = outcome;
+                let is_open =
+                    |r: &TransferResult| r.as_ref().is_err_and(TransferError::is_path_failure);
+                let open: Vec<usize> = (from..results.len())
+                    .filter(|i| is_open(&results[*i]))
+                    .collect();
+                let Some(first) = open.first().and_then(|i| results[*i].clone().err()) else {
+                    return;
+                };
+                let left: Vec<TransferRequest> =
+                    open.iter().map(|i| requests[i - from].clone()).collect();
+                let again = self.engine.run(&left, at + 1, self.deadline, first.clone());
+                for (index, outcome) in open.into_iter().zip(again) {
+                    // Each keeps its own reason where there was no other way.
+                    if outcome.as_ref().err() != Some(&first) {
+                        results[index] = outcome;
                     }
                 }
             }

@@ -94,12 +94,19 @@ impl LanePool {
         let timeout = || TransferError::Timeout {
             peer: address.to_owned(),
         };
+        if fresh {
+            let old = {
+                let mut state = home.state.lock();
+                state.open -= state.idle.len();
+                std::mem::take(&mut state.idle)
+            };
+            for (socket, rider) in old {
+                drop(rider);
+                drop(socket);
+            }
+        }
         {
             let mut state = home.state.lock();
-            if fresh {
-                state.open -= state.idle.len();
-                state.idle.clear();
-            }
             loop {
                 if let Some((socket, rider)) = state.idle.pop() {
                     return Ok(Lane {

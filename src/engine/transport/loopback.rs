@@ -117,6 +117,9 @@ fn one(host: &SegmentHost, client: Id128, r: &TransferRequest) -> TransferResult
             host.notify(origin, &r.notify)?;
             if let Some(word) = r.word {
                 segment.memory.publish(word.offset, word.value);
+                if segment.memory.is_lost() {
+                    return Err(TransferError::Stale);
+                }
             }
             Ok(())
         }

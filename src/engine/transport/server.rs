@@ -687,6 +687,9 @@ impl ServedLane<'_> {
         self.shared.host.notify(origin, notify)?;
         if let Some(word) = item.word {
             segment.memory.publish(word.offset, word.value);
+            if segment.memory.is_lost() {
+                return Err(TransferError::Stale);
+            }
         }
         Ok(())
     }

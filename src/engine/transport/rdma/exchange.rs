@@ -172,7 +172,10 @@ impl Exchange<'_> {
                     self.frame.held.truncate(held);
                     return Ok(Named::NoRoom);
                 }
-                let target = self.staging()?.memory.as_ptr().wrapping_add(staged);
+                let Ok(staging) = self.staging() else {
+                    return Ok(Named::Unreachable);
+                };
+                let target = staging.memory.as_ptr().wrapping_add(staged);
                 if r.opcode == Opcode::Write {
                     // SAFETY: inside the buffer; the slice is valid for reading until the transfer returns.
                     unsafe { std::ptr::copy_nonoverlapping(slice.pointer, target, slice.length) };

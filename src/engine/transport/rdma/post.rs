@@ -19,7 +19,7 @@ use super::rail::{Direction, Job, LIST_MAX, Rail, Request, Slice};
 const WINDOW: u64 = 8 << 20;
 /// How long completions are polled for before the thread sleeps.
 const SPIN: Duration = Duration::from_micros(50);
-/// How long a batch may take in all, per 64 MiB: as a frame over TCP.
+/// How long a batch may take in all, per 64 MiB, up to sixty times that: it holds up fences.
 const WHOLE: Duration = Duration::from_secs(10);
 /// About how many slices a batch is cut into at most.
 const SLICES_MAX: u64 = 1 << 16;
@@ -74,7 +74,7 @@ impl Rails {
     ) -> Outcome {
         let total: u64 = jobs.iter().flat_map(|j| j.remote).map(|p| p.length).sum();
         let mut batch = Batch {
-            until: Instant::now() + WHOLE * (1 + (total >> 26).min(10_000) as u32),
+            until: Instant::now() + WHOLE * (1 + (total >> 26).min(59) as u32),
             direction,
             jobs,
             queue: VecDeque::new(),
