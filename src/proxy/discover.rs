@@ -185,7 +185,16 @@ fn take(app: &Arc<App>, named: &[(InstanceAddress, Role)]) {
             .into_iter()
             .map(move |a| (a, role))
     };
-    let named: Vec<_> = named.iter().flat_map(ranks).collect();
+    // An instance that is named for both roles has both.
+    let mut merged: Vec<(InstanceAddress, Role)> = Vec::new();
+    for (address, role) in named.iter().flat_map(ranks) {
+        match merged.iter_mut().find(|(a, _)| a.is_same(&address)) {
+            Some((_, known)) if !known.does(role) => *known = Role::Both,
+            Some(_) => {}
+            None => merged.push((address, role)),
+        }
+    }
+    let named = merged;
     for instance in app.registry.all().iter() {
         let is_named = named.iter().any(|(a, _)| a.is_same(&instance.address));
         if instance.origin == Origin::Discovered && !is_named {

@@ -361,8 +361,8 @@ impl Registry {
             if old.role().does(new.role) {
                 return Err(AddError::Exists);
             }
-            // What is discovered again and again does not undo a role that was changed.
-            if new.origin == Origin::Discovered {
+            // What is discovered again and again does not undo a role that was changed, nor does whoever registers.
+            if matches!(new.origin, Origin::Discovered | Origin::Registered) {
                 return Err(AddError::Exists);
             }
             old.set_role(Role::Both);
