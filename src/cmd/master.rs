@@ -302,6 +302,7 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
 }
 
 async fn serve_master(r: &Resolved) -> Outcome {
+    let mut termination = serve::Termination::watch()?;
     if r.time("client-ttl", Duration::from_secs(1)) < Duration::from_secs(1) {
         let problem = "--client-ttl: nodes beat once a second, so it is at least 1s";
         return Err(super::UsageError(problem.to_owned()).into());
@@ -347,7 +348,7 @@ async fn serve_master(r: &Resolved) -> Outcome {
     if r.flag("enable-metric-reporting") {
         tokio::spawn(report(server.clone()));
     }
-    serve::terminated().await;
+    termination.asked().await;
     tracing::info!("master stops");
     drop(node);
     Ok(ExitStatus::Ok)
