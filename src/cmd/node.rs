@@ -167,6 +167,7 @@ async fn serve_node(r: &Resolved) -> Outcome {
             r.text("protocol").unwrap_or_default(),
             r.text("device-name").unwrap_or_default(),
         ),
+        commit: None,
     })?;
     let trust = serve::trust_line(listen, token.is_some());
     print::line(&format!(

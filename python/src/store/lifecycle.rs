@@ -175,6 +175,7 @@ pub(super) fn start_node(
         populate: true,
         lanes_max: 4096,
         fabric,
+        commit: None,
     })
     .map_err(refused)?;
     if runtime.block_on(node.wait_for(NodePhase::InService, IN_SERVICE)) {
