@@ -41,8 +41,8 @@ fn watchers_max() -> usize {
 /// A processor given away for longer than this has gone to somebody who computes. The scheduler lets a thread that wakes up
 /// go before such a one, but not a thread that gives way.
 const SLICE: Duration = Duration::from_micros(300);
-/// How long nobody watches after that; doubled each time in a row up to the latter.
-const REST: Duration = Duration::from_millis(10);
+/// How long nobody watches after that; doubled up to the latter when it happens again soon.
+const REST: Duration = Duration::from_millis(20);
 const REST_MAX: Duration = Duration::from_secs(1);
 /// Until when nobody watches and how long the last rest was, in microseconds of this process's clock.
 static RESTING_UNTIL: AtomicU64 = AtomicU64::new(0);
@@ -54,12 +54,17 @@ fn process_us(now: Instant) -> u64 {
     now.saturating_duration_since(began).as_micros() as u64
 }
 
-/// The processors are wanted by others: nobody watches for a while.
+/// The processors are wanted by others: nobody watches for a while, longer when that was so a short time ago.
 fn rest(now: Instant) {
-    let last = Duration::from_micros(RESTED.load(Ordering::Relaxed));
-    let this = (last * 2).clamp(REST, REST_MAX).as_micros() as u64;
+    let now = process_us(now);
+    let until = RESTING_UNTIL.load(Ordering::Relaxed);
+    let last = RESTED.load(Ordering::Relaxed);
+    let again = last > 0 && now < until + 8 * last;
+    let longer = if again { last * 2 } else { 0 };
+    let (least, most) = (REST.as_micros() as u64, REST_MAX.as_micros() as u64);
+    let this = longer.clamp(least, most);
     RESTED.store(this, Ordering::Relaxed);
-    RESTING_UNTIL.store(process_us(now) + this, Ordering::Relaxed);
+    RESTING_UNTIL.store(now + this, Ordering::Relaxed);
 }
 
 /// When an operation must have ended.
@@ -175,9 +180,6 @@ impl Socket {
                 match rustix::net::recv(&self.fd, &mut self.buffer[..AHEAD_BYTES], flags) {
                     Ok((got, _)) => {
                         self.end = got;
-                        if got > 0 && RESTED.load(Ordering::Relaxed) > 0 {
-                            RESTED.store(0, Ordering::Relaxed);
-                        }
                         break;
                     }
                     Err(Errno::AGAIN) if now < end => {}
