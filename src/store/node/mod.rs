@@ -93,6 +93,8 @@ struct Shared {
     mover: mover::Mover,
     /// Policies of tenants, kept for the next master.
     quotas: Mutex<Option<wire::QuotaTable>>,
+    /// Drain jobs, likewise.
+    drains: Mutex<Option<wire::DrainTable>>,
     /// Tests of the way to other nodes under way.
     probes: std::sync::atomic::AtomicUsize,
 }
@@ -158,6 +160,7 @@ impl Shared {
             build: env!("CARGO_PKG_VERSION").to_owned(),
             copies: true,
             quotas: self.quotas.lock().clone(),
+            drains: self.drains.lock().clone(),
         }
     }
 }
@@ -292,6 +295,7 @@ impl Node {
             farewell: Mutex::default(),
             mover,
             quotas: Mutex::default(),
+            drains: Mutex::default(),
             probes: std::sync::atomic::AtomicUsize::new(0),
             config,
         });

@@ -224,6 +224,15 @@ async fn serve(
                 };
                 send(out, Out::Quotas(kept)).await?;
             }
+            In::Drains(table) => {
+                let version = table.version;
+                *shared.drains.lock() = Some(table);
+                let kept = wire::DrainTable {
+                    version,
+                    jobs: Vec::new(),
+                };
+                send(out, Out::Drains(kept)).await?;
+            }
             In::Copy(copy) => super::mover::start(shared, copy, out),
             In::Drop(drop) => {
                 tokio::task::block_in_place(|| {
