@@ -160,7 +160,8 @@ async fn serve_node(r: &Resolved) -> Outcome {
         listen,
         advertise: r.text("advertise").map(str::to_owned),
         segments: vec![each; count as usize],
-        files: Vec::new(),
+        memories: Vec::new(),
+        port: None,
         populate: r.flag("populate"),
         lanes_max: r.integer("max-lanes") as usize,
         fabric: rdma::select(

@@ -12,6 +12,7 @@ use super::server::{DataServer, LANE_STACK};
 use super::tcp::TcpTransport;
 use super::{Transport, TransportKind};
 use crate::base::clock::unix_ms;
+use crate::base::handshake::Service;
 use crate::base::id::{Id128, random_u64};
 use crate::base::net::host_id;
 use crate::base::trust::{ClusterKeys, Token};
@@ -71,7 +72,15 @@ impl World {
         let incarnation = random_u64();
         host.add("seg".into(), incarnation, memory.clone());
         let listener = std::net::TcpListener::bind(listen).unwrap();
-        let server = DataServer::start(host.clone(), listener, 16, LANE_STACK, fabric).unwrap();
+        let server = DataServer::start(
+            Service::Node,
+            host.clone(),
+            listener,
+            16,
+            LANE_STACK,
+            fabric,
+        )
+        .unwrap();
         let peer = Arc::new(Peer {
             node,
             name: "node".into(),
@@ -465,6 +474,7 @@ fn tcp_transport(world: &World) -> Arc<dyn Transport> {
     Arc::new(TcpTransport::new(Identity {
         client: world.client,
         keys: world.keys.clone(),
+        service: Service::Node,
         connect_timeout: Duration::from_secs(1),
     }))
 }
@@ -599,7 +609,7 @@ fn a_restarted_node_is_reached_again() {
         }
         std::thread::sleep(Duration::from_millis(10));
     };
-    let _server = DataServer::start(host, listener, 16, LANE_STACK, None).unwrap();
+    let _server = DataServer::start(Service::Node, host, listener, 16, LANE_STACK, None).unwrap();
     one(&engine, request).unwrap();
 }
 

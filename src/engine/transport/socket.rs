@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::engine::batch::LocalSlice;
 
@@ -29,8 +30,24 @@ const CALL_BYTES: usize = 1 << 20;
 const VECTOR_MAX: usize = 128;
 /// A wait that takes less than this is over before a thread that went to sleep is running again.
 const DUE: Duration = Duration::from_micros(100);
-/// Threads of this process that wait without sleeping.
-static WATCHING: AtomicUsize = AtomicUsize::new(0);
+/// Threads of this process that wait without sleeping. The page is empty again in a forked child, where none of the threads
+/// that were counted lives.
+fn watching() -> &'static AtomicUsize {
+    static ALONE: AtomicUsize = AtomicUsize::new(0);
+    static PAGE: OnceLock<&AtomicUsize> = OnceLock::new();
+    PAGE.get_or_init(|| wiped_on_fork().unwrap_or(&ALONE))
+}
+
+fn wiped_on_fork() -> rustix::io::Result<&'static AtomicUsize> {
+    let size = rustix::param::page_size();
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a fresh mapping, zeroed and never unmapped; a word of zeros is a counter.
+    unsafe {
+        let page = rustix::mm::mmap_anonymous(std::ptr::null_mut(), size, prot, MapFlags::PRIVATE)?;
+        rustix::mm::madvise(page, size, Advice::LinuxWipeOnFork)?;
+        Ok(&*page.cast::<AtomicUsize>())
+    }
+}
 
 /// How many threads may: half of the processors.
 fn watchers_max() -> usize {
@@ -173,7 +190,7 @@ impl Socket {
         if process_us(now) < RESTING_UNTIL.load(Ordering::Relaxed) {
             return;
         }
-        if WATCHING.fetch_add(1, Ordering::AcqRel) < watchers_max() {
+        if watching().fetch_add(1, Ordering::AcqRel) < watchers_max() {
             (self.start, self.end) = (0, 0);
             let flags = rustix::net::RecvFlags::DONTWAIT;
             loop {
@@ -194,7 +211,7 @@ impl Socket {
                 }
             }
         }
-        WATCHING.fetch_sub(1, Ordering::AcqRel);
+        watching().fetch_sub(1, Ordering::AcqRel);
     }
 
     fn wait<T>(until: Until, mut progress: impl FnMut() -> Result<T, Errno>) -> io::Result<T> {
@@ -494,5 +511,27 @@ impl<'a> Cursor<'a> {
             self.pieces()
                 .map(|(p, n)| IoSlice::new(unsafe { std::slice::from_raw_parts(p, n) })),
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forked_child_counts_its_own_watchers() {
+        watching().fetch_add(7, Ordering::AcqRel);
+        // SAFETY: the child reads a word and ends; it takes no lock that another thread may hold.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let count = watching().load(Ordering::Acquire);
+            // SAFETY: ends the child without running what the parent has registered.
+            unsafe { libc::_exit(i32::from(count != 0)) };
+        }
+        let mut status = -1;
+        // SAFETY: our child; writes the status.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert!(watching().fetch_sub(7, Ordering::AcqRel) >= 7);
+        assert_eq!(status, 0, "the child starts from zero");
     }
 }

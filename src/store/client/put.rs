@@ -398,6 +398,13 @@ impl PoolClient {
     }
 }
 
+impl PutOptions {
+    /// As nodes keep it: one is what goes without saying.
+    pub(super) fn replicas_told(&self) -> u32 {
+        if self.replicas > 1 { self.replicas } else { 0 }
+    }
+}
+
 pub(super) fn write_request(
     w: &Writing<'_>,
     replica: &ReplicaRef,
@@ -456,6 +463,7 @@ pub(super) fn directory_entry(
             w.request.group.to_owned()
         },
         data_type: u32::from(options.data_type),
+        replicas_wanted: options.replicas_told(),
         ..wire::DirectoryEntry::default()
     }
 }

@@ -144,6 +144,7 @@ impl PoolClient {
                     soft_pin_ttl_ms: options.soft_pin_ttl_ms,
                     group: options.group.clone(),
                     data_type: u32::from(options.data_type),
+                    replicas_wanted: options.replicas_told(),
                     ..wire::DirectoryEntry::default()
                 };
                 let notify = NodeNotify {

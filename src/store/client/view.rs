@@ -61,6 +61,11 @@ impl PoolView {
         Self { epoch, by_slot }
     }
 
+    /// The nodes behind the segments, each at least once.
+    pub(crate) fn peers(&self) -> Vec<Arc<Peer>> {
+        self.by_slot.values().map(|s| s.peer.clone()).collect()
+    }
+
     /// The segment of a slot, if it is the incarnation meant.
     pub(crate) fn get(&self, slot: u32, incarnation: u64) -> Option<&Arc<SegmentRef>> {
         self.by_slot

@@ -31,6 +31,8 @@ pub(super) struct Entry {
     soft_pin_ttl_ms: u64,
     group: Box<str>,
     data_type: u8,
+    /// Replicas its put asked for; 0 = not said.
+    replicas: u8,
     client: Id128,
 }
 
@@ -49,6 +51,7 @@ impl Entry {
             soft_pin_ttl_ms: self.soft_pin_ttl_ms,
             group: self.group.to_string(),
             data_type: u32::from(self.data_type),
+            replicas_wanted: u32::from(self.replicas),
             arena_versions: 0,
             pending,
             client_high: self.client.high,
@@ -319,6 +322,7 @@ impl Contents {
                 soft_pin_ttl_ms: e.soft_pin_ttl_ms,
                 group: e.group.into(),
                 data_type: e.data_type as u8,
+                replicas: e.replicas_wanted.min(u32::from(u8::MAX)) as u8,
                 client,
             },
         );
