@@ -39,6 +39,12 @@ impl Gathered {
         self.devices.iter().flatten().next().copied()
     }
 
+    /// The ranges that are a device's.
+    pub(crate) fn on_devices(&self) -> impl Iterator<Item = &LocalSlice> {
+        let parts = self.slices.iter().zip(&self.devices);
+        parts.filter_map(|(slice, device)| device.map(|_| slice))
+    }
+
     fn device_bytes(&self) -> usize {
         let parts = self.slices.iter().zip(&self.devices);
         parts

@@ -127,7 +127,7 @@ def test_small_operations_that_wait_together_get_their_own_answers(store):
 
     async def work():
         sizes = {f"j{n}": (n * 37) % 9000 + 1 for n in range(300)}
-        sizes["j7"], sizes["j150"] = 3 << 20, 70_000  # Not small, among the others.
+        sizes["j7"], sizes["j150"] = 600_000, 70_000  # Not small, among the others.
         values = {key: (key * size)[:size].encode() for key, size in sizes.items()}
         puts = [store.async_put(key, value) for key, value in values.items()]
         puts += [store.async_put("same", f"same{n}".encode()) for n in range(100)]

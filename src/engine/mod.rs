@@ -31,7 +31,7 @@ use host::SegmentHost;
 use memory::Memory;
 use transport::lane::Identity;
 use transport::loopback::LoopbackTransport;
-use transport::rdma::{Fabric, RdmaTransport};
+use transport::rdma::{Fabric, RdmaError, RdmaTransport};
 use transport::shm::ShmTransport;
 use transport::tcp::TcpTransport;
 use transport::{InFlight, Transport, TransportKind};
@@ -177,6 +177,27 @@ impl TransferEngine {
             // SAFETY: the caller's promise. Memory that cannot be registered is prepared per transfer.
             unsafe { rdma.register(base, length) };
         }
+    }
+
+    /// [`TransferEngine::register`] of memory of a GPU. Only an engine that has RDMA and nothing else may be given such memory:
+    /// the other transports copy it as if it were the host's.
+    ///
+    /// # Errors
+    /// `NoDevice` without RDMA; why NICs cannot reach it.
+    ///
+    /// # Safety
+    /// As [`TransferEngine::register`]; the addresses are that device's.
+    pub unsafe fn register_device(
+        &self,
+        base: usize,
+        length: usize,
+        device: &dyn memory::DeviceCopies,
+    ) -> Result<(), RdmaError> {
+        let only = self.config.transports == [TransportKind::Rdma];
+        let rdma = self.rdma.as_ref().filter(|_| only);
+        let rdma = rdma.ok_or(RdmaError::NoDevice)?;
+        // SAFETY: the caller's promise.
+        unsafe { rdma.register_device(base, length, device) }
     }
 
     /// [`TransferEngine::register`] of memory that this process serves, too.

@@ -29,10 +29,15 @@ fn read_code(outcome: Result<u64, StoreError>) -> i64 {
 
 /// Gets whose bytes go (in part) to a device.
 fn get_into_device(
-    client: &PoolClient,
+    pool: &Pool,
     requests: &[GetRequest<'_>],
     targets: &[&Gathered],
 ) -> Vec<Result<u64, StoreError>> {
+    let direct = pool.direct.as_ref();
+    if let Some(read) = direct.and_then(|d| d.run(targets, |client| client.get_into(requests))) {
+        return read;
+    }
+    let client = &pool.client;
     let failed = |reason: String| StoreError::TransferFailed { attempts: reason };
     let mut outcomes: Vec<Result<u64, StoreError>> = requests
         .iter()
@@ -65,7 +70,7 @@ fn get_into_device(
 
 /// Bytes read per key; `exact` refuses objects smaller than their buffers.
 fn read_all(
-    client: &PoolClient,
+    pool: &Pool,
     keys: &[&[u8]],
     targets: &[Result<Gathered, i32>],
     exact: bool,
@@ -76,9 +81,9 @@ fn read_all(
         .map(|(key, target)| (GetRequest { key, target }, target))
         .unzip();
     let outcomes = if staging::any_on_device(&reached) {
-        get_into_device(client, &requests, &reached)
+        get_into_device(pool, &requests, &reached)
     } else {
-        client.get_into(&requests)
+        pool.client.get_into(&requests)
     };
     let mut outcomes = outcomes.into_iter();
     let mut result = |target: &Result<Gathered, i32>| match target {
@@ -253,7 +258,7 @@ impl Store {
         }
         self.run(
             py,
-            move || read_all(&pool.client, &keys.bytes(), &targets, exact),
+            move || read_all(&pool, &keys.bytes(), &targets, exact),
             move |error| vec![i64::from(code(&error)); count],
             finish,
         )

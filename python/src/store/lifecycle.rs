@@ -20,6 +20,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyAny, PyDict};
 
+use super::direct::Direct;
 use super::{INVALID_PARAMS, Lending, Pool, Store, place};
 use crate::args::code;
 use crate::engine;
@@ -244,6 +245,10 @@ fn open(settings: Settings, engine: Option<&engine::Shared>) -> Result<Pool, i32
     })?;
     let client = PoolClient::open(client_config(&settings, &master, fabric.as_ref()))
         .map_err(|e| code(&e))?;
+    let direct = Direct::open(
+        client_config(&settings, &master, fabric.as_ref()),
+        fabric.as_ref(),
+    );
     let mut nodes = Vec::new();
     let shown = advertise.clone().unwrap_or_else(|| listen.ip().to_string());
     let mut hostname = join_host_port(&shown, listen.port());
@@ -274,6 +279,7 @@ fn open(settings: Settings, engine: Option<&engine::Shared>) -> Result<Pool, i32
     }
     Ok(Pool {
         client: std::mem::ManuallyDrop::new(client),
+        direct,
         nodes: parking_lot::Mutex::new(nodes),
         embedded: server,
         fabric,

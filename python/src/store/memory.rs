@@ -18,6 +18,11 @@ impl Store {
             // SAFETY: memory of this process now; that it stays so until it is unregistered is the caller's promise.
             py.detach(|| unsafe { pool.client.register(address as *mut u8, length) });
         }
+        if let (Ok(pool), Some(Some(device))) = (self.pool(), self.buffers.whose(address))
+            && let Some(direct) = &pool.direct
+        {
+            py.detach(|| direct.register(address, length, device));
+        }
         let Some(engine) = self.engine.read().clone() else {
             return 0;
         };
@@ -31,7 +36,7 @@ impl Store {
         self.buffers.remove(address);
         if let Ok(pool) = self.pool() {
             // Nothing may go on to name memory that its owner takes for unregistered.
-            py.detach(|| pool.client.unregister(address as *mut u8));
+            py.detach(|| pool.forget(address));
         }
         INVALID_PARAMS
     }
@@ -42,7 +47,7 @@ impl Store {
             return INVALID_PARAMS;
         };
         if let Ok(pool) = self.pool() {
-            py.detach(|| pool.client.unregister(buffer_ptr.0 as *mut u8));
+            py.detach(|| pool.forget(buffer_ptr.0));
         }
         // What was registered with the engine by others, or is a part of that, is theirs.
         if let Some(engine) = self.engine.read().clone()

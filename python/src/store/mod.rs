@@ -1,6 +1,7 @@
 //! `MooncakeDistributedStore`: set-up and close, and what all its calls have in common. The tensor family is Python
 //! (`mooncake/_tensors.py`) over these.
 
+mod direct;
 mod fresh;
 mod get;
 mod keys;
@@ -34,6 +35,7 @@ use crate::mailbox::{Answer, Mailbox, Slot};
 use crate::process;
 use crate::staging::Gathered;
 use crate::workers::{Begun, Threads, Turn, Workers};
+use direct::Direct;
 
 /// Upstream's answer for a call before `setup` or after `close`, and for anything it does not accept.
 pub(crate) const INVALID_PARAMS: i32 = -600;
@@ -87,6 +89,8 @@ pub(crate) struct Lending {
 pub(crate) struct Pool {
     /// Dropped only by the process that opened it: its arenas and sockets are the parent's otherwise.
     client: ManuallyDrop<PoolClient>,
+    /// Device memory that NICs reach by themselves, where they can. Before the client: what it names goes first.
+    direct: Option<Direct>,
     /// Memory this process contributes; the first is the one of `setup`.
     nodes: Mutex<Vec<Lending>>,
     /// The master of an embedded pool.
@@ -215,6 +219,16 @@ impl Shared {
     }
 }
 
+impl Pool {
+    /// Takes registrations of memory back.
+    fn forget(&self, address: usize) {
+        self.client.unregister(address as *mut u8);
+        if let Some(direct) = &self.direct {
+            direct.unregister(address);
+        }
+    }
+}
+
 impl Drop for Pool {
     fn drop(&mut self) {
         if self.generation != process::generation() {
@@ -224,6 +238,9 @@ impl Drop for Pool {
             }
             if let Some(server) = self.embedded.take() {
                 std::mem::forget(server);
+            }
+            if let Some(direct) = self.direct.take() {
+                std::mem::forget(direct);
             }
             return;
         }

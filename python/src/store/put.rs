@@ -1,7 +1,7 @@
 //! Writing: every call is one batch of the library. Existing keys count as success, as upstream.
 
 use mooncake::engine::batch::LocalSlice;
-use mooncake::store::client::{PoolClient, PutOptions, PutOutcome, PutRequest};
+use mooncake::store::client::{PutOptions, PutOutcome, PutRequest};
 use mooncake::store::model::error::StoreError;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -32,11 +32,16 @@ fn value_slice(value: &Value) -> LocalSlice {
 
 /// Puts whose bytes lie (in part) on a device.
 fn put_from_device(
-    client: &PoolClient,
+    pool: &Pool,
     requests: &[PutRequest<'_>],
     sources: &[&Gathered],
     options: &PutOptions,
 ) -> Vec<Result<PutOutcome, StoreError>> {
+    let direct = pool.direct.as_ref();
+    if let Some(put) = direct.and_then(|d| d.run(sources, |client| client.put(requests, options))) {
+        return put;
+    }
+    let client = &pool.client;
     let mut outcomes = Vec::with_capacity(requests.len());
     staging::download(sources, |window, slices| match slices {
         Ok(slices) => {
@@ -74,8 +79,8 @@ struct Put {
 
 impl Put {
     /// One code per key.
-    fn carry_out(&self, client: &PoolClient) -> Vec<i32> {
-        put_each(client, &[self], &self.options)
+    fn carry_out(&self, pool: &Pool) -> Vec<i32> {
+        put_each(pool, &[self], &self.options)
     }
 
     /// Whether it is one of those that are carried out together: few bytes of the host, and nothing special asked for.
@@ -95,7 +100,7 @@ impl Put {
 }
 
 /// Carries out puts with the same options in one go: a code per key, in order.
-fn put_each(client: &PoolClient, puts: &[&Put], options: &PutOptions) -> Vec<i32> {
+fn put_each(pool: &Pool, puts: &[&Put], options: &PutOptions) -> Vec<i32> {
     let count = puts.iter().map(|p| p.keys.len()).sum();
     let mut codes: Vec<i32> = Vec::with_capacity(count);
     let mut requests = Vec::with_capacity(count);
@@ -113,9 +118,9 @@ fn put_each(client: &PoolClient, puts: &[&Put], options: &PutOptions) -> Vec<i32
     }
     let accepted: Vec<&Gathered> = sources.clone().flatten().collect();
     let outcomes = if staging::any_on_device(&accepted) {
-        put_from_device(client, &requests, &accepted, options)
+        put_from_device(pool, &requests, &accepted, options)
     } else {
-        client.put(&requests, options)
+        pool.client.put(&requests, options)
     };
     let accepted = codes.iter_mut().zip(sources);
     let accepted = accepted.filter(|(_, source)| source.is_ok());
@@ -146,7 +151,7 @@ impl Small for SmallPut {
     fn together(several: Vec<Self>) -> Vec<Done> {
         let puts: Vec<&Put> = several.iter().map(|s| &s.put).collect();
         let mut codes = match several.first() {
-            Some(first) => put_each(&first.pool.client, &puts, &first.put.options),
+            Some(first) => put_each(&first.pool, &puts, &first.put.options),
             None => Vec::new(),
         }
         .into_iter();
@@ -217,7 +222,7 @@ impl Store {
         // The values go back to Python with the answer: releasing them needs the interpreter lock.
         self.run(
             py,
-            move || (put.carry_out(&pool.client), Some(put)),
+            move || (put.carry_out(&pool), Some(put)),
             move |error| (vec![code(&error); count], None),
             move |py, (codes, _)| finish(py, codes),
         )

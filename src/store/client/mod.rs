@@ -32,8 +32,9 @@ use crate::base::trace::{Kind, Span};
 use crate::base::trust::{ClusterKeys, Token};
 use crate::engine::batch::Peer;
 use crate::engine::host::SegmentHost;
+use crate::engine::memory::DeviceCopies;
 use crate::engine::transport::TransportKind;
-use crate::engine::transport::rdma::Fabric;
+use crate::engine::transport::rdma::{Fabric, RdmaError};
 use crate::engine::{EngineConfig, TransferEngine};
 use crate::store::model::error::StoreError;
 use crate::store::wire::{self, operation, reply};
@@ -72,6 +73,8 @@ pub struct ClientConfig {
     pub verify: bool,
     /// Whether small puts use arenas.
     pub arenas: bool,
+    /// Whether the master is told of nodes that could not be reached. Not where another way to them is left.
+    pub tells_failures: bool,
 }
 
 impl ClientConfig {
@@ -96,6 +99,7 @@ impl ClientConfig {
             checksum: false,
             verify: true,
             arenas: true,
+            tells_failures: true,
         }
     }
 }
@@ -167,6 +171,27 @@ impl PoolClient {
         unsafe { self.engine.register(base, length) };
     }
 
+    /// [`PoolClient::register`] of memory of a GPU, with a client that has RDMA and nothing else, no checksums and no arenas.
+    ///
+    /// # Errors
+    /// Why NICs cannot reach it; `NoDevice` with another client.
+    ///
+    /// # Safety
+    /// As [`PoolClient::register`]; the addresses are that device's.
+    pub unsafe fn register_device(
+        &self,
+        base: usize,
+        length: usize,
+        device: &dyn DeviceCopies,
+    ) -> Result<(), RdmaError> {
+        let c = &self.config;
+        if c.checksum || c.verify || c.arenas {
+            return Err(RdmaError::NoDevice);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.engine.register_device(base, length, device) }
+    }
+
     /// Takes [`PoolClient::register`] back.
     pub fn unregister(&self, base: *mut u8) {
         self.engine.unregister(base);
@@ -226,6 +251,9 @@ impl PoolClient {
 
     /// Tells the master that a segment could not be reached. Best effort.
     fn report(&self, segment: &SegmentRef, reason: &str) {
+        if !self.config.tells_failures {
+            return;
+        }
         let report = operation::Kind::ReportFailure(wire::ReportFailure {
             segment: segment.slot,
             incarnation: segment.incarnation,

@@ -10,7 +10,7 @@ use super::wire::Piece;
 use super::{DeviceCheck, RdmaConfig, RdmaError};
 use crate::engine::batch::{Peer, TransferRequest};
 use crate::engine::error::TransferError;
-use crate::engine::memory::Memory;
+use crate::engine::memory::{DeviceCopies, Memory};
 use crate::engine::transport::lane::Identity;
 use crate::engine::transport::{InFlight, Transport, TransportKind};
 
@@ -79,6 +79,22 @@ impl RdmaTransport {
     /// # Safety
     /// None needed.
     pub unsafe fn register(&self, _base: *mut u8, _length: usize) -> bool {
+        match *self.fabric {}
+    }
+
+    /// Never called.
+    ///
+    /// # Errors
+    /// None.
+    ///
+    /// # Safety
+    /// None needed.
+    pub unsafe fn register_device(
+        &self,
+        _base: usize,
+        _length: usize,
+        _device: &dyn DeviceCopies,
+    ) -> Result<(), RdmaError> {
         match *self.fabric {}
     }
 

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
+use super::RdmaError;
 use super::endpoint::Endpoint;
 use super::exchange::{Exchange, Frame, exchange_join};
 use super::fabric::Fabric;
@@ -18,7 +19,7 @@ use super::wire::{self, End};
 use crate::base::clock::time_left;
 use crate::engine::batch::{Peer, TransferRequest, TransferResult};
 use crate::engine::error::TransferError;
-use crate::engine::memory::Memory;
+use crate::engine::memory::{DeviceCopies, Memory};
 use crate::engine::transport::lane::{Identity, Lane, LanePool};
 use crate::engine::transport::tcp::connect;
 use crate::engine::transport::{InFlight, Transport, TransportKind};
@@ -87,6 +88,26 @@ impl RdmaTransport {
                 false
             }
         }
+    }
+
+    /// [`RdmaTransport::register`] of memory of a GPU. Only what is registered may be named in transfers, and only as long as
+    /// it is: this process cannot copy it.
+    ///
+    /// # Errors
+    /// Why NICs cannot reach it.
+    ///
+    /// # Safety
+    /// As [`RdmaTransport::register`]; the addresses are that device's.
+    pub unsafe fn register_device(
+        &self,
+        base: usize,
+        length: usize,
+        device: &dyn DeviceCopies,
+    ) -> Result<(), RdmaError> {
+        let registration = self.fabric.on_device(device, base, length, Access::Both)?;
+        let mut registered = self.registered.write();
+        registered.insert(base as u64, Arc::new(registration));
+        Ok(())
     }
 
     /// [`RdmaTransport::register`] of memory that this process serves, too: registered once for both.

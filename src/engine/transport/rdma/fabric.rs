@@ -186,7 +186,7 @@ impl Fabric {
             let outcome = match alive.upgrade() {
                 None => Err(RdmaError::NoDevice),
                 Some(_memory) => match &device {
-                    Some(device) => fabric.on_device(device.as_ref(), base, length),
+                    Some(device) => fabric.on_device(device.as_ref(), base, length, access),
                     None => fabric.register(base as *mut u8, length, access),
                 },
             };
@@ -215,11 +215,12 @@ impl Fabric {
     }
 
     /// Memory of a GPU: by dma-buf where NIC and driver can, else not at all, and it is staged through the host.
-    fn on_device(
+    pub(super) fn on_device(
         &self,
         device: &dyn crate::engine::memory::DeviceCopies,
         base: usize,
         length: usize,
+        access: Access,
     ) -> Result<Registration, RdmaError> {
         let refused = |reason: String| RdmaError::Device {
             device: "GPU memory".to_owned(),
@@ -235,7 +236,7 @@ impl Fabric {
             fd: std::os::fd::AsFd::as_fd(&fd),
             offset,
         };
-        Registration::dmabuf(&self.devices, base as u64, length as u64, &of, Access::Own)
+        Registration::dmabuf(&self.devices, base as u64, length as u64, &of, access)
     }
 
     /// Whether every device can register memory of a GPU.

@@ -15,7 +15,7 @@ use super::pretended::{Happened, Manner, Pretended};
 use super::rail::{Direction, Job};
 use super::registration::{Access, Registration};
 use super::wire::Piece;
-use crate::engine::memory::Memory;
+use crate::engine::memory::{DeviceCopies, Memory};
 
 const AT_ONCE: Manner = Manner::Takes(Duration::ZERO);
 const STALL: Duration = Duration::from_millis(300);
@@ -245,4 +245,85 @@ fn what_a_device_does_not_let_go_of_stays_registered() {
     assert!(!devices[0].happened().contains(&Happened::Closed));
     assert_eq!(given_back(devices[1]), 3);
     assert!(devices[1].happened().contains(&Happened::Closed));
+}
+
+/// Memory that stands for a GPU's; its dma-buf begins a little before it.
+#[derive(Debug)]
+struct Gpu;
+
+impl DeviceCopies for Gpu {
+    unsafe fn read(&self, _: usize, _: *mut u8, _: usize) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+    unsafe fn write(&self, _: usize, _: *const u8, _: usize) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+    fn export(&self, _: usize, _: usize) -> std::io::Result<(std::os::fd::OwnedFd, u64)> {
+        Ok((std::fs::File::open("/dev/null")?.into(), 512))
+    }
+}
+
+#[test]
+fn memory_of_a_gpu_is_named_piece_by_piece_and_moved_without_the_host() {
+    const LENGTH: usize = 3 << 20;
+    let devices = [Pretended::new(AT_ONCE), Pretended::new(AT_ONCE)];
+    let opened = |pretended: &[&'static Pretended], names: &[&str]| {
+        let each = pretended.iter().zip(names);
+        each.map(|(d, name)| d.device_with_dmabuf(name, 2 << 20))
+            .collect::<Vec<_>>()
+    };
+    let config = RdmaConfig::default();
+    let fabric = Fabric::of(&config, opened(&devices, &["gpu0", "gpu1"])).unwrap();
+    let memory = Memory::create("gpu", LENGTH).unwrap();
+    let base = memory.as_ptr();
+    let made = fabric.on_device(&Gpu, base as usize, LENGTH, Access::Both);
+    let gpu = Arc::new(made.unwrap());
+    for device in devices {
+        let exported: Vec<Happened> = device
+            .happened()
+            .into_iter()
+            .filter(|h| matches!(h, Happened::Exported(..)))
+            .collect();
+        let first = Happened::Exported(512, 2 << 20);
+        assert_eq!(
+            exported,
+            [first, Happened::Exported(512 + (2 << 20), 1 << 20)]
+        );
+    }
+    // A node's NIC fetches from it: keys of either region, none of the copies above is ever asked for.
+    let target = Memory::create("node", LENGTH).unwrap();
+    let served = Registration::host(&fabric.devices, target.as_ptr(), LENGTH, Access::Own).unwrap();
+    fill(&memory, &pattern(LENGTH));
+    let ends = fabric.devices.iter().enumerate();
+    let ends = ends.map(|(at, d)| Some(Endpoint::active(d, at, config.depth).unwrap()));
+    let mut rails = Rails::new(ends.collect(), &fabric);
+    let lane = UnixStream::pair().unwrap();
+    let mut pieces = Vec::new();
+    let mut done = 0;
+    while done < LENGTH as u64 {
+        let address = base as u64 + done;
+        let length = gpu.run(address).min(LENGTH as u64 - done);
+        let keys = (0..2).map(|at| gpu.rkey(at, address).unwrap()).collect();
+        pieces.push(Piece {
+            address,
+            length,
+            keys,
+        });
+        done += length;
+    }
+    assert_eq!(pieces.len(), 2);
+    let job = Job {
+        item: 0,
+        local: target.as_ptr() as u64,
+        memory: &Arc::new(served),
+        remote: &pieces,
+        addressable: true,
+    };
+    let outcome = rails.run(Direction::Fetch, &[job], lane.0.as_fd());
+    assert_eq!((outcome.lost, Rig::failed(&outcome)), (0, vec![]));
+    assert!(bytes(&target) == pattern(LENGTH));
+    // Without such NICs it is refused, and staged.
+    let plain = Fabric::of(&config, vec![Pretended::new(AT_ONCE).device("plain")]).unwrap();
+    let refused = plain.on_device(&Gpu, base as usize, LENGTH, Access::Both);
+    assert!(refused.err().unwrap().to_string().contains("no dma-buf"));
 }

@@ -34,6 +34,8 @@ pub(super) enum Manner {
 pub(super) enum Happened {
     /// A list of requests: lengths, and which of them are signalled.
     Posted(Vec<(u32, bool)>),
+    /// A region of a dma-buf was registered: where it begins within it, and its length.
+    Exported(u64, u64),
     Destroyed,
     GivenBack,
     Closed,
@@ -115,6 +117,13 @@ impl Pretended {
 
     pub(super) fn device(&'static self, name: &str) -> Arc<Device> {
         Arc::new(Device::pretended(&VERBS, name, self.context, self.pd))
+    }
+
+    /// One that reaches memory of GPUs, in regions of so many bytes at most.
+    pub(super) fn device_with_dmabuf(&'static self, name: &str, region: u64) -> Arc<Device> {
+        let mut device = Device::pretended(&VERBS, name, self.context, self.pd);
+        (device.dmabuf, device.mr_max) = (true, region);
+        Arc::new(device)
     }
 
     /// What has happened so far.
@@ -246,6 +255,22 @@ unsafe extern "C" fn reg_mr(pd: *mut ibv_pd, at: *mut c_void, n: usize, _: c_int
     Box::into_raw(Box::new(mr))
 }
 
+/// The "dma-buf" is memory of this process, whose addresses are the device's.
+unsafe extern "C" fn reg_dmabuf(
+    pd: *mut ibv_pd,
+    offset: u64,
+    n: usize,
+    iova: u64,
+    _fd: c_int,
+    _: c_int,
+) -> *mut ibv_mr {
+    // SAFETY: a domain of ours.
+    let device = unsafe { of((*pd).context) };
+    device.note(Happened::Exported(offset, n as u64));
+    // SAFETY: as the caller's.
+    unsafe { reg_mr(pd, iova as *mut c_void, n, 0) }
+}
+
 unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
     // SAFETY: made by `reg_mr`, given back once.
     let mr = unsafe { Box::from_raw(mr) };
@@ -372,6 +397,6 @@ static VERBS: Verbs = Verbs {
     ibv_ack_async_event: ack_event,
     ibv_fork_init: fork_init,
     ibv_wc_status_str: status_str,
-    ibv_reg_dmabuf_mr: None,
+    ibv_reg_dmabuf_mr: Some(reg_dmabuf),
     ibv_reg_mr_iova2: None,
 };
