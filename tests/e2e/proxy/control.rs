@@ -191,7 +191,7 @@ fn remembered(path: &std::path::Path) -> Vec<(String, String)> {
 }
 
 /// Changes at the same time: the file has all of them, whoever wrote last.
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn the_state_file_has_everything_that_was_answered() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("state.json");

@@ -72,38 +72,37 @@ async fn failed(rig: &Rig, worker: &Worker) -> u64 {
     found.unwrap()["failed"].as_u64().unwrap()
 }
 
-/// It fails once, and no client sees it.
-async fn fail_once(rig: &Rig, worker: &Worker) {
-    worker.fail(503, 1);
-    for _ in 0..4 {
-        assert_eq!(rig.complete("").await.status, 200);
-    }
-    assert_eq!(worker.fail_count.load(Ordering::SeqCst), 0);
-    assert_eq!(failed(rig, worker).await, 1);
-}
-
 /// Of two legs at once it is the one that failed that is left out of the next try, and that its breaker counts.
 #[tokio::test]
 async fn the_leg_that_failed_is_blamed_and_the_other_is_used_again() {
-    let rig = Rig::new(Dialect::Mooncake, 2, 2).await;
-    for worker in &rig.decode {
-        // Decode waits for the KV; prefill fails before.
-        worker.ttft.store(20_000, Ordering::SeqCst);
+    for dialect in [Dialect::Mooncake, Dialect::Sglang] {
+        // A session's instance is always the same, so the one that has failed would be chosen again.
+        let rig = Rig::with(dialect, 2, 2, |c| {
+            c.policy.prefill = "session";
+            c.policy.decode = "session";
+            c.retries = 1;
+        })
+        .await;
+        let send = async || {
+            let reply = rig.complete(r#","user":"u""#).await;
+            assert_eq!(reply.status, 200, "{dialect:?} {}", reply.text());
+        };
+        send().await;
+        let used = |workers: &[Arc<Worker>]| workers.iter().find(|w| w.count() > 0).cloned();
+        let (p, d) = (used(&rig.prefill).unwrap(), used(&rig.decode).unwrap());
+        for (failing, other) in [(&p, &d), (&d, &p)] {
+            let before = failed(&rig, other).await;
+            failing.fail(503, 2);
+            for _ in 0..3 {
+                send().await;
+            }
+            assert_eq!(failing.fail_count.load(Ordering::SeqCst), 0);
+            assert_eq!(failed(&rig, failing).await, 2, "{dialect:?}");
+            let blamed = failed(&rig, other).await;
+            assert_eq!(blamed, before, "{dialect:?}: it did nothing wrong");
+        }
+        rig.settled().await;
     }
-    for worker in &rig.prefill {
-        fail_once(&rig, worker).await;
-    }
-    for worker in &rig.decode {
-        assert_eq!(failed(&rig, worker).await, 0, "it did nothing wrong");
-    }
-    rig.settled().await;
-    // One prefill instance, and decode fails: prefill is used again, the other decode instance serves.
-    let rig = Rig::new(Dialect::Mooncake, 1, 2).await;
-    for worker in &rig.decode {
-        fail_once(&rig, worker).await;
-    }
-    assert_eq!(failed(&rig, &rig.prefill[0]).await, 0);
-    rig.settled().await;
 }
 
 /// A prompt of a list that finds no prefill instance in time is decode's to compute: nobody was refused.

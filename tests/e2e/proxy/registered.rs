@@ -137,6 +137,7 @@ async fn a_reload_widens_no_role() {
     assert_eq!(rig.post("/instances/role", &body).await.status, 200);
     rig.proxy
         .reload(std::slice::from_ref(&p), std::slice::from_ref(&d));
+    tokio::time::sleep(Duration::from_millis(300)).await;
     assert!(is(role(&rig, &rig.prefill[0]).await, ("decode", "named")));
     // A file that says something else is followed.
     rig.proxy
