@@ -23,7 +23,7 @@ pub(crate) enum Api {
 const LORA: [&str; 2] = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"];
 
 /// A path as workers read it, `%XX` undone; `None`: they would read it in several ways.
-fn plain(path: &str) -> Option<Cow<'_, str>> {
+pub(crate) fn plain(path: &str) -> Option<Cow<'_, str>> {
     if !path.contains('%') {
         return Some(Cow::Borrowed(path));
     }

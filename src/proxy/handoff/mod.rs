@@ -36,7 +36,7 @@ use super::kv::text::Known;
 use super::list::elements;
 use super::mask::Mask;
 use super::merge::PromptPart;
-use super::openai::{Facts, PROMPTS_MAX};
+use super::openai::{self, Facts, PROMPTS_MAX};
 use super::registry::{Instance, Leg};
 use super::reply::LocalReply;
 use super::splice::{Edit, Members, Pieces};
@@ -316,6 +316,10 @@ impl HandOff {
 
     async fn carry_out(&mut self) -> Served {
         let Some(limit) = self.prefill_limit() else {
+            if self.generates_alone() && self.needs_prefill() {
+                let text = "these engines cannot compute a list of chats: send them one by one";
+                return Served::local(LocalReply::error(501, text));
+            }
             return self.decode_alone().await;
         };
         let special = self.job.facts.special;
@@ -395,6 +399,13 @@ impl HandOff {
             .filter(|i| i.role().does(Role::Prefill))
             .map(|i| i.link.read().kind);
         kinds.any(|kind| connector::takes(kind, &self.job.facts))
+    }
+
+    /// Whether it makes decode compute prompts, though its path takes one leg (vLLM's list of chats).
+    fn generates_alone(&self) -> bool {
+        let path = self.job.target.split(['?', '#']).next().unwrap_or_default();
+        let path = openai::plain(path).unwrap_or_default();
+        path.trim_end_matches('/') == "/v1/chat/completions/batch"
     }
 
     /// Whether decode instances cannot compute a prompt: their connector says so.

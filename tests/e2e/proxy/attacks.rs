@@ -40,7 +40,17 @@ async fn paths_in_disguise() {
     let reply = rig.post("/v1/%63ompletions", r#"{"prompt":"a"}"#).await;
     assert_eq!(reply.status, 200);
     assert_eq!((rig.prefill[0].count(), rig.decode[0].count()), (1, 1));
+    for path in [
+        "/v1/chat/completions/batch",
+        "/v1/chat/%63ompletions/batch/",
+    ] {
+        let reply = rig.post(path, r#"{"messages":[[]]}"#).await;
+        assert_eq!(reply.status, 501, "{path} {}", reply.text());
+    }
     assert_eq!(rig.decode[0].astray.load(Ordering::SeqCst), 0);
+    let rig = Rig::new(Dialect::Store, 1, 1).await;
+    let reply = rig.post("/v1/chat/completions/batch", "{}").await;
+    assert_eq!(reply.status, 200);
 }
 
 /// A byte now and then is no progress.
