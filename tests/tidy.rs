@@ -151,6 +151,7 @@ fn the_masters_state_does_no_io_and_reads_no_clock() {
         "index",
         "copies",
         "drain",
+        "drain_record",
         "quotas",
         "history",
         "reconcile",

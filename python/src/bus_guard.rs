@@ -2,9 +2,13 @@
 //! process. Here the memory becomes empty memory instead, as a whole, and is marked as lost.
 //!
 //! As a whole, so that nobody reads half an object: whoever copies looks at the object's version afterwards, and finds none.
-//! Knows no nodes. What is not about watched memory goes to whoever handled the signal before.
+//! A file that is cut while nobody touches it is found by [`Watch::look`], which asks the file: also one that was grown
+//! again since, by the blocks it lost. What happens wholly between two looks, and is touched by nobody in between, is not
+//! found. Knows no nodes. What is not about watched memory goes to whoever handled the signal before.
 
 use std::ffi::{c_int, c_void};
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -32,15 +36,30 @@ static WATCHED: [Place; PLACES] = [const {
 /// Who handled the signal before; set once, before the handler is there.
 static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
-/// Memory of a file that is watched until this is dropped.
+/// Memory of a file; what guards it stays for as long as anybody holds the memory.
 pub(crate) struct Watch {
     memory: Arc<Memory>,
     place: &'static Place,
+    file: File,
+    /// Where the memory ends in the file.
+    end: u64,
+    /// Whether every byte of the range had a block when it was lent, and some of them can be missed.
+    counts_blocks: bool,
+}
+
+/// A taken place; goes with the memory, before it is unmapped.
+struct Taken(&'static Place);
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.0.length.store(0, Ordering::Release);
+        self.0.memory.store(null_mut(), Ordering::Release);
+    }
 }
 
 impl Watch {
-    /// Watches memory; `None` when too much is watched already.
-    pub(crate) fn new(memory: Arc<Memory>) -> Option<Self> {
+    /// Watches memory that a file has from `offset` on; `None` when too much is watched already. Once for a memory.
+    pub(crate) fn new(memory: Arc<Memory>, file: File, offset: u64) -> Option<Self> {
         install();
         let pointer = Arc::as_ptr(&memory).cast_mut();
         let taken = |place: &&Place| {
@@ -56,20 +75,39 @@ impl Watch {
             .start
             .store(memory.as_ptr() as usize, Ordering::Release);
         place.length.store(memory.len(), Ordering::Release);
-        Some(Self { memory, place })
+        memory.keep(|_: &Taken| false, || Arc::new(Taken(place)));
+        let length = memory.len() as u64;
+        let counts_blocks = file
+            .metadata()
+            .is_ok_and(|about| allocated(&about) >= length);
+        Some(Self {
+            end: offset + length,
+            memory,
+            place,
+            file,
+            counts_blocks,
+        })
     }
 
-    /// Whether it was lost.
-    pub(crate) fn is_lost(&self) -> bool {
+    /// Asks the file; whether the memory is lost, now or since earlier.
+    pub(crate) fn look(&self) -> bool {
+        if self.memory.is_lost() {
+            return true;
+        }
+        let Ok(about) = self.file.metadata() else {
+            return false;
+        };
+        let holes = self.counts_blocks && allocated(&about) < self.memory.len() as u64;
+        if about.len() < self.end || holes {
+            self.place.replace();
+        }
         self.memory.is_lost()
     }
 }
 
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.place.length.store(0, Ordering::Release);
-        self.place.memory.store(null_mut(), Ordering::Release);
-    }
+/// Bytes of a file that have a block.
+fn allocated(about: &std::fs::Metadata) -> u64 {
+    about.blocks().saturating_mul(512)
 }
 
 fn install() {
@@ -114,6 +152,16 @@ impl Place {
         if memory.is_null() || !(start..start + length).contains(&address) {
             return false;
         }
+        self.replace()
+    }
+
+    /// Makes the range empty memory; whether it is. Only system calls and atomics.
+    fn replace(&self) -> bool {
+        let (start, length) = (
+            self.start.load(Ordering::Acquire),
+            self.length.load(Ordering::Acquire),
+        );
+        let memory = self.memory.load(Ordering::Acquire);
         // SAFETY: whoever accesses the range keeps its memory; the mark comes before the mapping, so that nobody who has
         // written to what is gone publishes it.
         unsafe { (*memory).mark_lost() };

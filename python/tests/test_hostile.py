@@ -170,8 +170,12 @@ for key, value in values.items():
 where = {k: d.get_memory_descriptor().buffer_descriptor.transport_endpoint for k in values for d in lending.get_replica_desc(k)}
 assert lent["segment_ids"][0] in where.values()
 print("lent", flush=True)
-how = sys.stdin.readline().strip()
-os.truncate(path, int(how))
+left, *rest = sys.stdin.readline().split()
+os.truncate(path, int(left))
+if "grown" in rest:
+    # Nobody touches it meanwhile: the file is asked.
+    os.truncate(path, 16 << 20)
+    time.sleep(1)
 # What is whole may still be read; what is not is no value at all, from here and from elsewhere.
 for key, value in values.items():
     assert lending.get(key) in (b"", value), key
@@ -191,7 +195,7 @@ print("done", flush=True)
 """
 
 
-@pytest.mark.parametrize("left", [0, 1 << 20, (2 << 20) + 4096])
+@pytest.mark.parametrize("left", ["0", f"{1 << 20}", f"{(2 << 20) + 4096}", f"{(2 << 20) + 4096} grown"])
 @pytest.mark.parametrize("transport", ["any", "tcp"])
 def test_a_lent_file_is_cut(master, lender, left, transport):
     """Neither a signal nor wrong bytes: its objects are lost, the process and the rest of the pool go on."""

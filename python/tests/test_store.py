@@ -3,6 +3,8 @@
 import ctypes
 import mmap
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -280,6 +282,62 @@ def test_an_engine_is_shared(master, lender):
     store.remove("shared", force=True)
     assert store.register_buffer(target, 5000) == 0 and store.close() == 0
     assert peer.transfer_sync_read(f"127.0.0.1:{peer.get_rpc_port()}", base, target, 10) == -1
+    assert engine.unregister_memory(base) == 0
+
+
+@pytest.mark.parametrize("transport", ["any", "tcp"])
+def test_an_engines_port_serves_the_pool_too(master, lender, monkeypatch, transport):
+    """Memory lent by a store that shares an engine is served where peers reach the engine's: one port for both."""
+    from mooncake.engine import TransferEngine
+
+    monkeypatch.setenv("MOONCAKE_TRANSPORT", transport)
+    engine, peer = TransferEngine(), TransferEngine()
+    for each in (engine, peer):
+        assert each.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
+    store = MooncakeDistributedStore()
+    listening = listeners()
+    arguments = ("127.0.0.1", "P2PHANDSHAKE", 8 << 20, 0, "tcp", "", master.address)
+    assert store.setup(*arguments, engine=engine) == 0
+    name = f"127.0.0.1:{engine.get_rpc_port()}"
+    assert store.get_hostname() == name
+    lent = [store.allocate_and_mount_segment(8 << 20) for _ in range(2)]
+    ids = [name, *(each["segment_ids"][0] for each in lent)]
+    assert len(set(ids)) == 3 and set(ids) <= set(store._segment_names())
+    assert listeners() == listening, "no second listener"
+    # From another process's point of view: by the network, or mapped, but not as one's own.
+    code = """
+import sys
+from mooncake.store import MooncakeDistributedStore, ReplicateConfig
+master, *ids = sys.argv[1:]
+store = MooncakeDistributedStore()
+assert store.setup("127.0.0.1", "P2PHANDSHAKE", 0, 0, "tcp", "", master) == 0
+for n, id in enumerate(ids):
+    config = ReplicateConfig()
+    config.preferred_segment = id
+    assert store.put(f"port{n}", bytes([n + 1]) * 700_000, config) == 0
+    where = store.get_replica_desc(f"port{n}")[0].get_memory_descriptor().buffer_descriptor.transport_endpoint
+    assert where == id, (where, id)
+    assert store.get(f"port{n}") == bytes([n + 1]) * 700_000
+assert store.close() == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code, master.address, *ids], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    # Peers read by address at the same port, and find the pool's memory not among what they may.
+    mine, theirs = ctypes.create_string_buffer(b"m" * 5000, 5000), ctypes.create_string_buffer(5000)
+    base, target = ctypes.addressof(mine), ctypes.addressof(theirs)
+    assert engine.register_memory(base, 5000) == 0
+    assert peer.transfer_sync_read(name, target, base, 5000) == 0 and theirs.raw == mine.raw
+    assert peer.get_first_buffer_address(name) == base
+    reading = joined(master.address)
+    assert [reading.get(f"port{n}") for n in range(3)] == [bytes([n + 1]) * 700_000 for n in range(3)]
+    # One goes, the others stay.
+    assert store.unmount_segment([ids[1]]) == 0
+    assert reading.get("port1") == b"" and reading.get("port2") == b"\x03" * 700_000
+    assert peer.transfer_sync_read(name, target, base, 5000) == 0
+    reading.remove_all(force=True)
+    assert reading.close() == 0 and store.close() == 0
+    assert listeners() == listening, "the engine's, as before"
+    assert peer.transfer_sync_read(name, target, base, 5000) == 0
     assert engine.unregister_memory(base) == 0
 
 

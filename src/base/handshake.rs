@@ -1,7 +1,7 @@
 //! How every lane (control and data, TCP and Unix) begins: protocol version and proof of the cluster token.
 //!
 //! ```text
-//! client → server  magic[8] kind u8, min u8, max u8, 0[5], client id[16], nonce[32]            64 bytes
+//! client → server  magic[8] kind u8, min u8, max u8, service u8, 0[4], client id[16], nonce[32] 64 bytes
 //! server → client  magic[8] status u8, version u8, 0[6], server id[16], nonce[32]              64 bytes
 //! client → server  proof[32]
 //! server → client  status u8, 0[7], proof[32]                                                  40 bytes
@@ -35,6 +35,30 @@ pub enum LaneKind {
     Control = 1,
     /// Reads and writes of a node's segments.
     Data = 2,
+}
+
+/// Which of the services of a data port a lane is for: one port may serve both. Callers that do not say, and those of before
+/// there was a choice, mean whichever has the memory that they name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Service {
+    /// Not said.
+    #[default]
+    Any = 0,
+    /// Memory of a process by address.
+    Peer = 1,
+    /// Segments of a node of a pool.
+    Node = 2,
+}
+
+impl Service {
+    /// What a later version may name counts as not said.
+    fn from_u8(byte: u8) -> Self {
+        match byte {
+            1 => Self::Peer,
+            2 => Self::Node,
+            _ => Self::Any,
+        }
+    }
 }
 
 /// Why a lane did not come up.
@@ -77,6 +101,8 @@ pub struct Greeting {
     pub peer: Id128,
     /// The version both will speak.
     pub version: u8,
+    /// What the caller wants.
+    pub service: Service,
 }
 
 fn printable(bytes: &[u8]) -> String {
@@ -118,9 +144,23 @@ pub fn connect(
     me: Id128,
     keys: &ClusterKeys,
 ) -> Result<Greeting, HandshakeError> {
+    connect_to(stream, kind, Service::Any, me, keys)
+}
+
+/// [`connect`] to one of the services of a port.
+///
+/// # Errors
+/// As there.
+pub fn connect_to(
+    stream: &mut (impl Read + Write),
+    kind: LaneKind,
+    service: Service,
+    me: Id128,
+    keys: &ClusterKeys,
+) -> Result<Greeting, HandshakeError> {
     let mut hello = [0u8; HELLO_BYTES];
     hello[..8].copy_from_slice(&MAGIC);
-    hello[8..11].copy_from_slice(&[kind as u8, VERSION_MIN, VERSION_MAX]);
+    hello[8..12].copy_from_slice(&[kind as u8, VERSION_MIN, VERSION_MAX, service as u8]);
     put_id(&mut hello[16..32], me);
     random_bytes(&mut hello[32..]);
     stream.write_all(&hello)?;
@@ -155,6 +195,7 @@ pub fn connect(
     Ok(Greeting {
         peer: get_id(&answer[16..32]),
         version,
+        service,
     })
 }
 
@@ -237,6 +278,7 @@ pub fn accept(
     Ok(Greeting {
         peer: get_id(&hello[16..32]),
         version,
+        service: Service::from_u8(hello[11]),
     })
 }
 
@@ -277,6 +319,21 @@ mod tests {
         let (c, s) = shake(Some("t"), Some("t"), LaneKind::Data);
         assert_eq!(c.unwrap().peer, Id128 { high: 3, low: 4 });
         assert_eq!(s.unwrap().peer, Id128 { high: 1, low: 2 });
+    }
+
+    #[test]
+    fn a_service_is_named_and_need_not_be() {
+        let keys = ClusterKeys::derive(None);
+        for service in [Service::Any, Service::Peer, Service::Node] {
+            let (mut a, mut b) = UnixStream::pair().unwrap();
+            let theirs = keys.clone();
+            let server = std::thread::spawn(move || {
+                accept(&mut b, LaneKind::Data, Id128::NONE, &theirs, false)
+            });
+            connect_to(&mut a, LaneKind::Data, service, Id128::NONE, &keys).unwrap();
+            assert_eq!(server.join().unwrap().unwrap().service, service);
+        }
+        assert_eq!(Service::from_u8(77), Service::Any, "of a later version");
     }
 
     #[test]

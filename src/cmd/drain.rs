@@ -10,6 +10,8 @@ use super::print::Output;
 use super::{ExitStatus, Outcome, UsageError, connect, print};
 use crate::base::units::{ByteSize, parse_duration};
 
+/// How long a master that has gone while we wait may take to be back, with the job.
+const NEXT_MASTER: Duration = Duration::from_secs(20);
 /// Between two looks at a job.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -85,8 +87,18 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
         return Ok(ExitStatus::Ok);
     }
     let end = Instant::now() + wait;
+    let mut told: Option<Instant> = None;
     loop {
-        let state = api.get(&format!("drain_jobs/query?job_id={}", escaped(&job)))?;
+        let state = match api.get(&format!("drain_jobs/query?job_id={}", escaped(&job))) {
+            Ok(state) => state,
+            // The job goes on under the next master.
+            Err(_) if told.is_some_and(|at| at.elapsed() < NEXT_MASTER) && Instant::now() < end => {
+                std::thread::sleep(PAUSE);
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        told = Some(Instant::now());
         let status = text(&state, "status_name");
         let over = matches!(status, "SUCCEEDED" | "FAILED" | "CANCELED");
         if over || wait.is_zero() || Instant::now() >= end {

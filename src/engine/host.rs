@@ -3,19 +3,22 @@
 //! Owns the decision "may this request touch this memory"; transports only carry it out. Knows no keys: what a notify
 //! means is the [`NotifySink`]'s business.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock};
+use smallvec::{SmallVec, smallvec};
 
 use super::batch::{Opcode, Word};
 use super::error::TransferError;
-use super::grant::{CLOCK_SKEW_MS, Grant};
+use super::gate::{Gate, Range, Ranges, Write};
+use super::grant::Grant;
 use super::memory::Memory;
 use crate::base::id::Id128;
 use crate::base::trust::ClusterKeys;
+
+pub use super::gate::RangeFence;
 
 /// How long a write waits for an earlier one of the same bytes.
 const OVERLAP_PATIENCE: Duration = Duration::from_secs(10);
@@ -61,10 +64,23 @@ pub enum Reach {
     Network,
 }
 
+/// What became of a notify.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Noted {
+    /// Taken; the word is to be published now.
+    Taken,
+    /// Taken, and whoever took it has published the word itself.
+    Published,
+    /// Not taken: what it tells of is there already, from another write.
+    Existed,
+    /// Not taken.
+    Refused,
+}
+
 /// Takes the notifies that come with writes.
 pub trait NotifySink: Send + Sync {
     /// Accepts or refuses; called after the data is in place and before its word is published. Must not block long.
-    fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> bool;
+    fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> Noted;
 
     /// A same-host writer came (`+1`) or went (`-1`): while it is there it may still write memory it has mapped.
     fn shared_writer(&self, client: Id128, change: i32);
@@ -85,65 +101,8 @@ pub struct SegmentHost {
     ended: Condvar,
 }
 
-/// What decides about writes, and the writes under way. A fence refuses new ones at once and then waits for those it
-/// concerns; it never holds up the others.
-#[derive(Default)]
-struct Gate {
-    /// Grants of older terms are refused.
-    term: u64,
-    fences: Vec<RangeFence>,
-    next: u64,
-    under_way: HashMap<u64, Write>,
-}
-
-/// A range taken from its writer: grants that expire before `expires_before_unix_ms` were issued before that.
-#[derive(Clone, Copy, Debug)]
-pub struct RangeFence {
-    /// Segment index.
-    pub segment: u32,
-    /// Start of the range.
-    pub offset: u64,
-    /// Its length.
-    pub length: u64,
-    /// Grants with an earlier expiry are refused there.
-    pub expires_before_unix_ms: u64,
-}
-
-#[derive(Clone, Copy)]
-struct Write {
-    term: u64,
-    segment: u32,
-    offset: u64,
-    length: u64,
-    expires: u64,
-    /// The thread that carries it out, when a NIC fetches the bytes.
-    fetched_by: Option<ThreadId>,
-}
-
-impl RangeFence {
-    /// Whether this one makes another of the same range superfluous.
-    fn replaces(&self, other: &Self) -> bool {
-        (self.segment, self.offset, self.length) == (other.segment, other.offset, other.length)
-            && self.expires_before_unix_ms >= other.expires_before_unix_ms
-    }
-
-    fn concerns(&self, w: &Write) -> bool {
-        w.segment == self.segment
-            && w.expires < self.expires_before_unix_ms
-            && w.offset < self.offset.saturating_add(self.length)
-            && self.offset < w.offset.saturating_add(w.length)
-    }
-}
-
-impl Write {
-    /// Whether one of two writes is fetched by a NIC and touches a byte of the other, of another thread.
-    fn meets(&self, other: &Self) -> bool {
-        self.fetched_by != other.fetched_by
-            && self.segment == other.segment
-            && self.offset < other.offset.saturating_add(other.length)
-            && other.offset < self.offset.saturating_add(self.length)
-    }
-}
+/// What the gate says to each range.
+type Entered = SmallVec<[Result<(), TransferError>; 1]>;
 
 /// A write that has passed the gate; fences wait for its end.
 pub struct WritePass<'a> {
@@ -153,7 +112,7 @@ pub struct WritePass<'a> {
 
 impl Drop for WritePass<'_> {
     fn drop(&mut self) {
-        self.host.gate.lock().under_way.remove(&self.number);
+        self.host.gate.lock().leave(self.number);
         self.host.ended.notify_all();
     }
 }
@@ -287,84 +246,74 @@ impl SegmentHost {
         offset: u64,
         length: u64,
     ) -> Result<WritePass<'_>, TransferError> {
-        self.enter(grant, offset, length, None)
+        let (pass, mut results) = self.enter(smallvec![Range::new(grant, offset, length)], None);
+        results.pop().unwrap_or(Ok(())).map(|()| pass)
     }
 
-    /// [`SegmentHost::enter_write`] for bytes that a NIC fetches. Passes of one thread do not wait for each other.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn enter_fetched_write(
-        &self,
-        grant: &Grant,
-        offset: u64,
-        length: u64,
-    ) -> Result<WritePass<'_>, TransferError> {
-        self.enter(grant, offset, length, Some(std::thread::current().id()))
+    /// [`SegmentHost::enter_write`] for the ranges of one frame, whose bytes a NIC fetches: a result for each, and one pass for
+    /// those that may go on. They enter together or not at all. Passes of one thread do not wait for each other.
+    pub fn enter_fetched_write(&self, ranges: &[(Grant, u64, u64)]) -> (WritePass<'_>, Entered) {
+        let ranges = ranges.iter().map(|(g, o, l)| Range::new(g, *o, *l));
+        self.enter(ranges.collect(), Some(std::thread::current().id()))
     }
 
-    fn enter(
-        &self,
-        grant: &Grant,
-        offset: u64,
-        length: u64,
-        fetched_by: Option<ThreadId>,
-    ) -> Result<WritePass<'_>, TransferError> {
-        let write = Write {
-            term: grant.term,
-            segment: grant.segment,
-            offset,
-            length,
-            expires: grant.expires_unix_ms,
-            fetched_by,
-        };
+    fn enter(&self, ranges: Ranges, fetched_by: Option<ThreadId>) -> (WritePass<'_>, Entered) {
+        let mut results: Entered = ranges.iter().map(|_| Ok(())).collect();
+        let mut write = Write::new(ranges.clone(), fetched_by);
         let mut gate = self.gate.lock();
         let mut until = None;
         loop {
-            if write.term < gate.term || gate.fences.iter().any(|f| f.concerns(&write)) {
-                return Err(TransferError::GrantRefused);
+            // Fences may have come while it waited.
+            let mut refused = false;
+            for (range, result) in ranges.iter().zip(&mut results) {
+                if result.is_ok() {
+                    *result = gate.admits(range);
+                    refused |= result.is_err();
+                }
             }
-            if !gate.under_way.values().any(|w| w.meets(&write)) {
+            if refused {
+                let open = ranges.iter().zip(&results).filter(|(_, r)| r.is_ok());
+                write = Write::new(open.map(|(range, _)| *range).collect(), fetched_by);
+            }
+            if !gate.is_taken(&write) {
                 break;
             }
             let until = *until.get_or_insert_with(|| Instant::now() + OVERLAP_PATIENCE);
             if self.ended.wait_until(&mut gate, until).timed_out() {
-                return Err(TransferError::Timeout {
-                    peer: "an earlier write of the same range".to_owned(),
-                });
+                for result in results.iter_mut().filter(|r| r.is_ok()) {
+                    *result = Err(TransferError::Timeout {
+                        peer: "an earlier write of the same range".to_owned(),
+                    });
+                }
+                write = Write::new(Ranges::new(), fetched_by);
+                break;
             }
         }
-        let number = gate.next;
-        gate.next += 1;
-        gate.under_way.insert(number, write);
-        Ok(WritePass { host: self, number })
+        let number = gate.enter(write);
+        (WritePass { host: self, number }, results)
     }
 
     /// Refuses writes of terms before `term` from now on. Returns whether those under way had ended by `deadline`.
     pub fn fence_writes(&self, term: u64, deadline: Instant) -> bool {
         let mut gate = self.gate.lock();
-        gate.term = gate.term.max(term);
-        self.await_end(gate, deadline, |w| w.term < term)
+        gate.fence_term(term);
+        self.await_end(gate, deadline, |gate| gate.has_older(term))
     }
 
     /// Takes a range from its writer. Returns whether its writes under way had ended by `deadline`.
     pub fn fence_range(&self, fence: RangeFence, deadline: Instant) -> bool {
         let mut gate = self.gate.lock();
-        // A fence whose grants have all expired has done its work.
-        let now = crate::base::clock::unix_ms();
-        gate.fences
-            .retain(|f| f.expires_before_unix_ms + 2 * CLOCK_SKEW_MS > now && !fence.replaces(f));
-        gate.fences.push(fence);
-        self.await_end(gate, deadline, |w| fence.concerns(w))
+        gate.fence_range(fence, crate::base::clock::unix_ms());
+        self.await_end(gate, deadline, |gate| gate.has_fenced(&fence))
     }
 
     fn await_end(
         &self,
         mut gate: parking_lot::MutexGuard<'_, Gate>,
         deadline: Instant,
-        concerned: impl Fn(&Write) -> bool,
+        concerned: impl Fn(&Gate) -> bool,
     ) -> bool {
-        while gate.under_way.values().any(&concerned) {
+        while concerned(&gate) {
             if self.ended.wait_until(&mut gate, deadline).timed_out() {
                 return false;
             }
@@ -372,15 +321,19 @@ impl SegmentHost {
         true
     }
 
-    /// Hands a notify to the owner.
+    /// Hands a notify to the owner. Whether the write's word is still to be published.
     ///
     /// # Errors
-    /// `NotifyRefused`.
-    pub fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> Result<(), TransferError> {
-        if payload.is_empty() || self.sink.notify(origin, payload) {
-            Ok(())
-        } else {
-            Err(TransferError::NotifyRefused)
+    /// `NotifyRefused`, `Existed`.
+    pub fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> Result<bool, TransferError> {
+        if payload.is_empty() {
+            return Ok(true);
+        }
+        match self.sink.notify(origin, payload) {
+            Noted::Taken => Ok(true),
+            Noted::Published => Ok(false),
+            Noted::Existed => Err(TransferError::Existed),
+            Noted::Refused => Err(TransferError::NotifyRefused),
         }
     }
 
@@ -397,8 +350,8 @@ mod tests {
 
     struct Nobody;
     impl NotifySink for Nobody {
-        fn notify(&self, _: NotifyOrigin, _: &[u8]) -> bool {
-            true
+        fn notify(&self, _: NotifyOrigin, _: &[u8]) -> Noted {
+            Noted::Taken
         }
         fn shared_writer(&self, _: Id128, _: i32) {}
     }
@@ -416,9 +369,10 @@ mod tests {
             expires_unix_ms: unix_ms() + 60_000,
             mac: [0; 16],
         };
-        let fetching = host.enter_fetched_write(&grant, 0, 100).unwrap();
-        // Of the same frame.
-        drop(host.enter_fetched_write(&grant, 50, 100).unwrap());
+        let (fetching, results) = host.enter_fetched_write(&[(grant, 0, 100), (grant, 50, 40)]);
+        assert_eq!(results[..], [Ok(()), Ok(())]);
+        // Of the same thread.
+        drop(host.enter_fetched_write(&[(grant, 50, 100)]));
         std::thread::scope(|s| {
             let start = Instant::now();
             let other = s.spawn(|| drop(host.enter_write(&grant, 100, 100).unwrap()));

@@ -10,6 +10,7 @@ pub mod batch;
 pub mod copy;
 pub mod counters;
 pub mod error;
+mod gate;
 pub mod grant;
 pub mod host;
 pub mod memory;
@@ -35,6 +36,7 @@ use transport::shm::ShmTransport;
 use transport::tcp::TcpTransport;
 use transport::{InFlight, Transport, TransportKind};
 
+use crate::base::handshake::Service;
 use crate::base::id::Id128;
 use crate::base::net::host_id;
 use crate::base::trust::ClusterKeys;
@@ -46,6 +48,8 @@ pub struct EngineConfig {
     pub client: Id128,
     /// The cluster's keys.
     pub keys: ClusterKeys,
+    /// What its peers are, where their port serves both.
+    pub service: Service,
     /// Transports that may be used.
     pub transports: Vec<TransportKind>,
     /// The RDMA devices; without, `TransportKind::Rdma` is left out.
@@ -65,6 +69,7 @@ impl EngineConfig {
         Self {
             client,
             keys,
+            service: Service::Node,
             transports: vec![
                 TransportKind::Loopback,
                 TransportKind::Shm,
@@ -94,6 +99,7 @@ impl TransferEngine {
         let identity = Identity {
             client: config.client,
             keys: config.keys.clone(),
+            service: config.service,
             connect_timeout: config.connect_timeout,
         };
         let loopback = Arc::new(LoopbackTransport::new(config.client));
@@ -400,6 +406,13 @@ impl TransferEngine {
         self.transports
             .iter()
             .any(|t| t.lives(peer, segment, incarnation))
+    }
+
+    /// The pool has only these peers now: lanes to others are closed, with what is pinned for them.
+    pub fn keep_only(&self, peers: &[Arc<Peer>]) {
+        for transport in &self.transports {
+            transport.keep_only(peers);
+        }
     }
 
     /// The transport that would be tried first for a peer.

@@ -10,21 +10,22 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::batch::{LocalSlice, Opcode, Peer, TransferRequest};
 use super::error::TransferError;
 use super::grant::Grant;
-use super::host::{NotifyOrigin, NotifySink, Segment, SegmentHost};
+use super::host::{Noted, NotifyOrigin, NotifySink, Segment, SegmentHost};
 use super::memory::{DeviceCopies, Memory};
 use super::transport::TransportKind;
 use super::transport::describe::Inquirer;
 use super::transport::frame::Region;
 use super::transport::lane::Identity;
 use super::transport::rdma::Fabric;
-use super::transport::server::{DEVICE_LANE_STACK, DataServer};
+use super::transport::server::{DEVICE_LANE_STACK, DataServer, Serving};
 use super::{EngineConfig, TransferEngine};
 use crate::base::clock::unix_ms;
+use crate::base::handshake::Service;
 use crate::base::id::{Id128, random_u64};
 use crate::base::trust::{ClusterKeys, MAC_BYTES};
 
@@ -35,6 +36,8 @@ const GRANT_MS: u64 = 120_000;
 /// How long a region that is taken away is waited for.
 const REMOVAL: Duration = Duration::from_secs(10);
 const LANES_MAX: usize = 4096;
+/// Peers whose regions are remembered.
+const TABLES_MAX: usize = 4096;
 
 /// What a peer sent beside data.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +81,7 @@ pub enum PeerError {
         peer: String,
     },
     /// A transfer that is still using the memory did not end in time; it is no longer reachable for new ones.
-    #[error("a transfer is still using the memory")]
+    #[error("a transfer or its registration is still using the memory")]
     Busy,
     /// From the transfer.
     #[error(transparent)]
@@ -89,16 +92,16 @@ pub enum PeerError {
 struct Inbox(Mutex<VecDeque<Notify>>);
 
 impl NotifySink for Inbox {
-    fn notify(&self, _origin: NotifyOrigin, payload: &[u8]) -> bool {
+    fn notify(&self, _origin: NotifyOrigin, payload: &[u8]) -> Noted {
         let Some(notify) = decode_notify(payload) else {
-            return false;
+            return Noted::Refused;
         };
         let mut inbox = self.0.lock();
         if inbox.len() >= INBOX_MAX {
             inbox.pop_front();
         }
         inbox.push_back(notify);
-        true
+        Noted::Taken
     }
     fn shared_writer(&self, _client: Id128, _change: i32) {}
 }
@@ -135,15 +138,33 @@ impl Table {
     }
 }
 
+/// A range of addresses that is taken.
+enum Registered {
+    /// Being made known to devices, which takes long for much memory: the others do not wait for it.
+    UnderWay(usize),
+    Done(Arc<Segment>),
+}
+
+impl Registered {
+    fn len(&self) -> usize {
+        match self {
+            Self::UnderWay(length) => *length,
+            Self::Done(segment) => segment.memory.len(),
+        }
+    }
+}
+
 /// See the module header. Every method may be called from any number of threads.
 pub struct PeerEngine {
     keys: ClusterKeys,
     host: Arc<SegmentHost>,
-    server: DataServer,
+    serving: Serving,
     engine: Arc<TransferEngine>,
     inquirer: Inquirer,
     inbox: Arc<Inbox>,
-    registered: Mutex<BTreeMap<usize, Arc<Segment>>>,
+    registered: Mutex<BTreeMap<usize, Registered>>,
+    /// A registration is no longer under way.
+    ended: Condvar,
     tables: RwLock<HashMap<String, Arc<Table>>>,
     transfer_timeout: Duration,
 }
@@ -163,6 +184,7 @@ impl PeerEngine {
         let inbox = Arc::new(Inbox::default());
         let host = Arc::new(SegmentHost::new(me, keys.clone(), inbox.clone()));
         let server = DataServer::start(
+            Service::Peer,
             host.clone(),
             TcpListener::bind(listen)?,
             LANES_MAX,
@@ -170,6 +192,7 @@ impl PeerEngine {
             fabric.clone(),
         )?;
         let mut config = EngineConfig::new(me, keys.clone());
+        config.service = Service::Peer;
         config.transports = vec![
             TransportKind::Loopback,
             TransportKind::Rdma,
@@ -179,6 +202,7 @@ impl PeerEngine {
         let inquirer = Inquirer::new(Identity {
             client: me,
             keys: keys.clone(),
+            service: Service::Peer,
             connect_timeout: config.connect_timeout,
         });
         let engine = TransferEngine::open(config);
@@ -186,11 +210,12 @@ impl PeerEngine {
         Ok(Self {
             keys,
             host,
-            server,
+            serving: server.into_serving(),
             engine,
             inquirer,
             inbox,
             registered: Mutex::default(),
+            ended: Condvar::new(),
             tables: RwLock::default(),
             transfer_timeout,
         })
@@ -198,7 +223,12 @@ impl PeerEngine {
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
-        self.server.address()
+        self.serving.server().address()
+    }
+
+    /// Its port, for others to serve on.
+    pub fn server(&self) -> &Arc<DataServer> {
+        self.serving.server()
     }
 
     /// Opens memory to peers.
@@ -228,33 +258,59 @@ impl PeerEngine {
     }
 
     fn add(&self, memory: Memory) -> Result<(), PeerError> {
+        self.add_with(memory, |memory| {
+            if memory.device().is_none() {
+                self.engine.register_memory(memory);
+            }
+        })
+    }
+
+    fn add_with(
+        &self,
+        memory: Memory,
+        make_known: impl FnOnce(&Arc<Memory>),
+    ) -> Result<(), PeerError> {
         let length = memory.len();
         let start = memory.as_ptr() as usize;
         let end = start.checked_add(length).ok_or(PeerError::Overlaps)?;
-        let mut registered = self.registered.lock();
-        let before = registered.range(..end).next_back();
-        if length == 0 || before.is_some_and(|(at, s)| at + s.memory.len() > start) {
-            return Err(PeerError::Overlaps);
+        {
+            let mut registered = self.registered.lock();
+            let before = registered.range(..end).next_back();
+            if length == 0 || before.is_some_and(|(at, r)| at + r.len() > start) {
+                return Err(PeerError::Overlaps);
+            }
+            registered.insert(start, Registered::UnderWay(length));
         }
-        let incarnation = random_u64() | 1;
         let memory = Arc::new(memory);
-        if memory.device().is_none() {
-            self.engine.register_memory(&memory);
-        }
+        make_known(&memory);
+        let incarnation = random_u64() | 1;
         let segment = self.host.add(String::new(), incarnation, memory);
-        registered.insert(start, segment);
+        let mut registered = self.registered.lock();
+        registered.insert(start, Registered::Done(segment));
+        self.ended.notify_all();
         Ok(())
     }
 
-    /// Closes memory to peers; waits for transfers under way.
+    /// Closes memory to peers; waits for transfers under way, and for its registration.
     ///
     /// # Errors
-    /// `NotRegistered`; `Busy` when a transfer did not end in time.
+    /// `NotRegistered`; `Busy` when a transfer or the registration did not end in time.
     pub fn unregister(&self, address: usize) -> Result<(), PeerError> {
-        let segment = self.registered.lock().remove(&address);
-        let segment = segment.ok_or(PeerError::NotRegistered)?;
+        let deadline = Instant::now() + REMOVAL;
+        let segment = {
+            let mut registered = self.registered.lock();
+            while let Some(Registered::UnderWay(_)) = registered.get(&address) {
+                if self.ended.wait_until(&mut registered, deadline).timed_out() {
+                    return Err(PeerError::Busy);
+                }
+            }
+            match registered.remove(&address) {
+                Some(Registered::Done(segment)) => segment,
+                _ => return Err(PeerError::NotRegistered),
+            }
+        };
         self.engine.unregister(segment.memory.as_ptr());
-        if self.host.remove(segment, Instant::now() + REMOVAL) {
+        if self.host.remove(segment, deadline) {
             Ok(())
         } else {
             Err(PeerError::Busy)
@@ -303,9 +359,12 @@ impl PeerEngine {
             shm_socket: String::new(),
         });
         let table = Arc::new(Table { peer, regions });
-        self.tables
-            .write()
-            .insert(address.to_owned(), table.clone());
+        let mut tables = self.tables.write();
+        if tables.len() >= TABLES_MAX {
+            // They are asked for again.
+            tables.clear();
+        }
+        tables.insert(address.to_owned(), table.clone());
         Ok(table)
     }
 
@@ -404,6 +463,7 @@ pub fn about(address: &str, keys: &ClusterKeys, timeout: Duration) -> Result<Str
     let inquirer = Inquirer::new(Identity {
         client: Id128::random(),
         keys: keys.clone(),
+        service: Service::Node,
         connect_timeout: timeout,
     });
     Ok(inquirer.describe(address, Instant::now() + timeout)?.about)
@@ -512,7 +572,7 @@ mod tests {
         assert!(there[..1_000_000] == original[..1_000_000]);
         assert!(there[1_000_000..].iter().all(|x| *x == 9));
         assert_eq!(b.take_notifies(), [notify]);
-        let counters = b.server.counters();
+        let counters = b.serving.counters();
         let rdma = |ways: &[std::sync::atomic::AtomicU64; 3]| ways[2].load(Ordering::Relaxed);
         assert_eq!(rdma(&counters.way_read_bytes), 2_500_077);
         assert_eq!(rdma(&counters.way_written_bytes), 2_000_000);
@@ -548,6 +608,46 @@ mod tests {
         a.transfer(&name, &[moves(Opcode::Read, &mut here, base)], None)
             .unwrap();
         assert!(a.probe(&name).is_ok() && a.probe("127.0.0.1:9").is_err());
+    }
+
+    #[test]
+    fn a_long_registration_holds_nobody_up() {
+        let (a, b) = (engine("t"), engine("t"));
+        let (mut slow, mut quick) = (vec![0u8; 4096], vec![7u8; 4096]);
+        let (at, length) = (slow.as_mut_ptr() as usize, slow.len());
+        let (begun, wait) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|s| {
+            let engine = &b;
+            let registering = s.spawn(move || {
+                let base = NonNull::new(at as *mut u8).unwrap();
+                // SAFETY: lives until the end of the test.
+                let memory = unsafe { Memory::borrowed(base, length) };
+                engine.add_with(memory, |_| {
+                    begun.send(()).unwrap();
+                    ended.recv().unwrap();
+                })
+            });
+            wait.recv().unwrap();
+            // Others register, read, and take back meanwhile; the range is taken already.
+            let base = register(&b, &mut quick);
+            let mut here = vec![0u8; 8];
+            let name = b.address().to_string();
+            a.transfer(&name, &[moves(Opcode::Read, &mut here, base)], None)
+                .unwrap();
+            assert_eq!(here, [7; 8]);
+            b.unregister(base as usize).unwrap();
+            let inside = NonNull::new((at + 100) as *mut u8).unwrap();
+            // SAFETY: refused.
+            assert_eq!(unsafe { b.register(inside, 10) }, Err(PeerError::Overlaps));
+            let taken_back = s.spawn(|| b.unregister(at));
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!taken_back.is_finished());
+            end.send(()).unwrap();
+            assert_eq!(registering.join().unwrap(), Ok(()));
+            assert_eq!(taken_back.join().unwrap(), Ok(()));
+        });
+        drop(slow);
     }
 
     #[test]

@@ -20,6 +20,7 @@ use mooncake::engine::metadata::Metadata;
 use mooncake::engine::peer::{PeerEngine, PeerError};
 use mooncake::engine::topology;
 use mooncake::engine::transport::rdma;
+use mooncake::engine::transport::server::DataServer;
 use parking_lot::{Condvar, Mutex, RwLock};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -141,6 +142,16 @@ impl Shared {
     /// Whether it was initialized, in this process.
     pub(crate) fn is_running(&self) -> bool {
         self.running().is_ok()
+    }
+
+    /// Its port, for a store to serve its part of the pool on; only where that is the address wanted, and port 0 is any.
+    pub(crate) fn port(&self, wanted: SocketAddr) -> Option<Arc<DataServer>> {
+        let running = self.running().ok()?;
+        let server = running.engine.server();
+        let address = server.address();
+        let same_host = address.ip() == wanted.ip() || address.ip().is_unspecified();
+        let same_port = wanted.port() == 0 || wanted.port() == address.port();
+        (same_host && same_port).then(|| server.clone())
     }
 
     /// Opens memory to peers: 0, or a negative code.

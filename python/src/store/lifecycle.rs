@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 use mooncake::base::net::join_host_port;
 use mooncake::base::trust::{ClusterKeys, Token};
 use mooncake::base::units::ByteSize;
+use mooncake::engine::memory::Memory;
 use mooncake::engine::peer::about;
 use mooncake::engine::transport::TransportKind;
 use mooncake::engine::transport::rdma::{self, Fabric};
+use mooncake::engine::transport::server::DataServer;
 use mooncake::store::client::{ClientConfig, PoolClient};
 use mooncake::store::master::{Master, MasterConfig, MasterServer};
-use mooncake::store::node::{FileRange, Node, NodeConfig, NodePhase};
+use mooncake::store::node::{Node, NodeConfig, NodePhase};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyAny, PyDict};
@@ -31,7 +33,7 @@ const IN_SERVICE: Duration = Duration::from_secs(5);
 const DRAIN: Duration = Duration::from_secs(3);
 /// How long calls wait for a master that has gone: a restart fits in, a request is not held up for longer.
 const PATIENCE: Duration = Duration::from_secs(2);
-const INTERNAL_ERROR: i32 = -1;
+pub(super) const INTERNAL_ERROR: i32 = -1;
 const RPC_FAIL: i32 = -900;
 
 /// What `setup` was told.
@@ -138,7 +140,8 @@ fn start_master(settings: &Settings) -> std::io::Result<(Arc<MasterServer>, Stri
 pub(super) enum Lent {
     /// So many bytes of new memory.
     Fresh(u64),
-    File(FileRange),
+    /// Memory that is mapped already.
+    Mapped(Arc<Memory>),
 }
 
 /// Lends memory to the pool; the node, or why not.
@@ -149,6 +152,7 @@ pub(super) fn start_node(
     advertise: Option<String>,
     lent: Lent,
     fabric: Option<Arc<Fabric>>,
+    port: Option<Arc<DataServer>>,
 ) -> Result<Node, i32> {
     let refused = |error: std::io::Error| {
         tracing::warn!("no memory lent to the pool: {error}");
@@ -158,9 +162,9 @@ pub(super) fn start_node(
             INTERNAL_ERROR
         }
     };
-    let (segments, files) = match lent {
+    let (segments, memories) = match lent {
         Lent::Fresh(bytes) => (vec![ByteSize(bytes.next_multiple_of(4096))], Vec::new()),
-        Lent::File(part) => (Vec::new(), vec![part]),
+        Lent::Mapped(memory) => (Vec::new(), vec![memory]),
     };
     let runtime = process::runtime().map_err(refused)?;
     let _inside = runtime.enter();
@@ -171,10 +175,12 @@ pub(super) fn start_node(
         listen,
         advertise,
         segments,
-        files,
+        memories,
         populate: true,
         lanes_max: 4096,
+        port,
         fabric,
+        commit: None,
     })
     .map_err(refused)?;
     if runtime.block_on(node.wait_for(NodePhase::InService, IN_SERVICE)) {
@@ -207,7 +213,7 @@ fn shared_engine(given: &Bound<'_, PyAny>) -> PyResult<Arc<engine::Shared>> {
     Ok(engine.get().share())
 }
 
-fn open(settings: Settings) -> Result<Pool, i32> {
+fn open(settings: Settings, engine: Option<&engine::Shared>) -> Result<Pool, i32> {
     match settings.protocol.to_ascii_lowercase().as_str() {
         "tcp" | "" | "rdma" => {}
         other => tracing::warn!("protocol `{other}` is unknown: using shared memory and TCP"),
@@ -256,6 +262,7 @@ fn open(settings: Settings) -> Result<Pool, i32> {
             advertise,
             Lent::Fresh(settings.segment_bytes),
             fabric.clone(),
+            engine.and_then(|e| e.port(listen)),
         )?;
         node.name().clone_into(&mut hostname);
         client.add_local(node.host());
@@ -361,7 +368,7 @@ impl Store {
                 "setup: the client's HTTP server is not in this build: ask the master's"
             );
         }
-        let code = py.detach(|| self.install(|| open(settings)));
+        let code = py.detach(|| self.install(|| open(settings, engine.as_deref())));
         if code == 0 {
             *self.engine.write() = engine;
         }
@@ -386,7 +393,7 @@ impl Store {
             tenant: "default".to_owned(),
             token: token(),
         };
-        py.detach(|| self.install(|| open(settings)))
+        py.detach(|| self.install(|| open(settings, None)))
     }
 
     /// Joins a pool without lending memory, by the address of a `mooncake_client` (any node of the pool) or of the master.
@@ -414,7 +421,7 @@ impl Store {
             tenant: "default".to_owned(),
             token,
         };
-        py.detach(|| self.install(|| open(settings)))
+        py.detach(|| self.install(|| open(settings, None)))
     }
 
     /// Leaves the pool; what this process lent is unmounted. 0, also when there is nothing to close.

@@ -6,11 +6,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mooncake::store::node::{FileRange, Node};
+use mooncake::engine::memory::Memory;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::lifecycle::{Lent, start_node, stop_node};
+use super::lifecycle::{INTERNAL_ERROR, Lent, start_node, stop_node};
 use super::{INVALID_PARAMS, Lending, Pool, Store};
 use crate::args::List;
 use crate::bus_guard::Watch;
@@ -24,18 +24,25 @@ const FILE_OPEN_FAIL: i32 = -1101;
 const SEGMENT_NOT_FOUND: i32 = -101;
 
 impl Store {
-    fn mount(&self, py: Python<'_>, lent: Lent) -> Result<String, i32> {
+    fn mount(
+        &self,
+        py: Python<'_>,
+        lend: impl FnOnce() -> Result<(Lent, Option<Watch>), i32> + Send,
+    ) -> Result<String, i32> {
         let pool = self.pool()?;
-        let is_file = matches!(lent, Lent::File(_));
+        let engine = self.engine.read().clone();
         py.detach(|| {
+            // Watched before anybody else hears of it.
+            let (lent, watch) = lend()?;
             let (address, name) = pool.place.clone();
             let listen = SocketAddr::new(address, 0);
             let token = super::lifecycle::token();
             let fabric = pool.fabric.clone();
-            let node = start_node(pool.client.master(), token, listen, name, lent, fabric)?;
+            let port = engine.and_then(|e| e.port(listen));
+            let master = pool.client.master();
+            let node = start_node(master, token, listen, name, lent, fabric, port)?;
             pool.client.add_local(node.host());
             let id = node.name().to_owned();
-            let watch = if is_file { watch(&node)? } else { None };
             let is_watched = watch.is_some();
             let lent = Lending {
                 id: id.clone(),
@@ -77,17 +84,29 @@ impl Store {
     }
 }
 
-fn watch(node: &Node) -> Result<Option<Watch>, i32> {
-    let segments = node.host().segments();
-    let Some(segment) = segments.first() else {
-        return Ok(None);
+/// Part of a file as memory, which becomes empty when the file is cut.
+fn map(path: &str, offset: u64, length: u64) -> Result<(Lent, Option<Watch>), i32> {
+    let file = open_regular(path).map_err(|error| {
+        tracing::warn!("mount_segment: {path}: {error}");
+        FILE_OPEN_FAIL
+    })?;
+    let refused = |what: &dyn std::fmt::Display| {
+        tracing::warn!("mount_segment: {path}: {what}");
+        INVALID_PARAMS
     };
-    let watch = Watch::new(segment.memory.clone());
-    if watch.is_none() {
-        tracing::warn!("mount_segment: too many files are lent by this process");
-        return Err(INVALID_PARAMS);
-    }
-    Ok(watch)
+    let bytes = usize::try_from(length).map_err(|error| refused(&error))?;
+    let memory = Memory::from_file(&file, offset, bytes).map_err(|error| {
+        let code = refused(&error);
+        if error.kind() == std::io::ErrorKind::InvalidInput {
+            code
+        } else {
+            INTERNAL_ERROR
+        }
+    })?;
+    let memory = Arc::new(memory);
+    let watch = Watch::new(memory.clone(), file, offset)
+        .ok_or_else(|| refused(&"too many files are lent by this process"))?;
+    Ok((Lent::Mapped(memory), Some(watch)))
 }
 
 /// Unmounts a file once it has been cut: its objects are gone, and nothing should be placed there.
@@ -97,7 +116,7 @@ fn leave_when_lost(pool: &Arc<Pool>, id: String) {
         let pool = pool.upgrade()?;
         let mut nodes = pool.nodes.lock();
         let at = nodes.iter().position(|lent| lent.id == id)?;
-        let is_lost = nodes[at].watch.as_ref().is_some_and(Watch::is_lost);
+        let is_lost = nodes[at].watch.as_ref().is_some_and(Watch::look);
         Some(is_lost.then(|| nodes.remove(at)))
     };
     let Ok(runtime) = process::runtime() else {
@@ -162,7 +181,7 @@ impl Store {
         let Some(rounded) = size.checked_next_multiple_of(4096).filter(|s| *s > 0) else {
             return mounted(py, Err(INVALID_PARAMS), 0);
         };
-        let outcome = self.mount(py, Lent::Fresh(size));
+        let outcome = self.mount(py, || Ok((Lent::Fresh(size), None)));
         mounted(py, outcome, rounded)
     }
 
@@ -180,21 +199,7 @@ impl Store {
         location: &str,
     ) -> PyResult<Bound<'py, PyDict>> {
         let _ = (protocol, location);
-        let opened = py.detach(|| open_regular(path));
-        let outcome = match opened {
-            Ok(file) => self.mount(
-                py,
-                Lent::File(FileRange {
-                    file: Arc::new(file),
-                    offset,
-                    length: size,
-                }),
-            ),
-            Err(error) => {
-                tracing::warn!("mount_segment: {path}: {error}");
-                Err(FILE_OPEN_FAIL)
-            }
-        };
+        let outcome = self.mount(py, || map(path, offset, size));
         mounted(py, outcome, size)
     }
 

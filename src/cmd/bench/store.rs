@@ -463,10 +463,12 @@ fn set_up(
             listen: "127.0.0.1:0".parse()?,
             advertise: None,
             segments: vec![memory],
-            files: Vec::new(),
+            memories: Vec::new(),
+            port: None,
             populate: true,
             lanes_max: 64,
             fabric: None,
+            commit: None,
         })?;
         let ready = runtime.block_on(local.wait_for(NodePhase::InService, Duration::from_secs(20)));
         anyhow::ensure!(ready, "the local node did not register");

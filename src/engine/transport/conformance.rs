@@ -12,13 +12,14 @@ use super::server::{DataServer, LANE_STACK};
 use super::tcp::TcpTransport;
 use super::{Transport, TransportKind};
 use crate::base::clock::unix_ms;
+use crate::base::handshake::Service;
 use crate::base::id::{Id128, random_u64};
 use crate::base::net::host_id;
 use crate::base::trust::{ClusterKeys, Token};
 use crate::engine::batch::{LocalSlice, Opcode, Peer, TransferRequest, TransferResult, Word};
 use crate::engine::error::TransferError;
 use crate::engine::grant::{Access, Grant};
-use crate::engine::host::{NotifyOrigin, NotifySink, RangeFence, SegmentHost};
+use crate::engine::host::{Noted, NotifyOrigin, NotifySink, RangeFence, SegmentHost};
 use crate::engine::memory::Memory;
 use crate::engine::transport::lane::Identity;
 use crate::engine::{EngineConfig, TransferEngine};
@@ -32,9 +33,14 @@ struct Recorder {
 }
 
 impl NotifySink for Recorder {
-    fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> bool {
+    fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> Noted {
         self.notes.lock().push((origin, payload.to_vec()));
-        payload != b"no"
+        match payload {
+            b"no" => Noted::Refused,
+            b"there" => Noted::Existed,
+            b"published" => Noted::Published,
+            _ => Noted::Taken,
+        }
     }
     fn shared_writer(&self, _client: Id128, change: i32) {
         *self.writers.lock() += change;
@@ -66,7 +72,15 @@ impl World {
         let incarnation = random_u64();
         host.add("seg".into(), incarnation, memory.clone());
         let listener = std::net::TcpListener::bind(listen).unwrap();
-        let server = DataServer::start(host.clone(), listener, 16, LANE_STACK, fabric).unwrap();
+        let server = DataServer::start(
+            Service::Node,
+            host.clone(),
+            listener,
+            16,
+            LANE_STACK,
+            fabric,
+        )
+        .unwrap();
         let peer = Arc::new(Peer {
             node,
             name: "node".into(),
@@ -271,7 +285,16 @@ fn notifies(world: &World, engine: &TransferEngine) {
         one(engine, write.clone()),
         Err(TransferError::NotifyRefused)
     );
+    write.notify = b"there".to_vec();
+    assert_eq!(one(engine, write.clone()), Err(TransferError::Existed));
     assert!(!world.memory.word_is(8192, 6), "refused, so not published");
+    write.notify = b"published".to_vec();
+    one(engine, write.clone()).unwrap();
+    // Through shared memory the word goes in a message of its own.
+    assert!(
+        engine.path(&world.peer) == Some(TransportKind::Shm) || !world.memory.word_is(8192, 6),
+        "the owner has published it: nobody does so again"
+    );
     // Without data: notify and publish only.
     write.notify = b"later".to_vec();
     write.local = SmallVec::new();
@@ -451,6 +474,7 @@ fn tcp_transport(world: &World) -> Arc<dyn Transport> {
     Arc::new(TcpTransport::new(Identity {
         client: world.client,
         keys: world.keys.clone(),
+        service: Service::Node,
         connect_timeout: Duration::from_secs(1),
     }))
 }
@@ -585,7 +609,7 @@ fn a_restarted_node_is_reached_again() {
         }
         std::thread::sleep(Duration::from_millis(10));
     };
-    let _server = DataServer::start(host, listener, 16, LANE_STACK, None).unwrap();
+    let _server = DataServer::start(Service::Node, host, listener, 16, LANE_STACK, None).unwrap();
     one(&engine, request).unwrap();
 }
 

@@ -108,6 +108,10 @@ impl Transport for Faulty {
         }
     }
 
+    fn keep_only(&self, peers: &[Arc<Peer>]) {
+        self.inner.keep_only(peers);
+    }
+
     fn map(&self, peer: &Peer, segment: u32, incarnation: u64) -> Option<Arc<Memory>> {
         self.inner.map(peer, segment, incarnation)
     }

@@ -87,6 +87,9 @@ pub trait Transport: Send + Sync {
     fn lives(&self, _peer: &Peer, _segment: u32, _incarnation: u64) -> bool {
         false
     }
+
+    /// There are only these peers now: what is kept for others goes. Sends nothing.
+    fn keep_only(&self, _peers: &[Arc<Peer>]) {}
 }
 
 /// Requests under way.
@@ -98,3 +101,5 @@ pub trait InFlight {
 
 #[cfg(test)]
 mod conformance;
+#[cfg(test)]
+mod one_port_test;

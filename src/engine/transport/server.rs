@@ -13,17 +13,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::frame::{self, HEADER_BYTES, Item, Operation, RequestHeader, Status};
 use super::rdma::{Fabric, ServedRails};
 use super::socket::{Socket, Timed, Until};
-use crate::base::handshake::{self, HandshakeError, LaneKind};
+use crate::base::handshake::{self, HandshakeError, LaneKind, Service};
 use crate::base::histogram::{Histogram, NANOSECONDS};
 use crate::base::id::{Id128, random_u64};
+use crate::base::trust::{ClusterKeys, PROOF_BYTES};
 use crate::engine::batch::{LocalSlice, Opcode};
 use crate::engine::error::TransferError;
+use crate::engine::grant::Grant;
 use crate::engine::host::{NotifyOrigin, Reach, Segment, SegmentHost};
 use crate::engine::memory::DeviceCopies;
 
@@ -82,22 +84,84 @@ pub const LANE_STACK: usize = 256 << 10;
 /// Stack of a lane that may call a device's driver, which takes what it likes. Only what is touched becomes memory.
 pub const DEVICE_LANE_STACK: usize = 2 << 20;
 
+/// One of the things served on a port: memory with its gate, and what was done with it.
+pub struct Served {
+    service: Service,
+    host: Arc<SegmentHost>,
+    counters: ServerCounters,
+}
+
+impl Served {
+    fn new(service: Service, host: Arc<SegmentHost>) -> Arc<Self> {
+        Arc::new(Self {
+            service,
+            host,
+            counters: ServerCounters::default(),
+        })
+    }
+
+    /// What was done with it so far.
+    pub fn counters(&self) -> &ServerCounters {
+        &self.counters
+    }
+
+    fn has(&self, grant: &Grant) -> bool {
+        self.host.segment(grant.segment, grant.incarnation).is_ok()
+    }
+}
+
+/// Something that is served on a port of others'; no longer once this is dropped.
+pub struct Serving {
+    server: Arc<DataServer>,
+    served: Arc<Served>,
+}
+
+impl Serving {
+    /// The server.
+    pub fn server(&self) -> &Arc<DataServer> {
+        &self.server
+    }
+    /// What was done with it so far.
+    pub fn counters(&self) -> &ServerCounters {
+        &self.served.counters
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.server.shared.withdraw(&self.served);
+    }
+}
+
 /// A running data server; stops and closes its lanes on drop.
 pub struct DataServer {
     shared: Arc<Shared>,
+    first: Arc<Served>,
+    /// Things served so far.
+    number: AtomicU64,
     address: SocketAddr,
     socket_name: String,
 }
 
 struct Shared {
-    host: Arc<SegmentHost>,
+    /// The identity and the keys of the first; it greets.
+    node: Id128,
+    keys: ClusterKeys,
+    services: RwLock<Vec<Arc<Served>>>,
+    /// Whether there was ever a second one: then frames look for theirs.
+    several: AtomicBool,
     lanes_max: usize,
     lane_stack: usize,
     stopping: AtomicBool,
-    lanes: Mutex<HashMap<u64, OwnedFd>>,
+    lanes: Mutex<HashMap<u64, OpenLane>>,
     next: AtomicU64,
-    counters: ServerCounters,
     fabric: Option<Arc<Fabric>>,
+}
+
+struct OpenLane {
+    fd: OwnedFd,
+    /// Whose memory it has been to, by identity.
+    been_to: Vec<Id128>,
 }
 
 impl ServerCounters {
@@ -119,6 +183,7 @@ impl DataServer {
     /// # Errors
     /// When a listener cannot be set up.
     pub fn start(
+        service: Service,
         host: Arc<SegmentHost>,
         listener: TcpListener,
         lanes_max: usize,
@@ -130,14 +195,17 @@ impl DataServer {
         let socket_name = format!("mooncake-{}-{:08x}", host.node, random_u64() as u32);
         let name = std::os::unix::net::SocketAddr::from_abstract_name(&socket_name)?;
         let unix = UnixListener::bind_addr(&name)?;
+        let first = Served::new(service, host);
         let shared = Arc::new(Shared {
-            host,
+            node: first.host.node,
+            keys: first.host.keys.clone(),
+            services: RwLock::new(vec![first.clone()]),
+            several: AtomicBool::new(false),
             lanes_max,
             lane_stack,
             stopping: AtomicBool::new(false),
             lanes: Mutex::default(),
             next: AtomicU64::new(0),
-            counters: ServerCounters::default(),
             fabric,
         });
         let (tcp_side, unix_side) = (shared.clone(), shared.clone());
@@ -165,9 +233,44 @@ impl DataServer {
             })?;
         Ok(Self {
             shared,
+            first,
+            number: AtomicU64::new(0),
             address,
             socket_name,
         })
+    }
+
+    /// Serves something else on the same port, too, for as long as the answer lives. `None`: it has another token.
+    pub fn serve(self: &Arc<Self>, service: Service, host: Arc<SegmentHost>) -> Option<Serving> {
+        let nonces = [&[0; PROOF_BYTES], &[0; PROOF_BYTES]];
+        let (mine, theirs) = (&self.shared.keys, &host.keys);
+        let same = ClusterKeys::proof_matches(
+            &mine.proof(b"same", nonces),
+            &theirs.proof(b"same", nonces),
+        );
+        if !same {
+            return None;
+        }
+        let served = Served::new(service, host);
+        self.shared.services.write().push(served.clone());
+        self.shared.several.store(true, Ordering::Release);
+        Some(Serving {
+            server: self.clone(),
+            served,
+        })
+    }
+
+    /// The same for what was served from the start.
+    pub fn into_serving(self) -> Serving {
+        Serving {
+            served: self.first.clone(),
+            server: Arc::new(self),
+        }
+    }
+
+    /// Counts up from 0: to tell things on one port apart.
+    pub fn next_number(&self) -> u64 {
+        self.number.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Where it listens.
@@ -182,17 +285,23 @@ impl DataServer {
     pub fn lanes(&self) -> usize {
         self.shared.lanes.lock().len()
     }
-    /// What it did so far.
+    /// What it did so far with what was served from the start.
     pub fn counters(&self) -> &ServerCounters {
-        &self.shared.counters
+        &self.first.counters
+    }
+}
+
+impl std::fmt::Debug for DataServer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("DataServer").field(&self.address).finish()
     }
 }
 
 impl Drop for DataServer {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
-        for fd in self.shared.lanes.lock().values() {
-            let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
+        for lane in self.shared.lanes.lock().values() {
+            let _ = rustix::net::shutdown(&lane.fd, rustix::net::Shutdown::Both);
         }
         // Wake the accept threads.
         let mut address = self.address;
@@ -210,6 +319,41 @@ impl Drop for DataServer {
 }
 
 impl Shared {
+    /// What a caller wants: of the service it names, else the first there is.
+    fn service(&self, wanted: Service) -> Option<Arc<Served>> {
+        let services = self.services.read();
+        let named = services.iter().find(|s| s.service == wanted);
+        named.or_else(|| services.first()).cloned()
+    }
+
+    /// Who has the memory of a grant, among those that a caller may mean.
+    fn owner(&self, wanted: Service, grant: &Grant) -> Option<Arc<Served>> {
+        let services = self.services.read();
+        let meant = |s: &&Arc<Served>| wanted == Service::Any || s.service == wanted;
+        let mut meant = services.iter().filter(meant);
+        meant.find(|s| s.has(grant)).cloned()
+    }
+
+    /// Serves something no longer: no lane finds it, and those that have been there are closed.
+    fn withdraw(&self, served: &Arc<Served>) {
+        self.services.write().retain(|s| !Arc::ptr_eq(s, served));
+        for lane in self.lanes.lock().values() {
+            if lane.been_to.contains(&served.host.node) {
+                let _ = rustix::net::shutdown(&lane.fd, rustix::net::Shutdown::Both);
+            }
+        }
+    }
+
+    /// Notes that a lane has turned to somebody's memory. `false`: it is not served any more.
+    fn turned(&self, lane: u64, served: &Arc<Served>) -> bool {
+        if let Some(open) = self.lanes.lock().get_mut(&lane) {
+            open.been_to.push(served.host.node);
+        }
+        // In this order: whoever withdraws it finds the lane, or the lane finds it gone.
+        let services = self.services.read();
+        services.iter().any(|s| Arc::ptr_eq(s, served))
+    }
+
     fn accept_loop(self: Arc<Self>, mut accept: impl FnMut() -> io::Result<(Socket, bool)>) {
         loop {
             let accepted = accept();
@@ -242,7 +386,8 @@ impl Shared {
             let mut lanes = self.lanes.lock();
             let busy = lanes.len() >= self.lanes_max;
             if let Ok(fd) = socket.fd().try_clone_to_owned() {
-                lanes.insert(slot, fd);
+                let been_to = Vec::new();
+                lanes.insert(slot, OpenLane { fd, been_to });
             }
             busy
         };
@@ -253,31 +398,40 @@ impl Shared {
                 deadline: Instant::now() + HANDSHAKE_TIMEOUT,
             },
             LaneKind::Data,
-            self.host.node,
-            &self.host.keys,
+            self.node,
+            &self.keys,
             busy,
         );
+        let Some(first) = self.service(Service::Any) else {
+            socket.shutdown();
+            return;
+        };
         match greeting {
             Ok(greeting) => {
+                let wanted = greeting.service;
+                let served = self.service(wanted).unwrap_or(first);
                 let mut lane = ServedLane {
                     shared: &self,
                     socket,
                     client: greeting.peer,
+                    wanted,
+                    served,
+                    writers: Vec::new(),
                     same_host,
                     items: Vec::new(),
                     reply: Vec::new(),
                     number: slot,
                     rails: None,
                 };
-                let _writer = same_host.then(|| SharedWriter::new(&self.host, greeting.peer));
-                if let Err(error) = lane.serve() {
+                if let Err(error) = lane.begin().and_then(|()| lane.serve()) {
                     tracing::debug!(%error, client = %greeting.peer, "a data lane ended");
                 }
                 drop(lane.rails.take());
                 lane.socket.shutdown();
             }
             Err(error) => {
-                self.counters.lanes_refused.fetch_add(1, Ordering::Relaxed);
+                let refused = &first.counters.lanes_refused;
+                refused.fetch_add(1, Ordering::Relaxed);
                 match &error {
                     HandshakeError::Io(_) => tracing::debug!(%error, "data lane refused"),
                     HandshakeError::NotMooncake { .. } => {
@@ -302,16 +456,16 @@ impl Drop for Listed<'_> {
 }
 
 /// Counts a same-host client as long as its lane lives.
-struct SharedWriter<'a>(&'a SegmentHost, Id128);
+struct SharedWriter(Arc<SegmentHost>, Id128);
 
-impl<'a> SharedWriter<'a> {
-    fn new(host: &'a SegmentHost, client: Id128) -> Self {
+impl SharedWriter {
+    fn new(host: &Arc<SegmentHost>, client: Id128) -> Self {
         host.shared_writer(client, 1);
-        Self(host, client)
+        Self(host.clone(), client)
     }
 }
 
-impl Drop for SharedWriter<'_> {
+impl Drop for SharedWriter {
     fn drop(&mut self) {
         self.0.shared_writer(self.1, -1);
     }
@@ -335,6 +489,12 @@ struct ServedLane<'a> {
     shared: &'a Shared,
     socket: Socket,
     client: Id128,
+    /// What the caller has named.
+    wanted: Service,
+    /// Whose memory it is at.
+    served: Arc<Served>,
+    /// Where it counts as a same-host writer.
+    writers: Vec<SharedWriter>,
     same_host: bool,
     items: Vec<Item>,
     reply: Vec<u8>,
@@ -355,6 +515,41 @@ fn malformed(what: &'static str) -> io::Error {
 }
 
 impl ServedLane<'_> {
+    /// Before the first frame.
+    fn begin(&mut self) -> io::Result<()> {
+        let served = self.served.clone();
+        self.turn_to(served)
+    }
+
+    /// From here on the lane is at this one's memory.
+    fn turn_to(&mut self, served: Arc<Served>) -> io::Result<()> {
+        if !self.shared.turned(self.number, &served) {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        let is_known = self.writers.iter().any(|w| w.0.node == served.host.node);
+        if self.same_host && !is_known {
+            self.writers
+                .push(SharedWriter::new(&served.host, self.client));
+        }
+        self.served = served;
+        Ok(())
+    }
+
+    /// Turns to whoever has the memory that a frame names: a port may serve several. A frame is for one of them.
+    fn find(&mut self) -> io::Result<()> {
+        let Some(item) = self.items.first() else {
+            return Ok(());
+        };
+        if !self.shared.several.load(Ordering::Acquire) || self.served.has(&item.grant) {
+            return Ok(());
+        }
+        match self.shared.owner(self.wanted, &item.grant) {
+            Some(served) => self.turn_to(served),
+            // The gate says what is wrong with it.
+            None => Ok(()),
+        }
+    }
+
     /// Serves frames until the peer closes. A malformed frame is answered and ends the lane: the stream can no longer
     /// be trusted to be in step.
     fn serve(&mut self) -> io::Result<()> {
@@ -379,16 +574,22 @@ impl ServedLane<'_> {
             if let Err(what) = frame::decode_items(&header, meta, &mut self.items) {
                 return self.refuse(header.id, what);
             }
+            let notifies = match header.operation {
+                Operation::Write | Operation::Fetch => {
+                    meta[header.items * frame::ITEM_BYTES..].to_vec()
+                }
+                _ => Vec::new(),
+            };
+            self.find()?;
             match header.operation {
                 Operation::Read => {
                     self.read(&header)?;
-                    let times = &self.shared.counters.reads[usize::from(self.same_host)];
+                    let times = &self.served.counters.reads[usize::from(self.same_host)];
                     times.observe(start.elapsed().as_nanos() as u64);
                 }
                 Operation::Write => {
-                    let notifies = meta[header.items * frame::ITEM_BYTES..].to_vec();
                     self.write(&header, &notifies)?;
-                    let times = &self.shared.counters.writes[usize::from(self.same_host)];
+                    let times = &self.served.counters.writes[usize::from(self.same_host)];
                     times.observe(start.elapsed().as_nanos() as u64);
                 }
                 Operation::Ping => {
@@ -399,14 +600,13 @@ impl ServedLane<'_> {
                 Operation::Describe => self.describe(&header, until)?,
                 Operation::Join => self.join(&header)?,
                 Operation::Fetch => {
-                    let notifies = meta[header.items * frame::ITEM_BYTES..].to_vec();
                     self.fetch(&header, &notifies, until)?;
-                    let times = &self.shared.counters.writes[RDMA];
+                    let times = &self.served.counters.writes[RDMA];
                     times.observe(start.elapsed().as_nanos() as u64);
                 }
                 Operation::Bring => {
                     self.bring(&header, until)?;
-                    let times = &self.shared.counters.reads[RDMA];
+                    let times = &self.served.counters.reads[RDMA];
                     times.observe(start.elapsed().as_nanos() as u64);
                 }
             }
@@ -415,7 +615,7 @@ impl ServedLane<'_> {
     }
 
     fn refuse(&mut self, id: u64, what: &'static str) -> io::Result<()> {
-        self.shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+        self.served.counters.refused.fetch_add(1, Ordering::Relaxed);
         let until = Until::Deadline(Instant::now() + Duration::from_secs(1));
         self.answer(Status::Malformed, 0, 0, id, until)?;
         Err(malformed(what))
@@ -435,13 +635,14 @@ impl ServedLane<'_> {
     }
 
     fn refused(&self, error: &TransferError) -> u8 {
-        self.shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+        self.served.counters.refused.fetch_add(1, Ordering::Relaxed);
         Status::from_error(error) as u8
     }
 
     /// Header and statuses, the granted bytes straight from the segments, then whether they were still the same.
     fn read(&mut self, header: &RequestHeader) -> io::Result<()> {
-        let host = &self.shared.host;
+        let served = self.served.clone();
+        let host = &served.host;
         let mut sources: smallvec::SmallVec<[LocalSlice; 8]> = smallvec::SmallVec::new();
         let mut segments: smallvec::SmallVec<[Option<Arc<Segment>>; 4]> = smallvec::SmallVec::new();
         let mut statuses: smallvec::SmallVec<[u8; 32]> = smallvec::SmallVec::new();
@@ -525,7 +726,7 @@ impl ServedLane<'_> {
             self.socket.write_all_from(&self.reply, &[], until)?;
         }
         let way = usize::from(self.same_host);
-        self.shared.counters.read(way, payload);
+        self.served.counters.read(way, payload);
         Ok(())
     }
 
@@ -615,7 +816,8 @@ impl ServedLane<'_> {
 
     /// Outer error: the lane is broken. Inner: the item was refused, its payload skipped.
     fn write_one(&mut self, item: &Item, notify: &[u8]) -> io::Result<Result<(), TransferError>> {
-        let host = &self.shared.host;
+        let served = self.served.clone();
+        let host = &served.host;
         let length = if item.has_data { item.length } else { 0 };
         let checked = host
             .check(
@@ -660,7 +862,7 @@ impl ServedLane<'_> {
         let told = self.tell_and_publish(&segment, item, notify);
         if told.is_ok() {
             let way = usize::from(self.same_host);
-            self.shared.counters.written(way, length);
+            self.served.counters.written(way, length);
         }
         Ok(told)
     }
@@ -684,9 +886,11 @@ impl ServedLane<'_> {
                 Reach::Network
             },
         };
-        self.shared.host.notify(origin, notify)?;
+        let publish = self.served.host.notify(origin, notify)?;
         if let Some(word) = item.word {
-            segment.memory.publish(word.offset, word.value);
+            if publish {
+                segment.memory.publish(word.offset, word.value);
+            }
             if segment.memory.is_lost() {
                 return Err(TransferError::Stale);
             }
@@ -696,7 +900,7 @@ impl ServedLane<'_> {
 
     /// Sends what is registered here: who we are, then the regions.
     fn describe(&mut self, header: &RequestHeader, until: Until) -> io::Result<()> {
-        let host = &self.shared.host;
+        let host = &self.served.host;
         let payload = frame::encode_description(host.node, &host.about(), &host.segments());
         self.reply.clear();
         let length = payload.len() as u64;
@@ -710,7 +914,7 @@ impl ServedLane<'_> {
         let wanted = self.items.first().copied();
         let segment = match wanted {
             Some(item) if self.same_host => self
-                .shared
+                .served
                 .host
                 .segment(item.grant.segment, item.grant.incarnation),
             _ => Err(TransferError::Invalid {

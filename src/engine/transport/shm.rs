@@ -81,14 +81,29 @@ impl ShmTransport {
             resting.insert(peer.shm_socket.clone(), Instant::now());
         }
         let attached = attached?;
+        self.forget_dead();
         let mut mapped = self.mapped.write();
-        // Segments whose node has closed the anchor are gone.
-        mapped.retain(|_, m| m.anchor.socket.as_ref().is_some_and(|s| !s.is_spent()));
         // Two threads may have attached: the first stays.
         let found = mapped
             .entry((segment, incarnation))
             .or_insert_with(|| Arc::new(attached));
         Ok(found.clone())
+    }
+
+    /// Segments whose node has closed the anchor are gone. Others stay mapped whatever is known of their node: the anchor
+    /// must not close while anybody may still write there.
+    fn forget_dead(&self) {
+        let lives = |m: &Mapped| m.anchor.socket.as_ref().is_some_and(|s| !s.is_spent());
+        let mut dead = Vec::new();
+        self.mapped.write().retain(|_, m| {
+            let stays = lives(m);
+            if !stays {
+                dead.push(m.clone());
+            }
+            stays
+        });
+        // Unmapped without the lock.
+        drop(dead);
     }
 
     fn attach(
@@ -259,6 +274,13 @@ impl Transport for ShmTransport {
         let mapped = mapped.get(&(segment, incarnation));
         let open = |m: &Arc<Mapped>| m.anchor.socket.as_ref().is_some_and(|s| !s.is_spent());
         mapped.is_some_and(open)
+    }
+
+    fn keep_only(&self, peers: &[Arc<Peer>]) {
+        let lives = |socket: &str| peers.iter().any(|p| p.shm_socket == socket);
+        self.lanes.keep_only(lives);
+        self.resting.lock().retain(|socket, _| lives(socket));
+        self.forget_dead();
     }
 }
 

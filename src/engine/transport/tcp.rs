@@ -1,6 +1,7 @@
 //! TCP: a few persistent lanes per peer, blocking in the caller's thread, vectored I/O straight into its memory, every
 //! write acknowledged. A batch for one peer is one frame each way.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::frame::Operation;
@@ -74,6 +75,11 @@ impl Transport for TcpTransport {
             lane,
             id,
         }))
+    }
+
+    fn keep_only(&self, peers: &[Arc<Peer>]) {
+        self.lanes
+            .keep_only(|address| peers.iter().any(|p| p.address == address));
     }
 }
 

@@ -206,7 +206,10 @@ impl PoolClient {
             self.control.prefer_local(&reply.control_socket, deadline);
         }
         if reply.changed || known == 0 {
-            *self.view.write() = Arc::new(PoolView::new(reply.epoch, &reply.segments));
+            let view = Arc::new(PoolView::new(reply.epoch, &reply.segments));
+            *self.view.write() = view.clone();
+            // A master that has just begun knows few nodes yet: to the others lanes are opened again.
+            self.engine.keep_only(&view.peers());
         }
         Ok(())
     }

@@ -293,7 +293,7 @@ impl PoolClient {
             .zip(&headers)
             .map(|((index, version, _, replica), header)| {
                 let at = replica.grant.offset;
-                write_request(&writings[*index], replica, at, *version, header, options)
+                write_request(&writings[*index], replica, at, *version, header, options, 0)
             })
             .collect();
         let results = {
@@ -398,6 +398,13 @@ impl PoolClient {
     }
 }
 
+impl PutOptions {
+    /// As nodes keep it: one is what goes without saying.
+    pub(super) fn replicas_told(&self) -> u32 {
+        if self.replicas > 1 { self.replicas } else { 0 }
+    }
+}
+
 pub(super) fn write_request(
     w: &Writing<'_>,
     replica: &ReplicaRef,
@@ -405,6 +412,7 @@ pub(super) fn write_request(
     version: u64,
     header: &Header,
     options: &PutOptions,
+    commit_arena: u64,
 ) -> TransferRequest {
     // SAFETY: only read from; the headers live until the transfer has returned.
     let head = unsafe { LocalSlice::new(header.as_ptr().cast_mut(), header.len()) };
@@ -414,6 +422,7 @@ pub(super) fn write_request(
     let notify = NodeNotify {
         kind: Some(node_notify::Kind::Record(entry)),
         traceparent: trace::traceparent(),
+        commit_arena,
     };
     TransferRequest {
         opcode: Opcode::Write,
@@ -454,6 +463,7 @@ pub(super) fn directory_entry(
             w.request.group.to_owned()
         },
         data_type: u32::from(options.data_type),
+        replicas_wanted: options.replicas_told(),
         ..wire::DirectoryEntry::default()
     }
 }

@@ -144,11 +144,13 @@ impl PoolClient {
                     soft_pin_ttl_ms: options.soft_pin_ttl_ms,
                     group: options.group.clone(),
                     data_type: u32::from(options.data_type),
+                    replicas_wanted: options.replicas_told(),
                     ..wire::DirectoryEntry::default()
                 };
                 let notify = NodeNotify {
                     kind: Some(node_notify::Kind::Record(entry)),
                     traceparent: crate::base::trace::traceparent(),
+                    commit_arena: 0,
                 };
                 TransferRequest {
                     notify: notify.encode_to_vec(),

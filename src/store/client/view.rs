@@ -16,6 +16,8 @@ pub(crate) struct SegmentRef {
     pub(crate) name: String,
     pub(crate) peer: Arc<Peer>,
     pub(crate) in_service: bool,
+    /// Its node commits what comes with that wish, since the master lives in its process.
+    pub(crate) commits: bool,
 }
 
 /// All segments at one epoch.
@@ -51,11 +53,17 @@ impl PoolView {
                     name: s.name.clone(),
                     peer: peer.clone(),
                     in_service: s.state == "ok",
+                    commits: s.commits,
                 };
                 (s.segment, Arc::new(segment))
             })
             .collect();
         Self { epoch, by_slot }
+    }
+
+    /// The nodes behind the segments, each at least once.
+    pub(crate) fn peers(&self) -> Vec<Arc<Peer>> {
+        self.by_slot.values().map(|s| s.peer.clone()).collect()
     }
 
     /// The segment of a slot, if it is the incarnation meant.

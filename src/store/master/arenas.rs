@@ -24,6 +24,8 @@ const ARENA_SHARE: u64 = 32;
 const ARENA_BYTES_MAX: u64 = 64 << 20;
 /// All arenas of a segment together leave this share of it alone, as a divisor.
 const ARENAS_SHARE: u64 = 8;
+/// There is no such arena, or it is not this client's, or it takes nothing more.
+const UNKNOWN: StoreError = StoreError::InvalidWrite { what: "this arena" };
 
 /// A range that one client fills with small objects.
 #[derive(Debug)]
@@ -71,6 +73,11 @@ impl Arena {
         }
     }
 
+    /// Whether this client may still commit to it.
+    fn is_open_for(&self, client: Id128) -> bool {
+        !self.closed && self.client == client
+    }
+
     /// Whether a range lies within, aligned, and nothing was put there yet.
     fn is_free(&self, offset: u64, bytes: u64) -> bool {
         let Some(end) = offset.checked_add(bytes) else {
@@ -96,6 +103,10 @@ pub(crate) enum Least {
 }
 
 impl MasterState {
+    fn arena(&self, id: u64) -> Result<Arc<Mutex<Arena>>, StoreError> {
+        self.arenas.lock().get(&id).cloned().ok_or(UNKNOWN)
+    }
+
     /// The arena that a version was issued for, while it is open or being settled.
     pub(crate) fn arena_of(&self, version: u64) -> Option<Arc<Mutex<Arena>>> {
         let arenas = self.arenas.lock();
@@ -187,13 +198,7 @@ impl MasterState {
         written: &Written,
         now: Millis,
     ) -> Result<(), StoreError> {
-        let unknown = StoreError::InvalidWrite { what: "this arena" };
-        let arena = self
-            .arenas
-            .lock()
-            .get(&arena_id)
-            .cloned()
-            .ok_or(unknown.clone())?;
+        let shared = self.arena(arena_id)?;
         let bytes = footprint(size)
             .filter(|_| size > 0)
             .ok_or(StoreError::InvalidParams {
@@ -201,12 +206,10 @@ impl MasterState {
             })?;
         // A repeated commit asks as well: it is let in or refused as if it were new, and changes nothing.
         let _reserved = self.admit(qualified, bytes, now)?;
-        let shared = arena;
         let segment = {
             let mut arena = shared.lock();
-            if arena.closed || arena.client != client || !arena.versions.contains(&written.version)
-            {
-                return Err(unknown);
+            if !arena.is_open_for(client) || !arena.versions.contains(&written.version) {
+                return Err(UNKNOWN);
             }
             if arena.filled.contains_key(&offset) {
                 // The same commit again, over another lane.
@@ -280,16 +283,10 @@ impl MasterState {
         settled: bool,
         now: Millis,
     ) -> Result<(), StoreError> {
-        let unknown = StoreError::InvalidWrite { what: "this arena" };
-        let shared = self
-            .arenas
-            .lock()
-            .get(&arena_id)
-            .cloned()
-            .ok_or(unknown.clone())?;
+        let shared = self.arena(arena_id)?;
         let mut arena = shared.lock();
-        if arena.closed || arena.client != client || !arena.versions.contains(&version) {
-            return Err(unknown);
+        if !arena.is_open_for(client) || !arena.versions.contains(&version) {
+            return Err(UNKNOWN);
         }
         if let Some((replica, size)) = arena.refused.remove(&version) {
             self.give_up(arena, &[replica], size, version, settled, now);
@@ -356,17 +353,11 @@ impl MasterState {
         unsettled: bool,
         now: Millis,
     ) -> Result<(), StoreError> {
-        let unknown = StoreError::InvalidWrite { what: "this arena" };
-        let arena = self
-            .arenas
-            .lock()
-            .get(&arena_id)
-            .cloned()
-            .ok_or(unknown.clone())?;
+        let shared = self.arena(arena_id)?;
         {
-            let mut arena = arena.lock();
-            if arena.client != client || arena.closed {
-                return Err(unknown);
+            let mut arena = shared.lock();
+            if !arena.is_open_for(client) {
+                return Err(UNKNOWN);
             }
             arena.closed = true;
         }

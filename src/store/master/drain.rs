@@ -1,13 +1,12 @@
 //! Emptying segments: what lies there is moved to others, a bounded number of transfers at once.
 //!
 //! A job walks the index, begins copies (`copies`) and walks again until a whole walk has found nothing. It decides what
-//! goes where and when it is over, and keeps nothing that would have to survive the master: a segment of a job whose master
-//! died is an ordinary one again, and what was moved has been moved. A node that leaves is a job too, of what lies nowhere
-//! else, with a deadline.
+//! goes where and when it is over. What outlives the master is kept by nodes (`drain_record`). A node that leaves is a job
+//! too, of what lies nowhere else, with a deadline.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
@@ -19,7 +18,7 @@ use crate::base::id::Id128;
 use crate::store::model::error::StoreError;
 
 /// Jobs remembered; of those, how many may run.
-const JOBS_MAX: usize = 64;
+pub(super) const JOBS_MAX: usize = 64;
 const RUNNING_MAX: usize = 16;
 /// Transfers of one job at once.
 pub(crate) const CONCURRENCY_MAX: usize = 64;
@@ -45,6 +44,17 @@ impl JobStatus {
             Self::Failed => "FAILED",
             Self::Canceled => "CANCELED",
         }
+    }
+
+    pub(crate) fn from_number(number: u32) -> Option<Self> {
+        let all = [
+            Self::Created,
+            Self::Running,
+            Self::Succeeded,
+            Self::Failed,
+            Self::Canceled,
+        ];
+        all.into_iter().find(|s| *s as u32 == number)
     }
 
     pub(super) fn is_over(self) -> bool {
@@ -104,6 +114,12 @@ pub(super) struct Walk {
 
 pub(super) struct Job {
     pub(super) id: Id128,
+    /// When it was decided about last; 0: nobody keeps it.
+    pub(super) version: u64,
+    /// Of its segments, in the order of their names.
+    pub(super) incarnations: Vec<u64>,
+    /// Begun by an earlier master; its segments are waited for.
+    pub(super) returning: bool,
     pub(super) slots: Vec<u32>,
     pub(super) targets: Vec<String>,
     pub(super) concurrency: usize,
@@ -129,6 +145,7 @@ pub(super) struct Job {
 pub(crate) struct Drains {
     pub(super) jobs: Mutex<Vec<Job>>,
     running: AtomicUsize,
+    pub(super) version: AtomicU64,
 }
 
 impl Drains {
@@ -157,6 +174,37 @@ impl Drains {
 }
 
 impl Job {
+    pub(super) fn new(
+        id: Id128,
+        incarnations: Vec<u64>,
+        targets: Vec<String>,
+        concurrency: usize,
+        report: JobReport,
+        now: Millis,
+    ) -> Self {
+        Self {
+            id,
+            version: 0,
+            incarnations,
+            returning: false,
+            slots: Vec::new(),
+            targets,
+            concurrency: concurrency.clamp(1, CONCURRENCY_MAX),
+            leaving: None,
+            report,
+            begun: now,
+            queue: VecDeque::new(),
+            active: HashMap::new(),
+            batches: HashMap::new(),
+            next_batch: 0,
+            attempts: HashMap::new(),
+            given_up: HashSet::new(),
+            walk: Walk::default(),
+            idle_walks: 0,
+            not_before: now,
+        }
+    }
+
     pub(super) fn report(&self) -> JobReport {
         JobReport {
             active: self.active.len() as u64,
@@ -222,6 +270,7 @@ impl MasterState {
         self.segments.changed();
         drop(jobs);
         self.close_arenas(&chosen.iter().map(|s| s.slot).collect::<Vec<_>>(), now);
+        self.tell_of_jobs();
         self.nudge.give();
         Ok(id)
     }
@@ -268,36 +317,25 @@ impl MasterState {
         }
         let id = Id128::random();
         let unix = unix_ms();
-        jobs.push(Job {
-            id,
-            slots: segments.iter().map(|s| s.slot).collect(),
-            targets: targets.to_vec(),
-            concurrency: concurrency.clamp(1, CONCURRENCY_MAX),
-            leaving,
-            report: JobReport {
-                status: JobStatus::Created,
-                created_unix_ms: unix,
-                updated_unix_ms: unix,
-                segments: segments.iter().map(|s| s.name.clone()).collect(),
-                succeeded: 0,
-                failed: 0,
-                blocked: 0,
-                active: 0,
-                moved_bytes: 0,
-                message: "Drain job created".to_owned(),
-                stuck: Vec::new(),
-            },
-            begun: now,
-            queue: VecDeque::new(),
-            active: HashMap::new(),
-            batches: HashMap::new(),
-            next_batch: 0,
-            attempts: HashMap::new(),
-            given_up: HashSet::new(),
-            walk: Walk::default(),
-            idle_walks: 0,
-            not_before: now,
-        });
+        let report = JobReport {
+            status: JobStatus::Created,
+            created_unix_ms: unix,
+            updated_unix_ms: unix,
+            segments: segments.iter().map(|s| s.name.clone()).collect(),
+            succeeded: 0,
+            failed: 0,
+            blocked: 0,
+            active: 0,
+            moved_bytes: 0,
+            message: "Drain job created".to_owned(),
+            stuck: Vec::new(),
+        };
+        let incarnations = segments.iter().map(|s| s.incarnation).collect();
+        let mut job = Job::new(id, incarnations, targets.to_vec(), concurrency, report, now);
+        job.slots = segments.iter().map(|s| s.slot).collect();
+        job.leaving = leaving;
+        self.drains.decided(&mut job);
+        jobs.push(job);
         self.drains.count(jobs);
         Ok(id)
     }

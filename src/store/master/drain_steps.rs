@@ -118,6 +118,9 @@ impl MasterState {
     }
 
     fn job_step(&self, job: &mut Job, now: Millis) {
+        if !self.has_returned(job, now) {
+            return;
+        }
         job.account(self, now);
         let view = self.segments.view();
         let is_there = |slot: &u32| view.get(*slot as usize).is_some_and(Option::is_some);
@@ -415,6 +418,9 @@ impl MasterState {
     pub(super) fn finish_job(&self, job: &mut Job, status: JobStatus, message: String) {
         job.report.status = status;
         job.says(message);
+        job.returning = false;
+        self.drains.decided(job);
+        self.tell_of_jobs();
         job.queue.clear();
         job.active.clear();
         job.batches.clear();
@@ -425,10 +431,11 @@ impl MasterState {
                 JobStatus::Succeeded => DrainState::Drained,
                 _ => DrainState::None,
             };
-            for slot in &job.slots {
-                if let Some(segment) = self.segments.get(*slot) {
-                    segment.set_drain(drain);
-                }
+            // Also those that are not back yet.
+            let view = self.segments.view();
+            let own = |s: &&Arc<SegmentState>| job.incarnations.contains(&s.incarnation);
+            for segment in view.iter().flatten().filter(own) {
+                segment.set_drain(drain);
             }
             self.segments.changed();
         }

@@ -13,6 +13,7 @@ pub mod config;
 mod copies;
 mod dashboard;
 mod drain;
+mod drain_record;
 mod drain_steps;
 mod events;
 pub mod eviction;

@@ -39,7 +39,7 @@ pub(crate) struct PutWith(u8);
 impl PutWith {
     const CHECKSUM: u8 = 0x80;
 
-    /// `replicas`: 0 = not known, as after a restart of the master: nodes remember what they hold, not what was asked for.
+    /// `replicas`: 0 = not known, as of one that was put through an arena.
     pub(crate) fn new(replicas: u8, checksum: bool) -> Self {
         let flag = if checksum { Self::CHECKSUM } else { 0 };
         Self(replicas.min(Self::CHECKSUM - 1) | flag)

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use super::arenas::Arena;
 use super::events::Reason;
 use super::index::mounted;
-use super::object::{Attributes, Replica, Replicas};
+use super::object::{Attributes, PutWith, Replica, Replicas};
 use super::puts::Written;
 use super::quotas::bytes_of;
 use super::segments::{Drop, NodePhase, NodeState, Offer, SegmentState};
@@ -330,6 +330,10 @@ impl MasterState {
         let known = shard.get_mut(hash, &entry.key);
         match known {
             Some(object) if object.version == version => {
+                if object.put_with.replicas() == 0 {
+                    let has_checksum = object.put_with.has_checksum();
+                    object.put_with = PutWith::new(entry.attributes.replicas, has_checksum);
+                }
                 if !object.replicas.contains(&replica) {
                     object.replicas.push(replica);
                     self.quotas.charge(&object.key, bytes_of(object.size, 1));

@@ -175,8 +175,13 @@ pub(crate) struct NodeState {
     /// The version of the policies it was sent, and that it keeps.
     pub(crate) quotas_sent: AtomicU64,
     pub(crate) quotas_kept: AtomicU64,
+    /// The same of drain jobs.
+    pub(crate) drains_sent: AtomicU64,
+    pub(crate) drains_kept: AtomicU64,
     /// It said that it can copy to other nodes.
     pub(crate) copier: AtomicBool,
+    /// It shares this process and commits what writers ask it to.
+    pub(crate) commits: AtomicBool,
     waker: Mutex<Option<(u64, Waker)>>,
 }
 
@@ -402,7 +407,10 @@ impl SegmentTable {
             copies: Mutex::default(),
             quotas_sent: AtomicU64::new(0),
             quotas_kept: AtomicU64::new(0),
+            drains_sent: AtomicU64::new(0),
+            drains_kept: AtomicU64::new(0),
             copier: AtomicBool::new(false),
+            commits: AtomicBool::new(false),
             waker: Mutex::default(),
         });
         let mut slots = Vec::clone(&view);

@@ -10,6 +10,8 @@ use tonic::{Status, Streaming};
 
 use super::Master;
 use super::copies::{Copied, Copy};
+use super::drain::JobStatus;
+use super::drain_record::KeptJob;
 use super::object::Attributes;
 use super::puts::Written;
 use super::quotas::{Policies, Policy};
@@ -82,12 +84,17 @@ pub(crate) async fn serve(
     );
     let node = registration.node.clone();
     node.copier.store(register.copies, Ordering::Release);
+    node.commits.store(register.commits, Ordering::Release);
     // What it keeps may be later than what is known here, or earlier: it is sent the whole.
     let told = register.quotas.map(|q| q.tenants).unwrap_or_default();
     if master.state.quotas.merge(told.into_iter().map(policy)) {
         master.state.segments.nodes().iter().for_each(|n| n.wake());
     }
     node.quotas_sent.store(0, Ordering::Release);
+    let told = register.drains.map(|d| d.jobs).unwrap_or_default();
+    let told = told.into_iter().filter_map(kept_job).collect();
+    tokio::task::block_in_place(|| master.state.merge_jobs(told, Millis::now()));
+    node.drains_sent.store(0, Ordering::Release);
     if !register.build.is_empty() {
         let _ = node.build.set(register.build.chars().take(64).collect());
     }
@@ -193,7 +200,7 @@ fn reported(entry: wire::DirectoryEntry) -> Reported {
             soft_pin_ttl_ms: entry.soft_pin_ttl_ms,
             group: entry.group,
             data_type: entry.data_type as u8,
-            replicas: 0,
+            replicas: entry.replicas_wanted.min(u32::from(u8::MAX)) as u8,
         },
         pending: entry.pending.then_some(client),
         arena_versions: entry.arena_versions,
@@ -284,6 +291,7 @@ async fn in_service(
                         });
                     }
                     In::Quotas(table) => node.quotas_kept.store(table.version, Ordering::Release),
+                    In::Drains(table) => node.drains_kept.store(table.version, Ordering::Release),
                     In::Drain(drain) if leaving.is_none() => {
                         tracing::info!(node = %node.name, move_ms = drain.move_ms, "node leaves");
                         leaving = Some(Leaving::begin(master, node, drain.move_ms, now));
@@ -327,6 +335,44 @@ fn table(policies: &Policies) -> wire::QuotaTable {
     wire::QuotaTable {
         version: policies.version,
         tenants: tenants.collect(),
+    }
+}
+
+fn kept_job(told: wire::DrainJob) -> Option<KeptJob> {
+    let segments = told.segments.into_iter();
+    Some(KeptJob {
+        id: wire::id(told.id_high, told.id_low),
+        version: told.version,
+        status: JobStatus::from_number(told.status)?,
+        segments: segments.map(|s| (s.incarnation, s.name)).collect(),
+        targets: told.targets,
+        concurrency: told.max_concurrency as usize,
+        created_unix_ms: told.created_unix_ms,
+        updated_unix_ms: told.updated_unix_ms,
+        message: told.message,
+        succeeded: told.succeeded,
+        failed: told.failed,
+        moved_bytes: told.moved_bytes,
+    })
+}
+
+fn told_job(job: KeptJob) -> wire::DrainJob {
+    let segments = job.segments.into_iter();
+    let segments = segments.map(|(incarnation, name)| wire::DrainSegment { incarnation, name });
+    wire::DrainJob {
+        id_high: job.id.high,
+        id_low: job.id.low,
+        version: job.version,
+        status: job.status as u32,
+        segments: segments.collect(),
+        targets: job.targets,
+        max_concurrency: job.concurrency as u32,
+        created_unix_ms: job.created_unix_ms,
+        updated_unix_ms: job.updated_unix_ms,
+        message: job.message,
+        succeeded: job.succeeded,
+        failed: job.failed,
+        moved_bytes: job.moved_bytes,
     }
 }
 
@@ -427,6 +473,14 @@ async fn flush(master: &Master, node: &NodeState, session: u64, outbox: &Outbox)
         && !send(outbox, Out::Quotas(table(&master.state.quotas.policies()))).await
     {
         return false;
+    }
+    let jobs = master.state.drains.version();
+    if node.drains_sent.swap(jobs, Ordering::AcqRel) < jobs {
+        let (version, jobs) = master.state.drains.kept();
+        let jobs = jobs.into_iter().map(told_job).collect();
+        if !send(outbox, Out::Drains(wire::DrainTable { version, jobs })).await {
+            return false;
+        }
     }
     let copies = std::mem::take(&mut *node.copies.lock());
     for sequence in copies {

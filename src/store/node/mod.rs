@@ -18,8 +18,9 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-pub use directory::NodeDirectory;
+pub use directory::{Commit, NodeDirectory};
 
+use crate::base::handshake::Service;
 use crate::base::id::{Id128, random_u64};
 use crate::base::net::{advertised, host_id, resolve_one};
 use crate::base::trust::{ClusterKeys, Token};
@@ -27,19 +28,8 @@ use crate::base::units::ByteSize;
 use crate::engine::host::SegmentHost;
 use crate::engine::memory::Memory;
 use crate::engine::transport::rdma::Fabric;
-use crate::engine::transport::server::{DataServer, LANE_STACK, ServerCounters};
+use crate::engine::transport::server::{DataServer, LANE_STACK, ServerCounters, Serving};
 use crate::store::wire;
-
-/// Part of a file, on page boundaries.
-#[derive(Clone, Debug)]
-pub struct FileRange {
-    /// Open for reading and writing.
-    pub file: Arc<std::fs::File>,
-    /// First byte.
-    pub offset: u64,
-    /// Bytes.
-    pub length: u64,
-}
 
 /// How a node is set up.
 #[derive(Clone, Debug)]
@@ -56,14 +46,18 @@ pub struct NodeConfig {
     pub advertise: Option<String>,
     /// One segment per entry.
     pub segments: Vec<ByteSize>,
-    /// Files that are lent besides, a segment each.
-    pub files: Vec<FileRange>,
+    /// Memory that is lent besides, a segment each. With any of it nothing of this node is mapped by others.
+    pub memories: Vec<Arc<Memory>>,
     /// Whether to touch all memory after the start, in the background.
     pub populate: bool,
     /// Data lanes open at once.
     pub lanes_max: usize,
+    /// A port to serve on that is open already, instead of one of its own: then `listen` and `lanes_max` are not looked at.
+    pub port: Option<Arc<DataServer>>,
     /// RDMA devices; with them callers may have their bytes moved by RDMA.
     pub fabric: Option<Arc<Fabric>>,
+    /// The master, when it lives in this process: small puts then need one exchange, with this node alone.
+    pub commit: Option<Commit>,
 }
 
 /// What a node is doing.
@@ -87,7 +81,7 @@ struct Shared {
     name: String,
     host: Arc<SegmentHost>,
     directory: Arc<NodeDirectory>,
-    server: DataServer,
+    serving: Serving,
     term: AtomicU64,
     phase: AtomicU8,
     phase_changed: Notify,
@@ -101,6 +95,8 @@ struct Shared {
     mover: mover::Mover,
     /// Policies of tenants, kept for the next master.
     quotas: Mutex<Option<wire::QuotaTable>>,
+    /// Drain jobs, likewise.
+    drains: Mutex<Option<wire::DrainTable>>,
     /// Tests of the way to other nodes under way.
     probes: std::sync::atomic::AtomicUsize,
 }
@@ -154,9 +150,9 @@ impl Shared {
             name: self.name.clone(),
             address: self.address.clone(),
             host_id: host_id(),
-            // A file is not handed to others: they come by TCP.
-            shm_socket: if self.config.files.is_empty() {
-                self.server.socket_name().to_owned()
+            // What others cannot map they reach by TCP.
+            shm_socket: if self.config.memories.is_empty() {
+                self.serving.server().socket_name().to_owned()
             } else {
                 String::new()
             },
@@ -166,6 +162,8 @@ impl Shared {
             build: env!("CARGO_PKG_VERSION").to_owned(),
             copies: true,
             quotas: self.quotas.lock().clone(),
+            commits: self.config.commit.is_some(),
+            drains: self.drains.lock().clone(),
         }
     }
 }
@@ -209,36 +207,48 @@ impl Node {
             )));
         }
         let keys = ClusterKeys::derive(config.token.as_ref());
-        let directory = Arc::new(NodeDirectory::default());
+        let directory = Arc::new(NodeDirectory::committing(config.commit.clone()));
         let id = Id128::random();
         let host = Arc::new(SegmentHost::new(id, keys, directory.clone()));
         host.set_about(&config.master);
-        let listener = TcpListener::bind(config.listen).map_err(|e| {
-            io::Error::new(e.kind(), format!("cannot listen on {}: {e}", config.listen))
-        })?;
+        let own = match &config.port {
+            Some(_) => None,
+            None => Some(TcpListener::bind(config.listen).map_err(|e| {
+                io::Error::new(e.kind(), format!("cannot listen on {}: {e}", config.listen))
+            })?),
+        };
+        let bound = match (&own, &config.port) {
+            (Some(listener), _) => listener.local_addr()?,
+            (None, Some(server)) => server.address(),
+            (None, None) => config.listen,
+        };
         let toward = resolve_one(&config.master).ok();
         let address = match &config.advertise {
             Some(given) if given.contains(':') => given.clone(),
-            Some(given) => format!("{given}:{}", listener.local_addr()?.port()),
-            None => advertised(listener.local_addr()?, toward).to_string(),
+            Some(given) => format!("{given}:{}", bound.port()),
+            None => advertised(bound, toward).to_string(),
         };
-        let name = config.name.clone().unwrap_or_else(|| address.clone());
-        let mut memories = Vec::new();
-        let of_files = config.files.iter().map(|part| {
-            let bytes =
-                usize::try_from(part.length).map_err(|_| invalid("file size".to_owned()))?;
-            Memory::from_file(&part.file, part.offset, bytes)
-                .map_err(|e| io::Error::new(e.kind(), format!("cannot map a file: {e}")))
+        // The first on a shared port is named as if it were alone.
+        let number = config
+            .port
+            .as_ref()
+            .map_or(0, |server| server.next_number());
+        let name = config.name.clone().unwrap_or_else(|| match number {
+            0 => address.clone(),
+            n => format!("{address}/{n}"),
         });
+        let mut memories = Vec::new();
         let fresh = config.segments.iter().map(|size| {
             let bytes = usize::try_from(size.0).map_err(|_| invalid("segment size".to_owned()))?;
-            Memory::create("mooncake-segment", bytes).map_err(|e| {
+            let memory = Memory::create("mooncake-segment", bytes);
+            memory.map(Arc::new).map_err(|e| {
                 io::Error::new(e.kind(), format!("cannot map a segment of {size}: {e}"))
             })
         });
-        let count = config.segments.len() + config.files.len();
-        for (index, memory) in fresh.chain(of_files).enumerate() {
-            let memory = Arc::new(memory?);
+        let given = config.memories.iter().cloned().map(Ok);
+        let count = config.segments.len() + config.memories.len();
+        for (index, memory) in fresh.chain(given).enumerate() {
+            let memory: Arc<Memory> = memory?;
             let segment_name = if count == 1 {
                 name.clone()
             } else {
@@ -253,13 +263,24 @@ impl Node {
         if config.populate {
             populate(memories);
         }
-        let server = DataServer::start(
-            host.clone(),
-            listener,
-            config.lanes_max,
-            LANE_STACK,
-            config.fabric.clone(),
-        )?;
+        let serving = match (own, &config.port) {
+            (Some(listener), _) => {
+                let (lanes, fabric) = (config.lanes_max, config.fabric.clone());
+                DataServer::start(
+                    Service::Node,
+                    host.clone(),
+                    listener,
+                    lanes,
+                    LANE_STACK,
+                    fabric,
+                )?
+                .into_serving()
+            }
+            (None, Some(server)) => server
+                .serve(Service::Node, host.clone())
+                .ok_or_else(|| invalid("the port to share has another token".to_owned()))?,
+            (None, None) => return Err(invalid("no port".to_owned())),
+        };
         let mover = mover::Mover::new(id, &host.keys);
         let shared = Arc::new(Shared {
             id,
@@ -267,7 +288,7 @@ impl Node {
             name,
             host,
             directory,
-            server,
+            serving,
             term: AtomicU64::new(0),
             phase: AtomicU8::new(NodePhase::Connecting as u8),
             phase_changed: Notify::new(),
@@ -277,6 +298,7 @@ impl Node {
             farewell: Mutex::default(),
             mover,
             quotas: Mutex::default(),
+            drains: Mutex::default(),
             probes: std::sync::atomic::AtomicUsize::new(0),
             config,
         });
@@ -306,7 +328,7 @@ impl Node {
     }
     /// What its data server did.
     pub fn counters(&self) -> &ServerCounters {
-        self.shared.server.counters()
+        self.shared.serving.counters()
     }
 
     /// Waits until the node is in `phase`, or `timeout`. Cancel-safe.

@@ -224,6 +224,15 @@ async fn serve(
                 };
                 send(out, Out::Quotas(kept)).await?;
             }
+            In::Drains(table) => {
+                let version = table.version;
+                *shared.drains.lock() = Some(table);
+                let kept = wire::DrainTable {
+                    version,
+                    jobs: Vec::new(),
+                };
+                send(out, Out::Drains(kept)).await?;
+            }
             In::Copy(copy) => super::mover::start(shared, copy, out),
             In::Drop(drop) => {
                 tokio::task::block_in_place(|| {
@@ -257,7 +266,7 @@ async fn serve(
 
 /// A sign of life, with what the data lanes have done.
 fn beat_of(shared: &Shared) -> wire::Heartbeat {
-    let counters = shared.server.counters();
+    let counters = shared.serving.counters();
     let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
     let times = |operation: &str, of: &[Histogram; 3]| {
         let one = |(histogram, transport): (&Histogram, &str)| {
@@ -290,7 +299,7 @@ fn beat_of(shared: &Shared) -> wire::Heartbeat {
         written_bytes: load(&counters.written_bytes),
         refused: load(&counters.refused),
         lanes_refused: load(&counters.lanes_refused),
-        lanes: shared.server.lanes() as u64,
+        lanes: shared.serving.server().lanes() as u64,
         times: all,
         bytes: ways,
     }

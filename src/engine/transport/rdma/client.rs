@@ -292,6 +292,13 @@ impl Transport for RdmaTransport {
             }
         }
     }
+
+    fn keep_only(&self, peers: &[Arc<Peer>]) {
+        let lives = |address: &str| peers.iter().any(|p| p.address == address);
+        self.lanes.keep_only(lives);
+        self.resting.lock().retain(|address, _| lives(address));
+        self.paused.lock().retain(|(address, _), _| lives(address));
+    }
 }
 
 struct Under<'a> {

@@ -46,6 +46,8 @@ pub(super) struct Device {
     gid: Mutex<Gid>,
     gid_wanted: Option<u8>,
     up: AtomicBool,
+    /// A queue pair of it could not be destroyed.
+    stuck: AtomicBool,
     /// When events were looked for last.
     events: Mutex<Option<Instant>>,
 }
@@ -155,6 +157,7 @@ impl Device {
             }),
             gid_wanted: config.gid_index,
             up: AtomicBool::new(true),
+            stuck: AtomicBool::new(false),
             events: Mutex::new(None),
         };
         // SAFETY: an open context; writes the struct.
@@ -244,7 +247,54 @@ impl Device {
     /// Whether the port is up, as far as the events tell that have come in.
     pub(super) fn is_up(&self) -> bool {
         self.drain_events();
-        self.up.load(Ordering::Acquire)
+        self.up.load(Ordering::Acquire) && !self.is_stuck()
+    }
+
+    /// Keeps the device open, and what is registered with it, until the process ends: a queue pair that is still there may
+    /// reach that memory, whose pages stay with this process only for as long as they are registered.
+    pub(super) fn keep_forever(self: &std::sync::Arc<Self>) {
+        if !self.stuck.swap(true, Ordering::AcqRel) {
+            std::mem::forget(self.clone());
+        }
+    }
+
+    /// Whether nothing of it is to be given back any more.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.stuck.load(Ordering::Acquire)
+    }
+
+    /// A device without a port of this host, for tests of what uses it.
+    #[cfg(test)]
+    pub(super) fn pretended(
+        verbs: &'static Verbs,
+        name: &str,
+        context: *mut ibv_context,
+        pd: *mut ibv_pd,
+    ) -> Self {
+        Self {
+            verbs,
+            name: name.to_owned(),
+            context,
+            pd,
+            port: 1,
+            pkey_index: 0,
+            ethernet: true,
+            // SAFETY: plain numbers, for which zero is a value.
+            attributes: unsafe { std::mem::zeroed() },
+            mr_max: 1 << 40,
+            dmabuf: false,
+            silent: std::ptr::null_mut(),
+            gid: Mutex::new(Gid {
+                index: 0,
+                bytes: [0; 16],
+                v1: false,
+                interface: None,
+            }),
+            gid_wanted: None,
+            up: AtomicBool::new(true),
+            stuck: AtomicBool::new(false),
+            events: Mutex::new(None),
+        }
     }
 
     fn drain_events(&self) {

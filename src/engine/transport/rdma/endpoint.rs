@@ -232,8 +232,18 @@ impl Drop for Endpoint {
     fn drop(&mut self) {
         // SAFETY: ours, once. It returns when the device has let go of all memory the queue pair named.
         let code = unsafe { (self.device.verbs.ibv_destroy_qp)(self.qp) };
-        if code != 0 {
-            tracing::error!(device = %self.device.name, code, "rdma: a queue pair was not destroyed");
+        if code == 0 {
+            return;
         }
+        // It lives on. In the error state it moves nothing more; the device says only that it was asked for.
+        let mut stop = Self::attributes(ibv_qp_state::IBV_QPS_ERR);
+        let stopped = self.modify("stop", &mut stop, ibv_qp_attr_mask::IBV_QP_STATE);
+        self.device.keep_forever();
+        // Its queue is in use, too.
+        std::mem::forget(self.completions.take());
+        tracing::error!(
+            device = %self.device.name, code, stopped = stopped.is_ok(),
+            "rdma: a queue pair was not destroyed: the device is not used any more, and what it may still reach stays registered until the process ends"
+        );
     }
 }

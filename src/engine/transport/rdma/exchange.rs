@@ -57,7 +57,7 @@ pub(super) struct Frame {
     pub(super) id: u64,
     pub(super) first: usize,
     pub(super) end: usize,
-    /// Requests of it that could not be named, and go elsewhere.
+    /// Requests of it that could not be named, and go elsewhere, in order.
     pub(super) unnamed: Vec<usize>,
     /// Registrations that must live until the answer.
     pub(super) held: Vec<Arc<Registration>>,
@@ -303,7 +303,7 @@ impl Exchange<'_> {
         let mut results = Vec::with_capacity(frame.end - frame.first);
         let mine = requests.iter().enumerate();
         for (at, r) in mine.take(frame.end).skip(frame.first) {
-            results.push(if frame.unnamed.contains(&at) {
+            results.push(if frame.unnamed.binary_search(&at).is_ok() {
                 Err(TransferError::NoPath {
                     peer: r.peer.name.clone(),
                 })

@@ -21,10 +21,14 @@ pub struct Fabric {
     pub(super) devices: Vec<Arc<Device>>,
     /// Devices do not survive a fork: a child opens its own.
     process: u32,
-    /// What flushes read into: bytes that nobody looks at. Before its memory.
+    /// What flushes read into: bytes that nobody looks at. Before its memory, which is a mapping of its own: should a queue
+    /// pair outlive it, no page of the heap is written to.
     scratch: Arc<Registration>,
-    scratch_memory: Box<[u64]>,
+    scratch_memory: Memory,
 }
+
+/// Of each rail's place in it.
+const SCRATCH_BYTES: usize = 8;
 
 impl std::fmt::Debug for Fabric {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -61,20 +65,32 @@ impl Fabric {
             return Ok(found);
         }
         let devices = Device::open_all(config)?;
-        let devices: Vec<Arc<Device>> = devices.into_iter().map(Arc::new).collect();
-        let mut scratch_memory = vec![0u64; super::wire::RAILS_MAX].into_boxed_slice();
-        let bytes = size_of_val(&*scratch_memory);
-        let base = scratch_memory.as_mut_ptr().cast();
-        let scratch = Registration::host(&devices, base, bytes, Access::Own)?;
-        let fabric = Arc::new(Self {
-            config: config.clone(),
-            devices,
-            process,
-            scratch: Arc::new(scratch),
-            scratch_memory,
-        });
+        let devices = devices.into_iter().map(Arc::new).collect();
+        let fabric = Self::of(config, devices)?;
         open.push(Arc::downgrade(&fabric));
         Ok(fabric)
+    }
+
+    /// Of opened devices.
+    pub(super) fn of(
+        config: &RdmaConfig,
+        devices: Vec<Arc<Device>>,
+    ) -> Result<Arc<Self>, RdmaError> {
+        let bytes = SCRATCH_BYTES * super::wire::RAILS_MAX;
+        let scratch_memory =
+            Memory::create("mooncake-rdma-scratch", bytes).map_err(|error| RdmaError::Device {
+                device: "memory".to_owned(),
+                reason: error.to_string(),
+                code: error.raw_os_error().unwrap_or(0),
+            })?;
+        let scratch = Registration::host(&devices, scratch_memory.as_ptr(), bytes, Access::Own)?;
+        Ok(Arc::new(Self {
+            config: config.clone(),
+            devices,
+            process: std::process::id(),
+            scratch: Arc::new(scratch),
+            scratch_memory,
+        }))
     }
 
     /// One line for people: the devices with their addresses.
@@ -97,9 +113,9 @@ impl Fabric {
 
     /// Where the flush of a rail reads to.
     pub(super) fn scratch(&self, rail: usize) -> (u64, &Arc<Registration>) {
-        let slot = rail % self.scratch_memory.len();
+        let slot = SCRATCH_BYTES * (rail % super::wire::RAILS_MAX);
         (
-            self.scratch_memory.as_ptr() as u64 + 8 * slot as u64,
+            self.scratch_memory.as_ptr() as u64 + slot as u64,
             &self.scratch,
         )
     }

@@ -40,6 +40,10 @@ mod verbs;
 mod absent;
 #[cfg(all(test, feature = "rdma"))]
 mod guest_test;
+#[cfg(all(test, feature = "rdma"))]
+mod post_test;
+#[cfg(all(test, feature = "rdma"))]
+mod pretended;
 
 use std::sync::Arc;
 

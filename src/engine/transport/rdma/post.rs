@@ -4,7 +4,7 @@
 //! before its slices go elsewhere, and when `run` returns no device touches memory of the batch any more. A slice is
 //! idempotent: whatever follows the last confirmed one is unknown and sent again.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,8 +23,10 @@ const SPIN: Duration = Duration::from_micros(50);
 const WHOLE: Duration = Duration::from_secs(10);
 /// About how many slices a batch is cut into at most.
 const SLICES_MAX: u64 = 1 << 16;
-/// How often a sleeping thread looks whether a rail has stalled.
+/// How long a thread sleeps at most.
 const TICK: Duration = Duration::from_millis(100);
+/// How often it looks whether a rail has stalled.
+const LOOK: Duration = Duration::from_millis(20);
 /// Largest slice, whatever is asked for: progress is judged by slices.
 const SLICE_MAX: u64 = 1 << 20;
 
@@ -34,7 +36,7 @@ pub(super) struct Outcome {
     /// Bit per rail that failed.
     pub(super) lost: u64,
     /// Items of which something did not arrive.
-    pub(super) failed: Vec<usize>,
+    pub(super) failed: BTreeSet<usize>,
     /// What the first failing rail said.
     pub(super) reason: Option<String>,
 }
@@ -80,13 +82,12 @@ impl Rails {
             queue: VecDeque::new(),
             outcome: Outcome {
                 lost: 0,
-                failed: Vec::new(),
+                failed: BTreeSet::new(),
                 reason: None,
             },
         };
-        let now = Instant::now();
         for rail in self.rails.iter_mut().flatten() {
-            rail.moved = now;
+            rail.waited = Duration::ZERO;
             rail.unflushed = None;
         }
         loop {
@@ -146,6 +147,7 @@ impl Rails {
     /// Until nothing is left to do and nothing is under way.
     fn drive(&mut self, batch: &mut Batch<'_>, watch: BorrowedFd<'_>) {
         let mut idle_since: Option<Instant> = None;
+        let mut looked = Instant::now();
         loop {
             // A list for each rail in turn, until none has room.
             let mut posted = true;
@@ -168,12 +170,12 @@ impl Rails {
             }
             let now = Instant::now();
             if now >= batch.until {
-                for at in 0..self.rails.len() {
-                    self.lose(at, batch, "it took too long".to_owned());
-                }
+                self.lose_all(batch, "it took too long");
                 batch.give_up();
                 return;
             }
+            // One that stands still is found beside others that move.
+            looked = self.lose_stalled(batch, looked, now);
             if progress {
                 idle_since = None;
                 continue;
@@ -183,18 +185,36 @@ impl Rails {
                 continue;
             }
             if self.sleep(batch, watch) {
-                for at in 0..self.rails.len() {
-                    self.lose(at, batch, "the caller hung up".to_owned());
-                }
+                self.lose_all(batch, "the caller hung up");
                 batch.give_up();
                 return;
             }
-            for at in 0..self.rails.len() {
-                let stalled = |r: &Rail| !r.sent.is_empty() && r.moved.elapsed() > self.stall;
-                if self.rails[at].as_ref().is_some_and(stalled) {
-                    self.lose(at, batch, "nothing moved in time".to_owned());
-                }
+        }
+    }
+
+    /// Loses the rails that have been waited for in vain for too long. What counts is the time in which somebody looked: a
+    /// thread that gets no processor has not waited, and where there is none for it there may be none for the device's
+    /// software either. `looked`: when it was called last; returns when it is to be called as last.
+    fn lose_stalled(&mut self, batch: &mut Batch<'_>, looked: Instant, now: Instant) -> Instant {
+        let passed = now.duration_since(looked);
+        if passed < LOOK {
+            return looked;
+        }
+        for at in 0..self.rails.len() {
+            let Some(rail) = self.rails[at].as_mut().filter(|r| !r.sent.is_empty()) else {
+                continue;
+            };
+            rail.waited += passed.min(2 * TICK);
+            if rail.waited > self.stall {
+                self.lose(at, batch, "nothing moved in time".to_owned());
             }
+        }
+        now
+    }
+
+    fn lose_all(&mut self, batch: &mut Batch<'_>, reason: &str) {
+        for at in 0..self.rails.len() {
+            self.lose(at, batch, reason.to_owned());
         }
     }
 
@@ -345,26 +365,23 @@ impl Rails {
 
     /// Waits for what is under way, sending nothing.
     fn wait_out(&mut self, batch: &mut Batch<'_>, watch: BorrowedFd<'_>) {
-        let mut start = Instant::now();
-        loop {
-            if self.rails.iter().flatten().all(|r| r.sent.is_empty()) {
-                return;
-            }
+        let mut idle_since = Instant::now();
+        let mut looked = idle_since;
+        while self.rails.iter().flatten().any(|r| !r.sent.is_empty()) {
             let mut progress = false;
             for at in 0..self.rails.len() {
                 progress |= self.reap(at, batch);
             }
-            if progress {
-                start = Instant::now();
-            } else if start.elapsed() < SPIN {
+            let now = Instant::now();
+            looked = self.lose_stalled(batch, looked, now);
+            if now >= batch.until {
+                self.lose_all(batch, "it took too long");
+            } else if progress {
+                idle_since = now;
+            } else if now.duration_since(idle_since) < SPIN {
                 std::thread::yield_now();
-            } else if self.sleep(batch, watch) || start.elapsed() > self.stall {
-                for at in 0..self.rails.len() {
-                    if self.rails[at].as_ref().is_some_and(|r| !r.sent.is_empty()) {
-                        self.lose(at, batch, "nothing moved in time".to_owned());
-                    }
-                }
-                return;
+            } else if self.sleep(batch, watch) {
+                self.lose_all(batch, "the caller hung up");
             }
         }
     }
@@ -382,11 +399,8 @@ struct Batch<'a> {
 impl Batch<'_> {
     /// What is left will not be sent.
     fn give_up(&mut self) {
-        for slice in self.queue.drain(..) {
-            if !self.outcome.failed.contains(&slice.item) {
-                self.outcome.failed.push(slice.item);
-            }
-        }
+        let left = self.queue.drain(..).map(|slice| slice.item);
+        self.outcome.failed.extend(left);
     }
 
     fn fail_all(&mut self) {

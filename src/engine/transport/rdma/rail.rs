@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Duration;
 
 use rdma_sys::{ibv_send_flags, ibv_send_wr, ibv_sge, ibv_wc, ibv_wc_status, ibv_wr_opcode};
 
@@ -13,8 +13,10 @@ use super::registration::Registration;
 use super::verbs::status_name;
 use super::wire::Piece;
 
-/// Requests of one list: one doorbell, and the last of them signalled.
+/// Requests of one list: one doorbell.
 pub(super) const LIST_MAX: usize = 16;
+/// Bytes after which a request of a list is signalled, too: what has no completion is no progress.
+const SIGNALLED: u64 = 1 << 20;
 /// Completions taken with one call.
 const REAP_MAX: usize = 16;
 
@@ -58,7 +60,8 @@ pub(super) struct Rail {
     pub(super) end: Endpoint,
     pub(super) sent: VecDeque<Sent>,
     pub(super) next: u64,
-    pub(super) moved: Instant,
+    /// How long it has been waited for since it last moved.
+    pub(super) waited: Duration,
     /// Where the last bytes went that have not been flushed.
     pub(super) unflushed: Option<(u64, u32, usize)>,
 }
@@ -78,7 +81,7 @@ impl Rail {
             end,
             sent: VecDeque::new(),
             next: 0,
-            moved: Instant::now(),
+            waited: Duration::ZERO,
             unflushed: None,
         }
     }
@@ -125,14 +128,14 @@ impl Rail {
         }
     }
 
-    /// One linked list, the last of it signalled.
+    /// One linked list, the last of it signalled, and of large slices more.
     pub(super) fn post_requests(
         &mut self,
         requests: &[Request],
         direction: Direction,
     ) -> Result<(), String> {
         if self.sent.is_empty() {
-            self.moved = Instant::now();
+            self.waited = Duration::ZERO;
         }
         let first = self.next;
         let mut parts: smallvec::SmallVec<[ibv_sge; LIST_MAX]> = requests
@@ -144,6 +147,7 @@ impl Rail {
             })
             .collect();
         let mut list: smallvec::SmallVec<[ibv_send_wr; LIST_MAX]> = smallvec::SmallVec::new();
+        let mut silent = 0;
         for (n, r) in requests.iter().enumerate() {
             // SAFETY: plain numbers and null pointers, for which zero is a value.
             let mut wr: ibv_send_wr = unsafe { std::mem::zeroed() };
@@ -154,7 +158,9 @@ impl Rail {
                 Direction::Fetch => ibv_wr_opcode::IBV_WR_RDMA_READ,
                 Direction::Bring => ibv_wr_opcode::IBV_WR_RDMA_WRITE,
             };
-            if n + 1 == requests.len() {
+            silent += u64::from(r.slice.length);
+            if n + 1 == requests.len() || silent >= SIGNALLED {
+                silent = 0;
                 wr.send_flags |= ibv_send_flags::IBV_SEND_SIGNALED.0;
             }
             if r.inline {
@@ -207,7 +213,7 @@ impl Rail {
             }
         }
         if n > 0 {
-            self.moved = Instant::now();
+            self.waited = Duration::ZERO;
         }
         Ok(n > 0)
     }

@@ -207,6 +207,10 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         for (device, regions) in &self.regions {
+            // A queue pair that could not be destroyed may still reach it: its pages stay this process's.
+            if device.is_stuck() {
+                continue;
+            }
             for region in regions {
                 // SAFETY: registered by us, once; no request of ours names it any more, and a peer's is refused.
                 let code = unsafe { (device.verbs.ibv_dereg_mr)(region.mr) };

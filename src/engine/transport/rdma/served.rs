@@ -138,7 +138,7 @@ impl ServedRails {
         let outcome = self.rails.run(direction, &jobs, watch);
         MovedOutcome {
             lost: outcome.lost,
-            failed: outcome.failed,
+            failed: outcome.failed.into_iter().collect(),
             reason: outcome.reason,
         }
     }

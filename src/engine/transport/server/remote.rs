@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::{Item, RDMA, RequestHeader, ServedLane, Status, Until, frame, malformed, time_for};
 use crate::engine::batch::Opcode;
 use crate::engine::error::TransferError;
-use crate::engine::host::{Segment, WritePass};
+use crate::engine::host::{Segment, SegmentHost, WritePass};
 use crate::engine::memory::Memory;
 use crate::engine::transport::rdma::wire::{NOT_SERVED, Piece, decode_pieces, encode_join};
 use crate::engine::transport::rdma::{Moved, ServedRails};
@@ -20,11 +20,36 @@ const REGISTRATION: Duration = Duration::from_millis(500);
 const REST: Duration = Duration::from_secs(10);
 
 /// An item that has passed the gate.
-struct Passed<'a> {
+struct Passed {
     segment: Arc<Segment>,
     pointer: *mut u8,
-    /// Of writes; fences wait for it.
-    _pass: Option<WritePass<'a>>,
+}
+
+/// Asks the gate for every item of a write. Fences wait for the pass.
+fn enter<'h>(
+    host: &'h SegmentHost,
+    items: &[Item],
+) -> (WritePass<'h>, Vec<Result<Passed, TransferError>>) {
+    let check = |item: &Item| -> Result<Passed, TransferError> {
+        let (offset, length) = (item.offset, item.length);
+        let segment = host.check(Opcode::Write, &item.grant, offset, length, item.word)?;
+        let pointer = segment.memory.range(offset, length);
+        let pointer = pointer.ok_or(TransferError::OutOfBounds)?;
+        Ok(Passed { segment, pointer })
+    };
+    let mut outcomes: Vec<Result<Passed, TransferError>> = items.iter().map(check).collect();
+    let checked = items.iter().zip(&outcomes).filter(|(_, o)| o.is_ok());
+    let ranges: Vec<_> = checked
+        .map(|(item, _)| (item.grant, item.offset, item.length))
+        .collect();
+    let (pass, entered) = host.enter_fetched_write(&ranges);
+    let mut entered = entered.into_iter();
+    for outcome in outcomes.iter_mut().filter(|o| o.is_ok()) {
+        if let Some(Err(error)) = entered.next() {
+            *outcome = Err(error);
+        }
+    }
+    (pass, outcomes)
 }
 
 impl ServedLane<'_> {
@@ -46,7 +71,7 @@ impl ServedLane<'_> {
         let (rails, answer) = match &self.shared.fabric {
             None => (None, encode_join(&[], NOT_SERVED)),
             Some(fabric) => {
-                let segments = self.shared.host.segments();
+                let segments = self.served.host.segments();
                 let memories: Vec<Arc<Memory>> = segments
                     .iter()
                     .filter(|s| !s.memory.is_empty())
@@ -85,9 +110,9 @@ impl ServedLane<'_> {
     /// A read: checked, brought, and checked again once the bytes have left.
     pub(super) fn bring(&mut self, header: &RequestHeader, _until: Until) -> io::Result<()> {
         let pieces = self.pieces(header)?;
-        let shared = self.shared;
-        let pass = |item: &Item| -> Result<Passed<'_>, TransferError> {
-            let host = &shared.host;
+        let served = self.served.clone();
+        let pass = |item: &Item| -> Result<Passed, TransferError> {
+            let host = &served.host;
             let (offset, length) = (item.offset, item.length);
             let segment = host.check(Opcode::Read, &item.grant, offset, length, item.word)?;
             let changed =
@@ -97,13 +122,9 @@ impl ServedLane<'_> {
             }
             let pointer = segment.memory.range(offset, length);
             let pointer = pointer.ok_or(TransferError::OutOfBounds)?;
-            Ok(Passed {
-                segment,
-                pointer,
-                _pass: None,
-            })
+            Ok(Passed { segment, pointer })
         };
-        let mut outcomes: Vec<Result<Passed<'_>, TransferError>> =
+        let mut outcomes: Vec<Result<Passed, TransferError>> =
             self.items.iter().map(pass).collect();
         let lost = self.carry(false, &mut outcomes, &pieces);
         let mut statuses = Vec::with_capacity(outcomes.len());
@@ -127,7 +148,7 @@ impl ServedLane<'_> {
                 Err(error) => self.refused(error),
             });
         }
-        shared.counters.read(RDMA, bytes);
+        served.counters.read(RDMA, bytes);
         drop(outcomes);
         self.answer_remote(header, &statuses, lost)
     }
@@ -140,22 +161,8 @@ impl ServedLane<'_> {
         _until: Until,
     ) -> io::Result<()> {
         let pieces = self.pieces(header)?;
-        let shared = self.shared;
-        let pass = |item: &Item| -> Result<Passed<'_>, TransferError> {
-            let host = &shared.host;
-            let (offset, length) = (item.offset, item.length);
-            let segment = host.check(Opcode::Write, &item.grant, offset, length, item.word)?;
-            let pass = host.enter_fetched_write(&item.grant, offset, length)?;
-            let pointer = segment.memory.range(offset, length);
-            let pointer = pointer.ok_or(TransferError::OutOfBounds)?;
-            Ok(Passed {
-                segment,
-                pointer,
-                _pass: Some(pass),
-            })
-        };
-        let mut outcomes: Vec<Result<Passed<'_>, TransferError>> =
-            self.items.iter().map(pass).collect();
+        let served = self.served.clone();
+        let (pass, mut outcomes) = enter(&served.host, &self.items);
         let lost = self.carry(true, &mut outcomes, &pieces);
         let mut statuses = Vec::with_capacity(outcomes.len());
         let mut rest = notifies;
@@ -165,7 +172,7 @@ impl ServedLane<'_> {
             let told = outcome.and_then(|passed| {
                 self.tell_and_publish(&passed.segment, item, notify)?;
                 let bytes = mine.iter().map(|p| p.length).sum();
-                shared.counters.written(RDMA, bytes);
+                served.counters.written(RDMA, bytes);
                 Ok(())
             });
             statuses.push(match told {
@@ -173,6 +180,7 @@ impl ServedLane<'_> {
                 Err(error) => self.refused(&error),
             });
         }
+        drop(pass);
         self.answer_remote(header, &statuses, lost)
     }
 
@@ -180,7 +188,7 @@ impl ServedLane<'_> {
     fn carry(
         &mut self,
         into_ours: bool,
-        outcomes: &mut [Result<Passed<'_>, TransferError>],
+        outcomes: &mut [Result<Passed, TransferError>],
         pieces: &[Vec<Piece>],
     ) -> u64 {
         let Some(rails) = &mut self.rails else {

@@ -1,6 +1,7 @@
 //! Drain jobs in upstream's shapes. Beyond them: `blocked`, the first objects that could not be moved, and why.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Bytes;
@@ -20,6 +21,8 @@ use crate::store::model::key;
 
 /// Most bytes of a job's description.
 const BODY_MAX: usize = 256 << 10;
+/// How long nodes may take to say that they keep a job; one that is slow is told with its next message.
+const KEPT: Duration = Duration::from_millis(500);
 /// Upstream's default.
 const CONCURRENCY: u32 = 4;
 
@@ -64,9 +67,23 @@ async fn create(State(master): Shared, body: Bytes) -> Response {
     match drained {
         Ok(id) => {
             tracing::info!(job = %id, segments = %segments.join(", "), "drain job created");
+            until_kept(&master).await;
             job_answer(id, "CREATED")
         }
         Err(error) => refused(&error),
+    }
+}
+
+/// Waits until all nodes keep what is known of jobs, for a while: then it outlives this master.
+async fn until_kept(master: &Master) {
+    let version = master.state.drains.version();
+    let end = Instant::now() + KEPT;
+    loop {
+        let (kept, nodes) = master.state.drain_keepers(version);
+        if kept == nodes || Instant::now() >= end {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
@@ -98,6 +115,8 @@ async fn query(State(master): Shared, Query(params): Params) -> Response {
     };
     match master.state.drains.report(id) {
         Some(report) => answer(StatusCode::OK, &shown(id, &report)),
+        // A node that keeps it may still come.
+        None if master.state.recovering(Millis::now()) => refused(&StoreError::Rebuilding),
         None => refused(&unknown()),
     }
 }
@@ -105,7 +124,7 @@ async fn query(State(master): Shared, Query(params): Params) -> Response {
 fn unknown() -> StoreError {
     StoreError::Refused {
         code: -1402,
-        reason: "no such job: jobs do not survive their master".to_owned(),
+        reason: "no such job".to_owned(),
     }
 }
 
@@ -140,7 +159,16 @@ async fn cancel(State(master): Shared, Query(params): Params) -> Response {
         return invalid("Missing or invalid job_id");
     };
     match tokio::task::block_in_place(|| master.state.cancel_drain(id)) {
-        Ok(()) => job_answer(id, "CANCELED"),
+        Ok(()) => {
+            until_kept(&master).await;
+            job_answer(id, "CANCELED")
+        }
+        Err(_)
+            if master.state.drains.report(id).is_none()
+                && master.state.recovering(Millis::now()) =>
+        {
+            refused(&StoreError::Rebuilding)
+        }
         Err(error) => refused(&error),
     }
 }
