@@ -129,7 +129,8 @@ pub(crate) fn check_any(head: &RequestHead, body: &[u8]) -> Result<(), Refused> 
             .trim()
             .to_ascii_lowercase()
     });
-    let is_json = kind.is_none_or(|k| k.is_empty() || k.ends_with("json"));
+    let is_json =
+        kind.is_none_or(|k| k.is_empty() || k == "application/json" || k.ends_with("+json"));
     if !is_json || body.is_empty() {
         return Ok(());
     }

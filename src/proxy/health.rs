@@ -42,6 +42,21 @@ pub(crate) enum ProbeError {
     NoModels,
     #[error("serves {0}")]
     OtherModel(String),
+    #[error("says that it is {0}")]
+    OtherRole(&'static str),
+}
+
+impl ProbeError {
+    /// What an instance is that answers, and with which nothing can be done.
+    fn wrong(&self) -> Option<Health> {
+        match self {
+            Self::NoModels | Self::OtherModel(_) | Self::Status(_, "/v1/models") => {
+                Some(Health::Wrong)
+            }
+            Self::OtherRole(_) => Some(Health::WrongRole),
+            _ => None,
+        }
+    }
 }
 
 /// A GET outside the instance's pool of connections: a probe must not find a dead connection, nor leave one.
@@ -225,12 +240,12 @@ pub(crate) async fn find_bootstrap(app: &App, instance: &Instance) {
     }
 }
 
-/// Whether it is an SGLang server that prefills, and where its bootstrap server is. Asked until it is answered: without an answer
+/// Whether it is an SGLang server, of the role it is used for, and where its bootstrap server is. Asked until it is answered: without an answer
 /// the first requests would take it for another's, and be lost there. Who gives none three times is used meanwhile.
 async fn find_sglang(app: &App, instance: &Instance) -> Result<(), ProbeError> {
     let link = instance.link.read().clone();
     let told_other = link.told && link.kind != Some(ConnectorKind::Sglang);
-    if link.is_asked || told_other || !instance.role().does(Role::Prefill) {
+    if link.is_asked || told_other {
         return Ok(());
     }
     let asked = server_info(app, &instance.target).await;
@@ -250,6 +265,11 @@ async fn find_sglang(app: &App, instance: &Instance) -> Result<(), ProbeError> {
             };
         }
     };
+    let role = instance.role();
+    let own = info.as_deref().and_then(sglang::role);
+    if let Some(own) = own.filter(|own| *own != Role::Both && !role.does(*own)) {
+        return Err(ProbeError::OtherRole(own.name()));
+    }
     link.is_asked = true;
     let Some(server) = info.and_then(|info| sglang::server(&info)) else {
         return Ok(());
@@ -332,7 +352,10 @@ pub(crate) async fn watch(app: Arc<App>, instance: Arc<Instance>) {
             Ok(()) => {
                 good += 1;
                 bad = 0;
-                let first = matches!(instance.health(), Health::Unknown | Health::Wrong);
+                let first = matches!(
+                    instance.health(),
+                    Health::Unknown | Health::Wrong | Health::WrongRole
+                );
                 if instance.health() != Health::Up && (first || good >= UP_AFTER) {
                     instance.breaker.reset();
                     set(&app, &instance, Health::Up);
@@ -345,16 +368,12 @@ pub(crate) async fn watch(app: Arc<App>, instance: Arc<Instance>) {
                 if matches!(error, ProbeError::Leg(LegError::Connect(_))) || bad >= DOWN_AFTER {
                     instance.has_ended();
                 }
-                let wrong = matches!(
-                    error,
-                    ProbeError::NoModels
-                        | ProbeError::OtherModel(_)
-                        | ProbeError::Status(_, "/v1/models")
-                );
-                if wrong && instance.health() != Health::Wrong {
-                    tracing::warn!(instance = %instance.name, %error, "not used: it does not serve the model");
-                    set(&app, &instance, Health::Wrong);
-                } else if !wrong && (instance.health() != Health::Up || bad >= DOWN_AFTER) {
+                if let Some(wrong) = error.wrong() {
+                    if instance.health() != wrong {
+                        tracing::warn!(instance = %instance.name, %error, health = wrong.name(), "not used");
+                        set(&app, &instance, wrong);
+                    }
+                } else if instance.health() != Health::Up || bad >= DOWN_AFTER {
                     if instance.health() == Health::Up {
                         forget(&app, &instance);
                     }

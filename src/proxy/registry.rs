@@ -32,6 +32,8 @@ pub(crate) enum Health {
     Down = 2,
     /// It serves another model, or is no OpenAI server.
     Wrong = 3,
+    /// It says that it is for something else.
+    WrongRole = 4,
 }
 
 impl Health {
@@ -41,6 +43,7 @@ impl Health {
             Self::Up => "up",
             Self::Down => "down",
             Self::Wrong => "wrong_model",
+            Self::WrongRole => "wrong_role",
         }
     }
 }
@@ -198,7 +201,8 @@ impl Instance {
             0 => Health::Unknown,
             1 => Health::Up,
             2 => Health::Down,
-            _ => Health::Wrong,
+            3 => Health::Wrong,
+            _ => Health::WrongRole,
         }
     }
 

@@ -87,6 +87,11 @@ pub(crate) async fn change(
         return Ok(false);
     }
     if !is_offered(app, first).await? {
+        let own = mode(app, &first.target).await;
+        if let Some(own) = own.filter(|own| *own != role && *own != Role::Both) {
+            let text = format!("it is {} and offers no change", own.name());
+            return Err(RoleError::Refused(text));
+        }
         enter(app, instances, role);
         return Ok(false);
     }
@@ -235,12 +240,7 @@ fn put_aside(instances: &[Arc<Instance>], aside: Aside, message: &str) {
 /// What an engine says it is.
 async fn mode(app: &App, target: &(String, u16)) -> Option<Role> {
     let info = health::server_info(app, target).await.ok()??;
-    let info: Value = serde_json::from_slice(&info).ok()?;
-    match sglang::mode(&info)? {
-        // It was started without roles, and does both.
-        "null" => Some(Role::Both),
-        mode => Role::parse(mode),
-    }
+    sglang::role(&info)
 }
 
 /// Asks an instance that is set aside what it is, and uses it as that. Called with every health check.

@@ -45,6 +45,38 @@ async fn an_sglang_server_is_found_out_though_it_did_not_answer_first() {
     }
 }
 
+/// An SGLang server is one or the other: requests for the other role would wait there for ever.
+#[tokio::test]
+async fn a_server_that_says_it_is_something_else_is_not_used() {
+    let rig = Rig::new(Dialect::Sglang, 1, 1).await;
+    for (role, own) in [("prefill", "decode"), ("decode", "prefill")] {
+        let new = Worker::start(&rig.world, Dialect::Sglang).await;
+        own.clone_into(&mut new.mode.lock().unwrap());
+        let body = format!(r#"{{"instance":"{}","type":"{role}"}}"#, new.address);
+        assert_eq!(rig.post("/instances/add", &body).await.status, 200);
+        let health = async || {
+            let list = rig.get("/instances").await.json();
+            let all = list["instances"].as_array().unwrap().clone();
+            let found = all.iter().find(|i| i["instance"] == *new.address).cloned();
+            found.unwrap()["health"].as_str().unwrap().to_owned()
+        };
+        rig.until("found out", async || health().await == "wrong_role")
+            .await;
+        for _ in 0..4 {
+            assert_eq!(rig.complete("").await.status, 200);
+        }
+        assert_eq!(new.count(), 0);
+        // Started anew as what it is used for.
+        role.clone_into(&mut new.mode.lock().unwrap());
+        rig.until("used", async || {
+            assert_eq!(rig.complete("").await.status, 200);
+            new.count() > 0
+        })
+        .await;
+        rig.settled().await;
+    }
+}
+
 /// Out of reach for a while is not restarted: the same engine id is still a bootstrap server's.
 #[tokio::test]
 async fn mooncake_is_found_out_again_though_nothing_has_changed() {

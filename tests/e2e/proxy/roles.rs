@@ -236,6 +236,25 @@ async fn an_engine_that_cannot_be_asked_keeps_its_role() {
 }
 
 #[tokio::test]
+async fn a_server_that_was_started_for_one_role_offers_no_other() {
+    let rig = Rig::new(Dialect::Sglang, 2, 1).await;
+    let fixed = &rig.prefill[1];
+    let (status, body) = change(&rig, fixed, "decode", 1.0).await;
+    assert_eq!(status, 409, "{body}");
+    assert!(
+        body["detail"]
+            .as_str()
+            .unwrap()
+            .contains("offers no change")
+    );
+    assert_eq!(role_of(&rig, fixed).await, ("prefill".to_owned(), true));
+    for _ in 0..2 {
+        assert_eq!(rig.complete("").await.status, 200);
+    }
+    rig.settled().await;
+}
+
+#[tokio::test]
 async fn an_engine_without_an_answer_is_set_aside_until_it_says_what_it_is() {
     // It breaks off before it switches, or after.
     for (breaks, becomes) in [(1, "prefill"), (2, "decode")] {
