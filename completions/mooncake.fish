@@ -161,6 +161,7 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l health-inter
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l state-file -d 'File that remembers added instances across restarts' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l access-log -d 'File for a JSON line per request; - = standard error' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l debug-headers -d 'Name the chosen instances in reply headers (x-mooncake-prefill, -decode, -route-reason) [default: false]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l trust-kv-params -d 'Pass on what clients say about where KV is (kv_transfer_params\' remote_*, bootstrap_*, request ids of p2p) instead of refusing it [default: false]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l threads -d 'Threads that serve clients, each with a listener of its own [default: 1]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l drain-timeout -d 'How long requests under way may take to end after SIGTERM [default: 30s]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l log-format -d 'How log lines look: text, json [default: text]' -r

@@ -135,6 +135,7 @@ fn config(r: &Resolved) -> anyhow::Result<ProxyConfig> {
         state_file: path("state-file"),
         access_log: path("access-log"),
         debug_headers: r.flag("debug-headers"),
+        trust_kv_params: r.flag("trust-kv-params"),
         kv_events: EventsRule::parse_list(r.text("kv-events").unwrap_or_default())
             .map_err(|e| UsageError(format!("--kv-events: {e}")))?,
         resume: r.flag("continue"),

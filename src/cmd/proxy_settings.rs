@@ -283,6 +283,13 @@ pub(super) static SETTINGS: &[Setting] = &[
         "Name the chosen instances in reply headers (x-mooncake-prefill, -decode, -route-reason)",
     ),
     Setting::new(
+        "trust-kv-params",
+        &[],
+        Kind::Flag,
+        "false",
+        "Pass on what clients say about where KV is (kv_transfer_params' remote_*, bootstrap_*, request ids of p2p) instead of refusing it",
+    ),
+    Setting::new(
         "threads",
         &[],
         Kind::Integer(1, 64),

@@ -5,10 +5,14 @@
 
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Instant;
 
-use super::relay::Record;
+use super::handoff::Route;
+use super::registry::Instance;
+use super::relay::Ended;
 
 const QUEUE_MAX: usize = 4096;
 
@@ -59,5 +63,39 @@ fn write(mut out: Box<dyn Write + Send>, lines: &Receiver<String>) {
         if writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
             return;
         }
+    }
+}
+
+/// A line of the access log.
+pub(crate) struct Record<'a> {
+    pub(crate) method: &'a str,
+    pub(crate) path: &'a str,
+    pub(crate) request_id: &'a str,
+    pub(crate) status: u16,
+    pub(crate) ended: Ended,
+    pub(crate) route: &'a Route,
+    pub(crate) arrived: Instant,
+}
+
+impl Record<'_> {
+    pub(crate) fn json(&self) -> serde_json::Value {
+        let name = |i: &Option<Arc<Instance>>| i.as_ref().map(|i| i.name.clone());
+        serde_json::json!({
+            "time_ms": crate::base::clock::unix_ms(),
+            "method": self.method,
+            "path": self.path,
+            "request_id": self.request_id,
+            "status": self.status,
+            "ended": match self.ended {
+                Ended::Whole | Ended::Close => "whole",
+                Ended::Cut => "cut",
+                Ended::ClientGone => "client_gone",
+            },
+            "prefill": name(&self.route.prefill),
+            "decode": name(&self.route.decode),
+            "reason": self.route.reason,
+            "retries": self.route.retries,
+            "elapsed_ms": self.arrived.elapsed().as_secs_f64() * 1e3,
+        })
     }
 }

@@ -205,7 +205,8 @@ async fn change(app: &Arc<App>, path: &str, request: &Value) -> Result<LocalRepl
                 let status = match error {
                     RoleError::Both | RoleError::Rank => 400,
                     RoleError::Underway | RoleError::Busy(_) | RoleError::Refused(_) => 409,
-                    RoleError::Lost(_) => 502,
+                    RoleError::Unasked(_) | RoleError::Broken(_) => 502,
+                    RoleError::Unknown(_) => 504,
                 };
                 LocalReply::detail(status, &error.to_string())
             })?;
@@ -379,6 +380,7 @@ fn list(app: &App) -> Value {
                 "breaker": i.breaker.state(now),
                 "draining": i.is_draining(),
                 "switching": i.switching.load(Ordering::Relaxed),
+                "aside": i.aside().text(),
                 "prefill_inflight": i.inflight(Role::Prefill),
                 "decode_inflight": i.inflight(Role::Decode),
                 "tokens_inflight": i.tokens(),

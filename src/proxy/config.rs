@@ -184,6 +184,8 @@ pub struct ProxyConfig {
     pub access_log: Option<PathBuf>,
     /// Name the chosen instances in reply headers.
     pub debug_headers: bool,
+    /// Pass on what clients say about where KV is or goes.
+    pub trust_kv_params: bool,
     /// Where instances of the flags publish their KV events.
     pub kv_events: Vec<EventsRule>,
     /// Ask workers for the tokens of new texts (policy `kv`).
@@ -237,6 +239,7 @@ impl ProxyConfig {
             state_file: None,
             access_log: None,
             debug_headers: false,
+            trust_kv_params: false,
             kv_events: Vec::new(),
             tokenize: true,
             resume: false,

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 
 use super::App;
 use super::config::{EventsRule, InstanceAddress, Role};
+use super::named;
 use super::registrations;
 use super::registry::{NewInstance, Origin};
 
@@ -153,6 +154,7 @@ pub(crate) async fn watch(app: Arc<App>) {
     sources.retain(|s| !matches!(s, Discovery::Zmq(_)));
     let mut last: Vec<Vec<(InstanceAddress, Role)>> = vec![Vec::new(); sources.len()];
     let mut was_wrong = vec![false; sources.len()];
+    let mut entered = Vec::new();
     loop {
         for (at, source) in sources.iter().enumerate() {
             let looked = timeout(LOOK_TIMEOUT, source.look()).await;
@@ -168,7 +170,7 @@ pub(crate) async fn watch(app: Arc<App>) {
                 }
             }
         }
-        take(&app, &last.concat());
+        take(&app, &last.concat(), &mut entered);
         tokio::select! {
             () = tokio::time::sleep(INTERVAL) => {}
             () = app.stopping() => return,
@@ -176,8 +178,9 @@ pub(crate) async fn watch(app: Arc<App>) {
     }
 }
 
-/// Makes the discovered instances those that are named now.
-fn take(app: &Arc<App>, named: &[(InstanceAddress, Role)]) {
+/// Makes the discovered instances those that are named now. `entered`: who has been, and is not entered again while it is named;
+/// an administrator may have taken it out since.
+fn take(app: &Arc<App>, named: &[(InstanceAddress, Role)], entered: &mut Vec<InstanceAddress>) {
     let ranks = |(address, role): &(InstanceAddress, Role)| {
         let role = *role;
         address
@@ -200,14 +203,20 @@ fn take(app: &Arc<App>, named: &[(InstanceAddress, Role)]) {
         if instance.origin == Origin::Discovered && !is_named {
             tracing::info!(instance = %instance.name, "no longer discovered");
             app.remove(instance);
+            named::come_back(app, &instance.address);
         }
     }
+    entered.retain(|e| named.iter().any(|(a, _)| a.is_same(e)));
     for (address, role) in &named {
+        if entered.iter().any(|e| e.is_same(address)) {
+            continue;
+        }
         let mut new = NewInstance::plain(address.clone(), *role);
         new.connector = app.config.connector;
         new.events = EventsRule::of(&app.config.kv_events, address);
         new.origin = Origin::Discovered;
         if app.add(new).is_ok() {
+            entered.push(address.clone());
             tracing::info!(instance = %address, role = role.name(), "discovered");
         }
     }

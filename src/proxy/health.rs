@@ -18,11 +18,14 @@ use super::http::upstream::{ConnPool, LegError};
 use super::load;
 use super::policy;
 use super::registry::{Health, Instance};
+use super::role;
 
 /// Failures in a row until an instance is down.
 const DOWN_AFTER: u32 = 3;
 /// Successes in a row until it is up again.
 const UP_AFTER: u32 = 2;
+/// Questions whether it is SGLang that may go without an answer before an instance is used nevertheless.
+const UNANSWERED_MAX: u32 = 3;
 /// Bound of one question.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Largest answer that is read.
@@ -39,6 +42,21 @@ pub(crate) enum ProbeError {
     NoModels,
     #[error("serves {0}")]
     OtherModel(String),
+    #[error("says that it is {0}")]
+    OtherRole(&'static str),
+}
+
+impl ProbeError {
+    /// What an instance is that answers, and with which nothing can be done.
+    fn wrong(&self) -> Option<Health> {
+        match self {
+            Self::NoModels | Self::OtherModel(_) | Self::Status(_, "/v1/models") => {
+                Some(Health::Wrong)
+            }
+            Self::OtherRole(_) => Some(Health::WrongRole),
+            _ => None,
+        }
+    }
 }
 
 /// A GET outside the instance's pool of connections: a probe must not find a dead connection, nor leave one.
@@ -180,7 +198,10 @@ pub(crate) async fn find_bootstrap(app: &App, instance: &Instance) {
         .config
         .connector
         .is_some_and(|c| c != ConnectorKind::Mooncake);
-    let known = instance.link.read().kind;
+    let (known, generation) = {
+        let link = instance.link.read();
+        (link.kind, link.generation)
+    };
     if told
         || !instance.role().does(Role::Prefill)
         || !matches!(known, None | Some(ConnectorKind::Mooncake))
@@ -207,7 +228,11 @@ pub(crate) async fn find_bootstrap(app: &App, instance: &Instance) {
         return;
     };
     let mut link = instance.link.write();
-    if link.engines.as_ref() != engines.as_slice() {
+    if link.generation != generation {
+        return;
+    }
+    // The same engine may have been out of reach for a while: its kind was forgotten then.
+    if link.engines.as_ref() != engines.as_slice() || link.kind.is_none() {
         tracing::info!(instance = %instance.name, engines = engines.len(), "engine ids read from the bootstrap server");
         link.engines = engines.into();
         link.bootstrap_port = port;
@@ -215,36 +240,65 @@ pub(crate) async fn find_bootstrap(app: &App, instance: &Instance) {
     }
 }
 
-/// Whether it is an SGLang server that prefills, and where its bootstrap server is.
-async fn find_sglang(app: &App, instance: &Instance) {
-    let known = instance.link.read().kind;
-    if !instance.role().does(Role::Prefill) || !matches!(known, None | Some(ConnectorKind::Sglang))
-    {
-        return;
+/// Whether it is an SGLang server, of the role it is used for, and where its bootstrap server is. Asked until it is answered: without an answer
+/// the first requests would take it for another's, and be lost there. Who gives none three times is used meanwhile.
+async fn find_sglang(app: &App, instance: &Instance) -> Result<(), ProbeError> {
+    let link = instance.link.read().clone();
+    let told_other = link.told && link.kind != Some(ConnectorKind::Sglang);
+    if link.is_asked || told_other {
+        return Ok(());
     }
-    let Some(server) = server_info(app, &instance.target)
-        .await
-        .and_then(|info| sglang::server(&info))
-    else {
-        return;
-    };
+    let asked = server_info(app, &instance.target).await;
+    let generation = link.generation;
     let mut link = instance.link.write();
-    if link.kind.is_none() {
+    if link.generation != generation {
+        return Ok(());
+    }
+    let info = match asked {
+        Ok(info) => info,
+        Err(error) => {
+            link.unanswered += 1;
+            return if link.unanswered < UNANSWERED_MAX {
+                Err(error)
+            } else {
+                Ok(())
+            };
+        }
+    };
+    let role = instance.role();
+    let own = info.as_deref().and_then(sglang::role);
+    if let Some(own) = own.filter(|own| *own != Role::Both && !role.does(*own)) {
+        return Err(ProbeError::OtherRole(own.name()));
+    }
+    link.is_asked = true;
+    let Some(server) = info.and_then(|info| sglang::server(&info)) else {
+        return Ok(());
+    };
+    if link.kind != Some(ConnectorKind::Sglang) {
         tracing::info!(instance = %instance.name, "an SGLang prefill server");
     }
     link.kind = Some(ConnectorKind::Sglang);
     link.bootstrap_port = instance.address.bootstrap.unwrap_or(server.bootstrap_port);
     link.ranks = server.ranks;
+    Ok(())
 }
 
-/// What an SGLang server says of itself.
-pub(crate) async fn server_info(app: &App, target: &(String, u16)) -> Option<Vec<u8>> {
+/// What an SGLang server says of itself; `None`: it is none.
+///
+/// # Errors
+/// When it is not known whether it is one: it did not answer, or with a fault.
+pub(crate) async fn server_info(
+    app: &App,
+    target: &(String, u16),
+) -> Result<Option<Vec<u8>>, ProbeError> {
     for path in ["/server_info", "/get_server_info"] {
-        if let Ok((200, body)) = get(app, target, path).await {
-            return Some(body);
+        match get(app, target, path).await? {
+            (200, body) => return Ok(Some(body)),
+            (status @ (500 | 502..), _) => return Err(ProbeError::Status(status, path)),
+            _ => {}
         }
     }
-    None
+    Ok(None)
 }
 
 /// Whatever is known about an instance belongs to a process that has gone.
@@ -255,6 +309,8 @@ pub(crate) fn forget(app: &App, instance: &Instance) {
     if told.is_none() && !link.told {
         link.before = link.kind.take().or(link.before);
     }
+    link.generation += 1;
+    (link.is_asked, link.unanswered) = (false, 0);
     drop(link);
     instance.is_mute.store(false, Ordering::Relaxed);
     instance.has_no_gauges.store(false, Ordering::Relaxed);
@@ -268,8 +324,8 @@ async fn check(app: &App, instance: &Instance) -> Result<(), ProbeError> {
     is_alive(app, instance).await?;
     if instance.health() != Health::Up {
         check_models(app, instance).await?;
-        find_sglang(app, instance).await;
     }
+    find_sglang(app, instance).await?;
     find_bootstrap(app, instance).await;
     read_gauges(app, instance).await;
     Ok(())
@@ -296,7 +352,10 @@ pub(crate) async fn watch(app: Arc<App>, instance: Arc<Instance>) {
             Ok(()) => {
                 good += 1;
                 bad = 0;
-                let first = matches!(instance.health(), Health::Unknown | Health::Wrong);
+                let first = matches!(
+                    instance.health(),
+                    Health::Unknown | Health::Wrong | Health::WrongRole
+                );
                 if instance.health() != Health::Up && (first || good >= UP_AFTER) {
                     instance.breaker.reset();
                     set(&app, &instance, Health::Up);
@@ -306,16 +365,15 @@ pub(crate) async fn watch(app: Arc<App>, instance: Arc<Instance>) {
                 good = 0;
                 bad += 1;
                 instance.note(&error);
-                let wrong = matches!(
-                    error,
-                    ProbeError::NoModels
-                        | ProbeError::OtherModel(_)
-                        | ProbeError::Status(_, "/v1/models")
-                );
-                if wrong && instance.health() != Health::Wrong {
-                    tracing::warn!(instance = %instance.name, %error, "not used: it does not serve the model");
-                    set(&app, &instance, Health::Wrong);
-                } else if !wrong && (instance.health() != Health::Up || bad >= DOWN_AFTER) {
+                if matches!(error, ProbeError::Leg(LegError::Connect(_))) || bad >= DOWN_AFTER {
+                    instance.has_ended();
+                }
+                if let Some(wrong) = error.wrong() {
+                    if instance.health() != wrong {
+                        tracing::warn!(instance = %instance.name, %error, health = wrong.name(), "not used");
+                        set(&app, &instance, wrong);
+                    }
+                } else if instance.health() != Health::Up || bad >= DOWN_AFTER {
                     if instance.health() == Health::Up {
                         forget(&app, &instance);
                     }
@@ -323,6 +381,7 @@ pub(crate) async fn watch(app: Arc<App>, instance: Arc<Instance>) {
                 }
             }
         }
+        role::look_again(&app, &instance).await;
         // A tenth of jitter: checks of many proxies do not fall on one moment.
         let interval = app.config.health_interval;
         let pause = if instance.health() == Health::Up || bad > 10 {

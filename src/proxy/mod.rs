@@ -2,7 +2,7 @@
 //!
 //! A client sees one endpoint; prefill and decode instances come and go behind it. Rooms: [`config`] what it is told;
 //! `http` the wire; `server` a client's connection; `admin` its own answers; `registry`, `breaker`, `health` the instances;
-//! `policy` who gets a request; `kv` what their caches hold; `openai` and [`splice`] what is read and changed of a body; `connector` how KV is handed
+//! `policy` who gets a request; `client_params` what clients may say of KV; `kv` what their caches hold; `openai` and [`splice`] what is read and changed of a body; `connector` how KV is handed
 //! over; `handoff` a request's way; `relay` the answer's. Depends on `base` alone; knows no command line.
 
 mod access_log;
@@ -10,6 +10,7 @@ pub mod address;
 mod admin;
 mod admission;
 mod breaker;
+mod client_params;
 pub mod config;
 mod connector;
 pub mod discover;
@@ -24,6 +25,7 @@ mod load;
 mod mask;
 mod merge;
 mod metrics;
+mod named;
 mod openai;
 pub mod policy;
 mod registrations;
@@ -49,7 +51,7 @@ use tokio::sync::{Notify, Semaphore};
 use crate::base::trust::ClusterKeys;
 use access_log::AccessLog;
 use admission::{Gate, RetryBudget};
-use config::{EventsRule, InstanceAddress, ProxyConfig, Role};
+use config::{InstanceAddress, ProxyConfig, Role};
 use handoff::places::Handoffs;
 use http::bodies::Bodies;
 use kv::Kv;
@@ -76,6 +78,8 @@ pub(crate) struct App {
     /// Who waits for a busy instance, per role.
     lines: [Line; 2],
     pub(crate) admin_keys: Option<ClusterKeys>,
+    /// What flags and files said last.
+    pub(crate) named: parking_lot::Mutex<named::Named>,
     prefill_policy: Box<dyn Policy>,
     decode_policy: Box<dyn Policy>,
     stop: AtomicBool,
@@ -250,11 +254,11 @@ impl Proxy {
             kv,
             handoffs: Arc::default(),
             lines: Default::default(),
+            named: parking_lot::Mutex::default(),
             config,
         });
         let proxy = Self { app };
-        proxy.add_all(&proxy.app.config.prefill, Role::Prefill)?;
-        proxy.add_all(&proxy.app.config.decode, Role::Decode)?;
+        named::begin(&proxy.app)?;
         if let Some(master) = proxy.app.config.master.clone() {
             tokio::spawn(kv::master::watch(proxy.app.clone(), master));
         }
@@ -262,22 +266,12 @@ impl Proxy {
             tokio::spawn(discover::watch(proxy.app.clone()));
         }
         for new in remembered {
-            // Named by a flag too by now: the flag's is the same instance.
-            let _ = proxy.app.add(new);
+            // Named by a flag too by now: the flag's is the same instance, and what the flag says of it counts.
+            if proxy.app.registry.find(&new.address).is_none() {
+                let _ = proxy.app.add(new);
+            }
         }
         Ok(proxy)
-    }
-
-    fn add_all(&self, addresses: &[InstanceAddress], role: Role) -> Result<(), StartError> {
-        for address in addresses {
-            let mut new = NewInstance::plain(address.clone(), role);
-            new.connector = self.app.config.connector;
-            new.events = EventsRule::of(&self.app.config.kv_events, address);
-            self.app
-                .add(new)
-                .map_err(|_| StartError::Twice(address.clone()))?;
-        }
-        Ok(())
     }
 
     /// Serves clients of a listener until the proxy stops.
@@ -290,26 +284,11 @@ impl Proxy {
         self.app.registry.inflight()
     }
 
-    /// Takes instances of flags and files as they are now: new ones come in, missing ones are drained by removal from
-    /// the table (what is under way there ends by itself). Added ones stay.
+    /// Takes instances of flags and files as they are now: new ones come in, missing ones are taken out of the table (what is
+    /// under way there ends by itself). Whoever is there otherwise stays as it is; a role that was changed since changes
+    /// only when the files say another than they did. Within a tokio runtime.
     pub fn reload(&self, prefill: &[InstanceAddress], decode: &[InstanceAddress]) {
-        let wanted = |i: &Instance| prefill.iter().chain(decode).any(|a| a.is_same(&i.address));
-        for instance in self.app.registry.all().iter() {
-            if instance.origin == Origin::Named && !wanted(instance) {
-                tracing::info!(instance = %instance.name, "removed by reload");
-                self.app.remove(instance);
-            }
-        }
-        for (addresses, role) in [(prefill, Role::Prefill), (decode, Role::Decode)] {
-            for address in addresses {
-                let mut new = NewInstance::plain(address.clone(), role);
-                new.connector = self.app.config.connector;
-                new.events = EventsRule::of(&self.app.config.kv_events, address);
-                if self.app.add(new).is_ok() {
-                    tracing::info!(instance = %address, role = role.name(), "added by reload");
-                }
-            }
-        }
+        named::reload(&self.app, prefill, decode);
     }
 
     /// Stops: no new connections, connections close after the request they are at, requests under way end. Returns

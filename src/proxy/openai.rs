@@ -2,6 +2,8 @@
 //!
 //! Reads top-level fields only, through [`super::splice`]; refuses to know what a prompt says.
 
+use std::borrow::Cow;
+
 use super::list::elements;
 use super::splice::Members;
 
@@ -17,16 +19,43 @@ pub(crate) enum Api {
     Single,
 }
 
-/// The kind of an API path; `None`: not relayed. Workers' control paths (sleep, LoRA loading, profiling) never are.
+/// Loading and unloading adapters.
+const LORA: [&str; 2] = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"];
+
+/// A path as workers read it, `%XX` undone; `None`: they would read it in several ways.
+pub(crate) fn plain(path: &str) -> Option<Cow<'_, str>> {
+    if !path.contains('%') {
+        return Some(Cow::Borrowed(path));
+    }
+    let mut bytes = path.bytes();
+    let mut out = Vec::with_capacity(path.len());
+    while let Some(byte) = bytes.next() {
+        let mut digit = || char::from(bytes.next()?).to_digit(16);
+        out.push(match byte {
+            b'%' => (digit()? * 16 + digit()?) as u8,
+            other => other,
+        });
+    }
+    let text = String::from_utf8(out).ok()?;
+    // Encoded twice, or with what ends a path.
+    let is_clear = |c: char| !c.is_control() && !matches!(c, '%' | '?' | '#');
+    text.chars().all(is_clear).then_some(Cow::Owned(text))
+}
+
+/// The kind of an API path; `None`: not relayed. Workers' control paths (sleep, LoRA loading, profiling) never are, however
+/// they are written.
 pub(crate) fn api_of(path: &str) -> Option<Api> {
     let generate = |limit| Some(Api::Generate { limit });
+    let path = plain(path)?;
+    let path = path.as_ref();
+    let goes_elsewhere = ["..", "//", "/./", "\\"];
     match path {
         "/v1/completions" | "/v1/chat/completions" | "/v1/messages" => generate("max_tokens"),
         "/v1/responses" => generate("max_output_tokens"),
-        "/v1/load_lora_adapter" | "/v1/unload_lora_adapter" => None,
+        _ if LORA.contains(&path.trim_end_matches('/')) => None,
         "/tokenize" | "/detokenize" | "/rerank" | "/v2/rerank" | "/score" | "/pooling"
         | "/classify" | "/version" => Some(Api::Single),
-        _ if path.starts_with("/v1/") && !path.contains("..") && !path.contains("//") => {
+        _ if path.starts_with("/v1/") && !goes_elsewhere.iter().any(|e| path.contains(e)) => {
             Some(Api::Single)
         }
         _ => None,
@@ -228,9 +257,27 @@ mod tests {
             "/v1/../sleep",
             "/collective_rpc",
             "/v1//x",
+            "/v1/load_lora_adapter/",
+            "/v1/load_lora%5fadapter",
+            "/v1/%6Coad_lora_adapter",
+            "/v1/%2e%2e/sleep",
+            "/v1/.%2E/sleep",
+            "/v1/x%2f%2fy",
+            "/v1/%5c..%5csleep",
+            "/v1/%255f",
+            "/v1/%",
+            "/v1/%5",
+            "/v1/%zz",
+            "/v1/%ff",
+            "/v1/a%00b",
+            "/v1/a%3fb",
         ] {
             assert_eq!(api_of(path), None, "{path}");
         }
         assert_eq!(api_of("/v1/embeddings"), Some(Api::Single));
+        assert_eq!(api_of("/v1/models/a%20b"), Some(Api::Single));
+        // Both legs, however it is written.
+        let limit = "max_tokens";
+        assert_eq!(api_of("/v1/%63ompletions"), Some(Api::Generate { limit }));
     }
 }

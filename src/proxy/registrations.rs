@@ -18,6 +18,7 @@ use super::App;
 use super::config::{ConnectorKind, EventsRule, InstanceAddress, Role};
 use super::kv::msgpack::{Reader, Value};
 use super::kv::zmtp::{Socket, ZmtpError};
+use super::named;
 use super::registry::{INSTANCES_MAX, NewInstance, Origin};
 
 /// Who was not heard for this long has gone. vLLM's instances send every 3 s.
@@ -39,8 +40,32 @@ struct Said {
     address: InstanceAddress,
 }
 
+/// Who has registered, and what came of it.
+#[derive(Debug)]
+struct Lease {
+    said: Said,
+    heard: Instant,
+    /// The instance that was entered for it.
+    number: Option<u64>,
+    /// It was taken out by somebody else, and that has been logged.
+    is_refused: bool,
+}
+
 #[derive(Debug, Default)]
-struct Leases(Mutex<HashMap<String, (Said, Instant)>>);
+struct Leases(Mutex<HashMap<String, Lease>>);
+
+/// What a heartbeat asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Beat {
+    /// To be entered: it is new, or says something else than it did.
+    New,
+    /// It could not be entered before, as something else stood in its place.
+    Again,
+    /// It was entered as this instance.
+    Known(u64),
+    /// There is no room.
+    Full,
+}
 
 fn read(message: &[u8]) -> Option<Said> {
     let mut reader = Reader::new(message);
@@ -75,23 +100,46 @@ fn read(message: &[u8]) -> Option<Said> {
 }
 
 impl Leases {
-    /// Renews a lease. Says whether the instance is new, or not what it was.
-    fn renew(&self, said: &Said, now: Instant) -> bool {
+    /// Renews a lease.
+    fn renew(&self, said: &Said, now: Instant) -> Beat {
         let mut all = self.0.lock();
         let name = said.address.authority();
-        if all.len() >= INSTANCES_MAX && !all.contains_key(&name) {
-            return false;
+        if let Some(lease) = all.get_mut(&name).filter(|l| l.said == *said) {
+            lease.heard = now;
+            return lease.number.map_or(Beat::Again, Beat::Known);
         }
-        let before = all.insert(name, (said.clone(), now));
-        before.is_none_or(|(before, _)| before != *said)
+        if all.len() >= INSTANCES_MAX && !all.contains_key(&name) {
+            return Beat::Full;
+        }
+        let lease = Lease {
+            said: said.clone(),
+            heard: now,
+            number: None,
+            is_refused: false,
+        };
+        all.insert(name, lease);
+        Beat::New
+    }
+
+    fn entered(&self, said: &Said, number: u64) {
+        if let Some(lease) = self.0.lock().get_mut(&said.address.authority()) {
+            lease.number = Some(number);
+        }
+    }
+
+    /// It is not entered again. Says whether that is news.
+    fn refuse(&self, said: &Said) -> bool {
+        let mut all = self.0.lock();
+        let lease = all.get_mut(&said.address.authority());
+        lease.is_some_and(|lease| !std::mem::replace(&mut lease.is_refused, true))
     }
 
     fn expired(&self, now: Instant) -> Vec<Said> {
         let mut gone = Vec::new();
-        self.0.lock().retain(|_, (said, heard)| {
-            let is_there = now.duration_since(*heard) < LEASE;
+        self.0.lock().retain(|_, lease| {
+            let is_there = now.duration_since(lease.heard) < LEASE;
             if !is_there {
-                gone.push(said.clone());
+                gone.push(lease.said.clone());
             }
             is_there
         });
@@ -150,28 +198,48 @@ async fn hear(app: &Arc<App>, leases: &Leases, stream: TcpStream) -> Result<(), 
             tracing::debug!("a registration that is none");
             continue;
         };
-        if leases.renew(&said, Instant::now()) {
-            leave(app, &said);
-            enter(app, &said);
+        beat(app, leases, &said);
+    }
+}
+
+/// A heartbeat. Whom an administrator has taken out stays out for as long as it keeps saying the same: it would be back
+/// within seconds else. It comes in again after it was silent for [`LEASE`] (a restart), or by `/instances/add`.
+fn beat(app: &Arc<App>, leases: &Leases, said: &Said) {
+    match leases.renew(said, Instant::now()) {
+        Beat::New => {
+            leave(app, said);
+            enter(app, leases, said);
+        }
+        Beat::Again => enter(app, leases, said),
+        Beat::Known(number) => {
+            let is_there = app.registry.all().iter().any(|i| i.number == number);
+            if !is_there && leases.refuse(said) {
+                tracing::warn!(instance = %said.address, "it registers, but was taken out: it stays out until it has been silent for 10 s, or is added");
+            }
+        }
+        Beat::Full => {
+            tracing::debug!(instance = %said.address, "not registered: there are too many")
         }
     }
 }
 
-fn enter(app: &Arc<App>, said: &Said) {
+fn enter(app: &Arc<App>, leases: &Leases, said: &Said) {
     let mut new = NewInstance::plain(said.address.clone(), said.role);
     new.connector = Some(ConnectorKind::P2p);
     new.events = EventsRule::of(&app.config.kv_events, &said.address);
     new.origin = Origin::Registered;
-    if app.add(new).is_ok() {
+    if let Ok(instance) = app.add(new) {
+        leases.entered(said, instance.number);
         tracing::info!(instance = %said.address, role = said.role.name(), "registered");
     }
 }
 
-fn leave(app: &App, said: &Said) {
+fn leave(app: &Arc<App>, said: &Said) {
     let found = app.registry.find(&said.address);
     if let Some(instance) = found.filter(|i| i.origin == Origin::Registered) {
         tracing::info!(instance = %instance.name, "no longer registered");
         app.remove(&instance);
+        named::come_back(app, &said.address);
     }
 }
 
@@ -218,12 +286,14 @@ mod tests {
             address: InstanceAddress::parse(&format!("h:{port}:{kv}")).unwrap(),
         };
         let now = Instant::now();
-        assert!(leases.renew(&said(1, 7), now) && !leases.renew(&said(1, 7), now));
-        assert!(
-            leases.renew(&said(1, 8), now),
-            "restarted with another KV port"
-        );
-        assert!(leases.renew(&said(2, 7), now + LEASE / 2));
+        assert_eq!(leases.renew(&said(1, 7), now), Beat::New);
+        assert_eq!(leases.renew(&said(1, 7), now), Beat::Again, "not entered");
+        leases.entered(&said(1, 7), 42);
+        assert_eq!(leases.renew(&said(1, 7), now), Beat::Known(42));
+        assert!(leases.refuse(&said(1, 7)) && !leases.refuse(&said(1, 7)));
+        let moved = leases.renew(&said(1, 8), now);
+        assert_eq!(moved, Beat::New, "restarted with another KV port");
+        assert_eq!(leases.renew(&said(2, 7), now + LEASE / 2), Beat::New);
         assert_eq!(leases.expired(now + LEASE), [said(1, 8)]);
         assert!(leases.expired(now + LEASE).is_empty());
     }

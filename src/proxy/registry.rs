@@ -32,6 +32,8 @@ pub(crate) enum Health {
     Down = 2,
     /// It serves another model, or is no OpenAI server.
     Wrong = 3,
+    /// It says that it is for something else.
+    WrongRole = 4,
 }
 
 impl Health {
@@ -41,6 +43,7 @@ impl Health {
             Self::Up => "up",
             Self::Down => "down",
             Self::Wrong => "wrong_model",
+            Self::WrongRole => "wrong_role",
         }
     }
 }
@@ -90,6 +93,34 @@ pub(crate) struct Link {
     pub(crate) ranks: u32,
     /// The kind was told, so it is not found out anew.
     pub(crate) told: bool,
+    /// Whether it is an SGLang server has been answered.
+    pub(crate) is_asked: bool,
+    /// Questions for that in a row that had no answer.
+    pub(crate) unanswered: u32,
+    /// Counts its starts: what was learnt of an earlier one is not entered.
+    pub(crate) generation: u64,
+}
+
+/// Why an instance is set aside: it gets no requests, and is not taken out either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Aside {
+    No = 0,
+    /// What became of a change of its role is not known: it is asked what it is.
+    Unsure = 1,
+    /// It said that it must be restarted; then it is asked.
+    Broken = 2,
+}
+
+impl Aside {
+    /// For `/instances`.
+    pub(crate) fn text(self) -> Option<&'static str> {
+        match self {
+            Self::No => None,
+            Self::Unsure => Some("its role is not known"),
+            Self::Broken => Some("its role could not be changed; it waits for a restart"),
+        }
+    }
 }
 
 /// One instance.
@@ -119,6 +150,7 @@ pub(crate) struct Instance {
     pub(crate) drained_by: Mutex<Option<tokio::time::Instant>>,
     /// Its role is being changed: no new requests until that is done.
     pub(crate) switching: AtomicBool,
+    aside: AtomicU8,
     pub(crate) breaker: Breaker,
     pub(crate) pool: ConnPool,
     pub(crate) link: RwLock<Link>,
@@ -169,7 +201,8 @@ impl Instance {
             0 => Health::Unknown,
             1 => Health::Up,
             2 => Health::Down,
-            _ => Health::Wrong,
+            3 => Health::Wrong,
+            _ => Health::WrongRole,
         }
     }
 
@@ -183,6 +216,30 @@ impl Instance {
 
     pub(crate) fn set_draining(&self, draining: bool) {
         self.draining.store(draining, Ordering::Relaxed);
+    }
+
+    pub(crate) fn aside(&self) -> Aside {
+        match self.aside.load(Ordering::SeqCst) {
+            0 => Aside::No,
+            1 => Aside::Unsure,
+            _ => Aside::Broken,
+        }
+    }
+
+    pub(crate) fn set_aside(&self, aside: Aside) {
+        self.aside.store(aside as u8, Ordering::SeqCst);
+    }
+
+    /// The process behind it has ended: whatever was broken is another's.
+    pub(crate) fn has_ended(&self) {
+        if self.aside() == Aside::Broken {
+            self.set_aside(Aside::Unsure);
+        }
+    }
+
+    /// Whether it is being emptied, or kept out of use.
+    fn is_left(&self) -> bool {
+        self.is_draining() || self.switching.load(Ordering::SeqCst) || self.aside() != Aside::No
     }
 
     /// Requests under way in a role.
@@ -204,8 +261,7 @@ impl Instance {
     pub(crate) fn usable(&self, role: Role, now: Millis) -> bool {
         self.role().does(role)
             && self.health() == Health::Up
-            && !self.is_draining()
-            && !self.switching.load(Ordering::Relaxed)
+            && !self.is_left()
             && self.breaker.admits(now)
     }
 
@@ -237,6 +293,8 @@ pub(crate) struct Leg {
     role: Role,
     tokens: u64,
     pass: Option<Pass>,
+    /// It has left the counters already.
+    is_out: bool,
     freed: Arc<Notify>,
 }
 
@@ -275,16 +333,24 @@ impl Leg {
         let tokens = std::mem::take(&mut self.tokens);
         self.instance.tokens.fetch_sub(tokens, Ordering::Relaxed);
     }
-}
 
-impl Drop for Leg {
-    fn drop(&mut self) {
+    /// Leaves the counters ahead of its end: all that is left of it is an answer to be read.
+    pub(crate) fn leave(&mut self) {
+        if std::mem::replace(&mut self.is_out, true) {
+            return;
+        }
         self.forget_tokens();
         self.instance.inflight[slot(self.role)].fetch_sub(1, Ordering::Relaxed);
         if let Some(pass) = self.pass.take() {
             self.instance.breaker.unknown(pass);
         }
         self.freed.notify_waiters();
+    }
+}
+
+impl Drop for Leg {
+    fn drop(&mut self) {
+        self.leave();
     }
 }
 
@@ -393,6 +459,7 @@ impl Registry {
             draining: AtomicBool::new(false),
             drained_by: Mutex::default(),
             switching: AtomicBool::new(false),
+            aside: AtomicU8::new(Aside::No as u8),
             breaker: Breaker::default(),
             pool: ConnPool::default(),
             link: RwLock::new(Link {
@@ -466,12 +533,12 @@ impl Registry {
             role,
             tokens,
             pass: Some(pass),
+            is_out: false,
             freed: self.changed.clone(),
         };
         // Counted first: who empties the instance sees it, or it is seen here that it is being emptied.
         std::sync::atomic::fence(Ordering::SeqCst);
-        let is_left = instance.is_draining() || instance.switching.load(Ordering::SeqCst);
-        (!is_left).then_some(leg)
+        (!instance.is_left()).then_some(leg)
     }
 
     /// Whether any instance lists `model`.

@@ -54,8 +54,10 @@ enum Framing {
     Bare,
 }
 
-fn framing(body: &BodyScanner, http11: bool) -> Framing {
+/// `hides`: something in the payload is replaced, so chunk boundaries must not lie within it.
+fn framing(body: &BodyScanner, http11: bool, hides: bool) -> Framing {
     match (body, http11) {
+        (BodyScanner::Chunked(_), true) if hides => Framing::Chunks,
         (BodyScanner::Length(_), _) | (BodyScanner::Chunked(_), true) => Framing::Same,
         (BodyScanner::UntilClose, true) => Framing::Chunks,
         _ => Framing::Bare,
@@ -176,6 +178,8 @@ struct Copy<'a> {
     waits: bool,
     /// When something was passed on last.
     passed: Option<Instant>,
+    /// Payload that is framed anew and has not been passed on yet.
+    plain: Vec<u8>,
     out: Vec<u8>,
 }
 
@@ -189,14 +193,14 @@ enum Step {
 impl Copy<'_> {
     /// Prepares what has come for the client: `self.out` and that many bytes of the inbox.
     fn take(&mut self, answer: &mut Answer) -> Result<(usize, bool), ()> {
-        let (framing, out) = (self.framing, &mut self.out);
+        let (framing, plain) = (self.framing, &mut self.plain);
         let fresh = answer.conn.inbox.get(self.held..).unwrap_or_default();
         let progress = answer
             .head
             .body
             .advance(fresh, |data| {
                 if framing != Framing::Same {
-                    recode(out, data, framing);
+                    plain.extend_from_slice(data);
                 }
             })
             .map_err(|_| ())?;
@@ -204,10 +208,7 @@ impl Copy<'_> {
         if framing != Framing::Same {
             answer.conn.inbox.advance(seen);
             self.held = 0;
-            if let Some(mask) = &self.mask {
-                mask.apply(&mut self.out);
-            }
-            return Ok((0, progress.done));
+            return Ok((self.ready_payload(progress.done), progress.done));
         }
         let whole = if progress.boundary > 0 {
             self.held + progress.boundary
@@ -216,8 +217,7 @@ impl Copy<'_> {
         };
         let holds = self.is_events && !progress.done && seen - whole <= HELD_BYTES_MAX;
         // A number to be changed must not come in two pieces.
-        self.waits =
-            self.cached.is_some() && !self.is_events && !progress.done && seen <= HELD_BYTES_MAX;
+        self.waits = self.waits_for_all(seen, progress.done);
         let ready = match (holds, self.waits) {
             (_, true) => 0,
             (true, _) => whole,
@@ -237,6 +237,45 @@ impl Copy<'_> {
         Ok((ready, progress.done))
     }
 
+    /// A number to be changed must not come in two pieces.
+    fn waits_for_all(&self, length: usize, done: bool) -> bool {
+        self.cached.is_some() && !self.is_events && !done && length <= HELD_BYTES_MAX
+    }
+
+    /// How much of the payload that is framed anew can be passed on: whole events, and no beginning of what is replaced.
+    fn ready_payload(&mut self, done: bool) -> usize {
+        let length = self.plain.len();
+        self.waits = self.waits_for_all(length, done);
+        if self.waits {
+            return 0;
+        }
+        if done {
+            return length;
+        }
+        let end_of = |end: &[u8]| {
+            let at = memchr::memmem::rfind(&self.plain, end);
+            at.map_or(0, |at| at + end.len())
+        };
+        let whole = end_of(b"\n\n").max(end_of(b"\n\r\n"));
+        let holds = self.is_events && length - whole <= HELD_BYTES_MAX;
+        let ready = if holds { whole } else { length };
+        let piece = &self.plain[..ready];
+        ready - self.mask.as_ref().map_or(0, |mask| mask.tail(piece))
+    }
+
+    /// What will not be followed by more of the same body.
+    fn rest(&mut self) -> Vec<u8> {
+        let mut rest = Vec::new();
+        if let Some(mask) = &self.mask {
+            mask.apply(&mut self.plain);
+        }
+        recode(&mut rest, &std::mem::take(&mut self.plain), self.framing);
+        if self.framing == Framing::Chunks {
+            rest.extend_from_slice(b"0\r\n\r\n");
+        }
+        rest
+    }
+
     async fn step(
         &mut self,
         answer: &mut Answer,
@@ -246,7 +285,12 @@ impl Copy<'_> {
         let Ok((ready, done)) = self.take(answer) else {
             return Step::Cut;
         };
-        let piece = answer.conn.inbox.get_mut(..ready).unwrap_or_default();
+        let is_same = self.framing == Framing::Same;
+        let piece = if is_same {
+            answer.conn.inbox.get_mut(..ready).unwrap_or_default()
+        } else {
+            &mut self.plain[..ready]
+        };
         if let Some(cached) = self.cached.as_mut().filter(|_| usage::tells(piece)) {
             let count = cached.count().await;
             if count.is_some_and(|count| usage::patch(piece, count)) {
@@ -260,6 +304,16 @@ impl Copy<'_> {
         if let Some(mask) = &self.mask {
             mask.apply(piece);
         }
+        let ready = if is_same {
+            ready
+        } else {
+            let piece: Vec<u8> = self.plain.drain(..ready).collect();
+            recode(&mut self.out, &piece, self.framing);
+            if done && self.framing == Framing::Chunks {
+                self.out.extend_from_slice(b"0\r\n\r\n");
+            }
+            0
+        };
         let (mut watch, mut writer) = client.halves();
         if ready > 0 || !self.out.is_empty() || !head.is_empty() && !self.waits || done {
             let body = answer.conn.inbox.get(..ready).unwrap_or_default();
@@ -269,9 +323,6 @@ impl Copy<'_> {
                 // The head travels with the first bytes.
                 head.append(&mut self.out);
                 head.extend_from_slice(body);
-                if done && self.framing == Framing::Chunks {
-                    head.extend_from_slice(b"0\r\n\r\n");
-                }
                 let wrote = writer.write(head).await;
                 *head = Vec::new();
                 wrote
@@ -301,8 +352,8 @@ impl Copy<'_> {
             read = timeout(idle, answer.conn.read()) => match read {
                 Ok(Ok(count)) if count > 0 => Step::More,
                 Ok(Ok(_)) if matches!(answer.head.body, BodyScanner::UntilClose) => {
-                    let end: &[u8] = if self.framing == Framing::Chunks { b"0\r\n\r\n" } else { b"" };
-                    if writer.write(end).await.is_ok() { Step::Done } else { Step::ClientGone }
+                    head.extend_from_slice(&self.rest());
+                    if writer.write(head).await.is_ok() { Step::Done } else { Step::ClientGone }
                 }
                 _ => Step::Cut,
             },
@@ -319,7 +370,7 @@ pub(crate) async fn relay(
     asked: &Asked<'_>,
     bodiless: bool,
 ) -> Ended {
-    let framing = framing(&answer.head.body, asked.http11);
+    let framing = framing(&answer.head.body, asked.http11, answer.mask.is_some());
     let route = std::mem::take(&mut answer.route);
     let cached = answer.cached.take();
     let mut head = head_of(&answer, &route, asked, framing, bodiless);
@@ -334,10 +385,13 @@ pub(crate) async fn relay(
         is_events,
         held: 0,
         at_boundary: true,
-        cached: cached.filter(|_| answer.head.status < 300 && framing == Framing::Same),
+        cached: cached.filter(|_| {
+            answer.head.status < 300 && !matches!(answer.head.body, BodyScanner::UntilClose)
+        }),
         mask: answer.mask.clone(),
         waits: false,
         passed: None,
+        plain: Vec::new(),
         out: Vec::new(),
     };
     if answer.head.body.is_empty() {
@@ -438,39 +492,5 @@ pub(crate) async fn local(
         Err(_) => Ended::ClientGone,
         Ok(()) if asked.keep_alive => Ended::Whole,
         Ok(()) => Ended::Close,
-    }
-}
-
-/// A line of the access log.
-pub(crate) struct Record<'a> {
-    pub(crate) method: &'a str,
-    pub(crate) path: &'a str,
-    pub(crate) request_id: &'a str,
-    pub(crate) status: u16,
-    pub(crate) ended: Ended,
-    pub(crate) route: &'a Route,
-    pub(crate) arrived: Instant,
-}
-
-impl Record<'_> {
-    pub(crate) fn json(&self) -> serde_json::Value {
-        let name = |i: &Option<Arc<super::registry::Instance>>| i.as_ref().map(|i| i.name.clone());
-        serde_json::json!({
-            "time_ms": crate::base::clock::unix_ms(),
-            "method": self.method,
-            "path": self.path,
-            "request_id": self.request_id,
-            "status": self.status,
-            "ended": match self.ended {
-                Ended::Whole | Ended::Close => "whole",
-                Ended::Cut => "cut",
-                Ended::ClientGone => "client_gone",
-            },
-            "prefill": name(&self.route.prefill),
-            "decode": name(&self.route.decode),
-            "reason": self.route.reason,
-            "retries": self.route.retries,
-            "elapsed_ms": self.arrived.elapsed().as_secs_f64() * 1e3,
-        })
     }
 }

@@ -78,6 +78,13 @@ impl LocalReply {
         Self::json(status, &error_object(status, message))
     }
 
+    /// The same about a field.
+    pub(crate) fn of_field(status: u16, message: &str, field: &str) -> Self {
+        let mut value = error_object(status, message);
+        value["error"]["param"] = field.into();
+        Self::json(status, &value)
+    }
+
     /// An error with the demo proxy's `detail` beside OpenAI's object.
     pub(crate) fn detail(status: u16, message: &str) -> Self {
         let mut value = error_object(status, message);

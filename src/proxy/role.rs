@@ -1,8 +1,9 @@
 //! Changing what a server is for while it runs.
 //!
 //! Owns the order: no new requests, those under way end, the engine is told (`POST /pd_role_switch`, SGLang with
-//! `--enable-pd-role-switch`), and then it is looked at as if it had just come. An engine without that path does either by
-//! itself, so only the table changes, at once. Refuses to know how that is asked for (`admin`).
+//! `--enable-pd-role-switch`), and then it is looked at as if it had just come. An engine without that path (404, 501) does either
+//! by itself, so only the table changes, at once. One that could not be asked keeps its role; one of which it is not known
+//! what became of it is set aside until it says what it is. Refuses to know how that is asked for (`admin`).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,7 +17,8 @@ use super::App;
 use super::config::Role;
 use super::connector::sglang;
 use super::health;
-use super::registry::{Health, Instance};
+use super::http::upstream::LegError;
+use super::registry::{Aside, Health, Instance};
 
 const PATH: &str = "/pd_role_switch";
 /// Asking whether the path is there.
@@ -35,10 +37,16 @@ pub(crate) enum RoleError {
     Underway,
     #[error("It still had {0} requests at the deadline; nothing was changed.")]
     Busy(usize),
+    #[error("The engine did not say whether it can change its role ({0}); nothing was changed.")]
+    Unasked(String),
     #[error("The engine refused: {0}")]
     Refused(String),
-    #[error("The switch failed, and it is not used any more; restart it: {0}")]
-    Lost(String),
+    #[error(
+        "Whether its role has changed is not known ({0}); it gets no requests until it says what it is."
+    )]
+    Unknown(String),
+    #[error("The switch failed, and it gets no requests until it has been restarted: {0}")]
+    Broken(String),
 }
 
 /// No new requests for these as long as it lives.
@@ -74,12 +82,17 @@ pub(crate) async fn change(
     let Some(first) = instances.first() else {
         return Ok(false);
     };
-    if instances.iter().all(|i| i.role() == role) {
+    let is_so = |i: &Arc<Instance>| i.role() == role && i.aside() == Aside::No;
+    if instances.iter().all(is_so) {
         return Ok(false);
     }
-    if !is_offered(app, first).await {
-        instances.iter().for_each(|i| i.set_role(role));
-        app.changed();
+    if !is_offered(app, first).await? {
+        let own = mode(app, &first.target).await;
+        if let Some(own) = own.filter(|own| *own != role && *own != Role::Both) {
+            let text = format!("it is {} and offers no change", own.name());
+            return Err(RoleError::Refused(text));
+        }
+        enter(app, instances, role);
         return Ok(false);
     }
     if role == Role::Both {
@@ -96,20 +109,25 @@ pub(crate) async fn change(
     let result = switch(app, instances, role, deadline).await;
     drop(pause);
     app.changed();
-    result.map(|()| true)
+    result
+}
+
+/// Changes the table alone.
+fn enter(app: &App, instances: &[Arc<Instance>], role: Role) {
+    instances.iter().for_each(|i| i.set_role(role));
+    app.changed();
 }
 
 /// Whether the engine has the path: whoever knows it only for another method says so.
-async fn is_offered(app: &App, instance: &Instance) -> bool {
-    let asked = health::ask(
-        app,
-        &instance.target,
-        "GET",
-        PATH,
-        Bytes::new(),
-        QUESTION_TIMEOUT,
-    );
-    matches!(asked.await, Ok((status, _)) if !matches!(status, 404 | 501))
+async fn is_offered(app: &App, instance: &Instance) -> Result<bool, RoleError> {
+    let target = &instance.target;
+    let asked = health::ask(app, target, "GET", PATH, Bytes::new(), QUESTION_TIMEOUT);
+    match asked.await {
+        Ok((404 | 501, _)) => Ok(false),
+        Ok((status @ 500.., _)) => Err(RoleError::Unasked(format!("HTTP {status}"))),
+        Ok(_) => Ok(true),
+        Err(error) => Err(RoleError::Unasked(error.to_string())),
+    }
 }
 
 async fn idle(app: &App, instances: &[Arc<Instance>], deadline: Duration) -> Result<(), RoleError> {
@@ -129,56 +147,114 @@ async fn idle(app: &App, instances: &[Arc<Instance>], deadline: Duration) -> Res
     }
 }
 
+/// What an engine made of it.
+enum Outcome {
+    Done,
+    /// It has no such path after all.
+    NotOffered,
+    Refused(String),
+    /// It is not sound any more.
+    Broken(String),
+    Unknown(String),
+}
+
 async fn switch(
     app: &App,
     instances: &[Arc<Instance>],
     role: Role,
     deadline: Duration,
-) -> Result<(), RoleError> {
+) -> Result<bool, RoleError> {
     idle(app, instances, deadline).await?;
     let target = &instances[0].target;
     let body = Bytes::from(json!({"new_role": role.name()}).to_string());
     let asked = health::ask(app, target, "POST", PATH, body, SWITCH_TIMEOUT).await;
-    let (answer, message) = match &asked {
-        Ok((status, body)) => {
-            let answer: Value = serde_json::from_slice(body).unwrap_or_default();
-            let message = answer.get("message").and_then(Value::as_str);
-            let message = message.map_or_else(|| format!("HTTP {status}"), str::to_owned);
-            (answer, message)
+    let outcome = match asked {
+        // It never had the request.
+        Err(error @ LegError::Connect(_)) => return Err(RoleError::Unasked(error.to_string())),
+        Err(error) => without_answer(app, target, role, error.to_string()).await,
+        Ok((404 | 405 | 501, _)) => Outcome::NotOffered,
+        Ok((status, body)) => judge(app, target, role, status, &body).await,
+    };
+    match outcome {
+        Outcome::Done => {
+            begin_anew(app, instances, role);
+            Ok(true)
         }
-        Err(error) => (Value::Null, error.to_string()),
-    };
-    let message: String = message.chars().take(200).collect();
-    let told = |name: &str| answer.get(name).and_then(Value::as_bool);
-    let is_done = matches!(&asked, Ok((200..=299, _))) && told("success") == Some(true);
-    if is_done {
-        begin_anew(app, instances, role);
-        return Ok(());
+        Outcome::NotOffered => {
+            enter(app, instances, role);
+            Ok(false)
+        }
+        Outcome::Refused(message) => {
+            instances.iter().for_each(|i| i.note(&message));
+            Err(RoleError::Refused(message))
+        }
+        Outcome::Broken(message) => {
+            put_aside(instances, Aside::Broken, &message);
+            Err(RoleError::Broken(message))
+        }
+        Outcome::Unknown(message) => {
+            put_aside(instances, Aside::Unsure, &message);
+            Err(RoleError::Unknown(message))
+        }
     }
-    let safe = match told("safe_to_restore") {
-        Some(safe) => safe,
-        // It does not say: what it is now decides.
-        None => match mode(app, target).await.as_deref() {
-            Some(now) if now == role.name() => {
-                begin_anew(app, instances, role);
-                return Ok(());
-            }
-            Some(_) => true,
-            None => false,
-        },
-    };
-    instances.iter().for_each(|i| i.note(&message));
-    if safe {
-        return Err(RoleError::Refused(message));
-    }
-    instances.iter().for_each(|i| i.set_draining(true));
-    tracing::error!(instance = %instances[0].name, message, "its role could not be changed; it is not used any more");
-    Err(RoleError::Lost(message))
 }
 
-async fn mode(app: &App, target: &(String, u16)) -> Option<String> {
-    let info: Value = serde_json::from_slice(&health::server_info(app, target).await?).ok()?;
-    sglang::mode(&info).map(str::to_owned)
+/// It had the request and gave no answer: it may have switched, and may be at it.
+async fn without_answer(app: &App, target: &(String, u16), role: Role, message: String) -> Outcome {
+    match mode(app, target).await {
+        Some(now) if now == role => Outcome::Done,
+        _ => Outcome::Unknown(message),
+    }
+}
+
+async fn judge(app: &App, target: &(String, u16), role: Role, status: u16, body: &[u8]) -> Outcome {
+    let answer: Value = serde_json::from_slice(body).unwrap_or_default();
+    let message = ["message", "detail"]
+        .iter()
+        .find_map(|name| answer.get(name)?.as_str());
+    let message = message.map_or_else(|| format!("HTTP {status}"), str::to_owned);
+    let message: String = message.chars().take(200).collect();
+    let told = |name: &str| answer.get(name).and_then(Value::as_bool);
+    match (told("success"), told("safe_to_restore")) {
+        (Some(true), _) if (200..300).contains(&status) => Outcome::Done,
+        (_, Some(true)) => Outcome::Refused(message),
+        (_, Some(false)) => Outcome::Broken(message),
+        // It does not say: what it is now decides.
+        _ => match mode(app, target).await {
+            Some(now) if now == role => Outcome::Done,
+            Some(_) => Outcome::Refused(message),
+            None => Outcome::Unknown(message),
+        },
+    }
+}
+
+fn put_aside(instances: &[Arc<Instance>], aside: Aside, message: &str) {
+    for instance in instances {
+        instance.note(&message);
+        instance.set_aside(aside);
+    }
+    let state = aside.text();
+    tracing::error!(instance = %instances[0].name, message, state, "it gets no requests");
+}
+
+/// What an engine says it is.
+async fn mode(app: &App, target: &(String, u16)) -> Option<Role> {
+    let info = health::server_info(app, target).await.ok()??;
+    sglang::role(&info)
+}
+
+/// Asks an instance that is set aside what it is, and uses it as that. Called with every health check.
+pub(crate) async fn look_again(app: &App, instance: &Arc<Instance>) {
+    let is_wanted =
+        || instance.aside() == Aside::Unsure && !instance.switching.load(Ordering::SeqCst);
+    if !is_wanted() {
+        return;
+    }
+    let mode = mode(app, &instance.target).await;
+    if let Some(role) = mode.filter(|_| is_wanted()) {
+        begin_anew(app, std::slice::from_ref(instance), role);
+        app.changed();
+    }
 }
 
 /// As if it had just come: what is known of it belongs to its old role.
@@ -186,7 +262,7 @@ fn begin_anew(app: &App, instances: &[Arc<Instance>], role: Role) {
     for instance in instances {
         health::forget(app, instance);
         instance.set_health(Health::Unknown);
-        instance.set_draining(false);
+        instance.set_aside(Aside::No);
         instance.set_role(role);
         tracing::info!(instance = %instance.name, role = role.name(), "its role has changed");
     }

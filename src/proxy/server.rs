@@ -10,15 +10,17 @@ use bytes::Bytes;
 use tokio::net::{TcpListener, TcpStream};
 
 use super::App;
+use super::access_log::Record;
 use super::admin;
 use super::admission::{Claim, Refusal};
+use super::client_params;
 use super::config::{Role, UpstreamAuth};
 use super::handoff::{self, Job, Owner, Route, Served};
 use super::http::chunked::BodyScanner;
 use super::http::downstream::{ClientLimits, Downstream, ReceiveError};
 use super::http::head::{HeadError, RequestHead};
 use super::openai::{self, Api, Facts};
-use super::relay::{self, Asked, Ended, Record};
+use super::relay::{self, Asked, Ended};
 use super::reply::LocalReply;
 use super::splice;
 use super::tunnel;
@@ -255,6 +257,13 @@ async fn prepare(
     let Some(api) = openai::api_of(path) else {
         return Err(LocalReply::detail(404, "Not Found"));
     };
+    if !app.config.trust_kv_params {
+        let mut checked = client_params::check_head(head);
+        if api == Api::Single {
+            checked = checked.and_then(|()| client_params::check_any(head, &body));
+        }
+        checked.map_err(|refused| refused.reply())?;
+    }
     let is_post = head.method == "POST";
     let mut job = Job {
         method: head.method.clone(),
@@ -294,6 +303,9 @@ fn understand(
         return Err(LocalReply::detail(415, text));
     }
     let members = splice::scan(&job.body).map_err(|e| LocalReply::error(400, &e.to_string()))?;
+    if !app.config.trust_kv_params {
+        client_params::check(&job.body, &members).map_err(|refused| refused.reply())?;
+    }
     let facts = openai::facts(&job.body, &members, limit, app.bytes_per_token.get());
     if let Some(model) = &facts.model
         && !app.serves_model(model)

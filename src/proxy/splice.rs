@@ -4,6 +4,8 @@
 //! prompt is walked over once and never copied. It checks the outermost object only; what is wrong deeper inside is the
 //! worker's to refuse. Knows no field by name.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use smallvec::SmallVec;
 
@@ -239,6 +241,22 @@ impl Members {
             .rev()
             .find(|m| Self::is_named(m, body, name))?;
         Some(member.value.0..member.value.1)
+    }
+
+    /// Every field's name, escapes undone, and its value as it is written, in order; twice what is there twice.
+    pub(crate) fn entries<'a>(
+        &'a self,
+        body: &'a [u8],
+    ) -> impl Iterator<Item = (Cow<'a, str>, &'a [u8])> {
+        self.members.iter().map(|member| {
+            let key = &body[member.key.0..member.key.1];
+            let plain = String::from_utf8_lossy(&key[1..key.len() - 1]);
+            let name = match memchr::memchr(b'\\', key) {
+                None => plain,
+                Some(_) => serde_json::from_slice(key).map_or(plain, Cow::Owned),
+            };
+            (name, &body[member.value.0..member.value.1])
+        })
     }
 
     /// Whether every field has one of these names.

@@ -140,6 +140,15 @@ fn one(i: &Value, name: &str, role: &str, model: &str) -> Option<Finding> {
             )
             .remedy("correct the instance's address or the proxy's --model"),
         ),
+        "wrong_role" => Some(
+            Finding::fail(
+                check,
+                "role_mismatch",
+                role,
+                format!("is not what the proxy uses it for: {because}"),
+            )
+            .remedy("name it for its own role, or start it for this one"),
+        ),
         "unknown" => Some(
             Finding::warn(
                 check,
@@ -300,6 +309,11 @@ mod tests {
             causes(json!(bad)),
             ["instance_down", "model_mismatch", "connector_mismatch"]
         );
+        let role = [
+            instance("a:1", "prefill", "wrong_role", "unknown"),
+            instance("b:1", "decode", "up", "unknown"),
+        ];
+        assert_eq!(causes(json!(role)), ["role_mismatch"]);
         assert_eq!(causes(Value::Null), ["no_prefill", "no_decode"]);
     }
 }

@@ -100,6 +100,9 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
     let mut table = Columns::new(&columns.map(|(heading, _)| heading));
     for instance in instances {
         let mut row = columns.map(|(_, name)| instance.get(name).map_or_else(String::new, cell));
+        if instance.get("aside").is_some_and(Value::is_string) {
+            row[2].push_str(", set aside");
+        }
         if instance.get("draining") == Some(&Value::Bool(true)) {
             row[2].push_str(", draining");
         }

@@ -92,6 +92,18 @@ pub(crate) fn prefill_edits(limit: &'static str) -> Vec<Edit> {
     edits
 }
 
+/// A connector's parameters behind the client's own, where it has any: of two with one name the connector's counts.
+pub(crate) fn beside_client(client: Option<&[u8]>, ours: Bytes) -> Bytes {
+    let inner = client
+        .and_then(|c| c.strip_prefix(b"{")?.strip_suffix(b"}"))
+        .map(<[u8]>::trim_ascii)
+        .filter(|inner| !inner.is_empty());
+    match (inner, ours.strip_prefix(b"{")) {
+        (Some(inner), Some(rest)) => Bytes::from([b"{", inner, b",", rest].concat()),
+        _ => ours,
+    }
+}
+
 /// What a decode body gets when its client has gone: the KV is fetched and thus released, and nothing more.
 pub(crate) fn release_edits(limit: &'static str) -> Vec<Edit> {
     prefill_edits(limit)
@@ -101,6 +113,19 @@ pub(crate) fn release_edits(limit: &'static str) -> Vec<Edit> {
 mod tests {
     use super::super::openai::Special;
     use super::*;
+
+    #[test]
+    fn a_clients_parameters_stay_before_the_connectors() {
+        let ours = Bytes::from_static(br#"{"a":1}"#);
+        let of = |client: Option<&str>| {
+            let both = beside_client(client.map(str::as_bytes), ours.clone());
+            String::from_utf8(both.to_vec()).unwrap()
+        };
+        assert_eq!(of(Some(r#"{ "b": [2] }"#)), r#"{"b": [2],"a":1}"#);
+        for nothing in [None, Some("null"), Some("{}"), Some("{ }"), Some("\"{\"")] {
+            assert_eq!(of(nothing), r#"{"a":1}"#);
+        }
+    }
 
     #[test]
     fn who_hands_over_what() {

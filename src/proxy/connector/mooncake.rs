@@ -5,7 +5,6 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::super::registry::Engine;
-use super::super::splice::Edit;
 use crate::base::net::join_host_port;
 
 /// vLLM's `VLLM_MOONCAKE_BOOTSTRAP_PORT`.
@@ -13,11 +12,11 @@ pub(crate) const BOOTSTRAP_PORT: u16 = 8998;
 /// Most ranks of an instance.
 const ENGINES_MAX: usize = 1024;
 
-/// Added to the prefill body.
-pub(crate) fn prefill_edit(transfer_id: &str) -> Edit {
+/// `kv_transfer_params` of the prefill body.
+pub(crate) fn prefill_params(transfer_id: &str) -> Bytes {
     let params =
         json!({"do_remote_decode": true, "do_remote_prefill": false, "transfer_id": transfer_id});
-    Edit::Set("kv_transfer_params", Bytes::from(params.to_string()))
+    Bytes::from(params.to_string())
 }
 
 /// `kv_transfer_params` of the decode body.

@@ -3,18 +3,13 @@
 
 use bytes::Bytes;
 
-use super::super::splice::{Edit, scan};
+use super::super::splice::scan;
 
 const ASK: &str = r#"{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,"remote_block_ids":null,"remote_host":null,"remote_port":null}"#;
 
-/// Added to the prefill body.
-pub(crate) fn prefill_edit() -> Edit {
-    Edit::Set("kv_transfer_params", Bytes::from_static(ASK.as_bytes()))
-}
-
-/// Added to the decode body.
-pub(crate) fn decode_edit(params: Bytes) -> Edit {
-    Edit::Set("kv_transfer_params", params)
+/// `kv_transfer_params` of the prefill body.
+pub(crate) fn prefill_params() -> Bytes {
+    Bytes::from_static(ASK.as_bytes())
 }
 
 /// The parameters in a prefill reply, if there are any.

@@ -5,6 +5,7 @@
 
 use bytes::Bytes;
 
+use super::super::config::Role;
 use super::super::splice::Edit;
 
 /// SGLang's `--disaggregation-bootstrap-port`.
@@ -34,12 +35,22 @@ pub(crate) fn server(answer: &[u8]) -> Option<Server> {
 }
 
 /// The role in `/server_info`: the scheduler's own word where it has one, since a role may change while it runs.
-pub(crate) fn mode(info: &serde_json::Value) -> Option<&str> {
+fn mode(info: &serde_json::Value) -> Option<&str> {
     let live = info
         .get("internal_states")
         .and_then(|s| s.get(0))
         .and_then(|s| s.get("disaggregation_mode"));
     live.or_else(|| info.get("disaggregation_mode"))?.as_str()
+}
+
+/// The role of a server by its `/server_info`.
+pub(crate) fn role(answer: &[u8]) -> Option<Role> {
+    let info: serde_json::Value = serde_json::from_slice(answer).ok()?;
+    match mode(&info)? {
+        // It was started without roles, and does both.
+        "null" => Some(Role::Both),
+        mode => Role::parse(mode),
+    }
 }
 
 fn room(rank: Option<u32>, ranks: u32) -> u64 {

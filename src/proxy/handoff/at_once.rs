@@ -13,7 +13,7 @@ use super::super::health;
 use super::super::openai::PROMPTS_MAX;
 use super::super::registry::{Instance, Leg, Link};
 use super::super::reply::LocalReply;
-use super::super::splice::{Edit, Pieces};
+use super::super::splice::Pieces;
 use super::super::usage::Cached;
 use super::leg::{Failure, Tried};
 use super::{Attempts, Cause, HandOff, Owner, Served};
@@ -61,17 +61,16 @@ impl HandOff {
             health::find_bootstrap(&self.app, &kept).await;
             // Its own place must not be what it waits for.
             self.place = None;
-            prefill = match self.pick(Role::Prefill, &attempts.tried, Some(&kept)).await {
-                Ok(Some(leg)) => leg,
-                _ => return last,
+            let tried = &attempts.tried;
+            prefill = match self.pick_again(Role::Prefill, tried, Some(&kept)).await {
+                Some(leg) => leg,
+                None => return last,
             };
             // Others than those that have failed.
-            decode = match self
-                .pick(Role::Decode, &attempts.tried, Some(&prefill.instance))
-                .await
-            {
-                Ok(Some(leg)) => leg,
-                _ => return last,
+            let with = Some(prefill.instance.as_ref());
+            decode = match self.pick_again(Role::Decode, tried, with).await {
+                Some(leg) => leg,
+                None => return last,
             };
         }
     }
@@ -105,10 +104,10 @@ impl HandOff {
             rand::random::<u64>()
         );
         let mut edits = connector::prefill_edits(limit);
-        edits.push(mooncake::prefill_edit(&transfer));
+        edits.push(self.params_edit(mooncake::prefill_params(&transfer)));
         let host = &prefill.address.host;
         let params = mooncake::decode_params(&transfer, host, link.bootstrap_port, &engine.id);
-        let edit = Edit::Set("kv_transfer_params", params.clone());
+        let edit = self.params_edit(params.clone());
         Ok(Legs {
             release: Some(params),
             prefill: self.splice(&edits),
@@ -197,16 +196,17 @@ impl HandOff {
                     // The push is done; prefill's reply follows and is read by the proxy, whatever the client does.
                     self.app.metrics.handoffs.add();
                     tokio::spawn(prefilling);
-                } else {
-                    // Prefill stops, or was done already and keeps what nobody will fetch.
-                    own.leave();
-                    let (other, release) = (self.beside(), legs.release.clone());
-                    tokio::spawn(async move {
-                        if let (Ok(_), Some(params)) = (prefilling.await, release) {
-                            other.release(&from, limit, Some(&params), None);
-                        }
-                    });
+                    return self.decoded(decoded);
                 }
+                // Prefill stops, or was done already and keeps what nobody will fetch.
+                own.leave();
+                let (other, release) = (self.beside(), legs.release.clone());
+                tokio::spawn(async move {
+                    let _busy = other.app.releasing();
+                    if let (Ok(_), Some(params)) = (prefilling.await, release) {
+                        other.release(&from, limit, Some(&params), None);
+                    }
+                });
                 self.decoded(decoded)
             }
         }

@@ -36,7 +36,7 @@ use super::kv::text::Known;
 use super::list::elements;
 use super::mask::Mask;
 use super::merge::PromptPart;
-use super::openai::{Facts, PROMPTS_MAX};
+use super::openai::{self, Facts, PROMPTS_MAX};
 use super::registry::{Instance, Leg};
 use super::reply::LocalReply;
 use super::splice::{Edit, Members, Pieces};
@@ -146,6 +146,13 @@ impl Served {
         }
     }
 
+    /// Gives up the place at the instance that has answered; what it said can still be read.
+    fn leave(&mut self) {
+        if let Self::Answer(answer) = self {
+            answer.leg.leave();
+        }
+    }
+
     fn local(reply: LocalReply) -> Self {
         Self::Local(reply)
     }
@@ -178,6 +185,24 @@ impl Cause {
     }
 }
 
+/// The connector of the prefill instance that was picked first; `None`: not found out yet, which nixl's and the store's way suits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Alike(Option<ConnectorKind>);
+
+impl Alike {
+    /// Whether an instance with this connector can take over.
+    fn suits(self, kind: Option<ConnectorKind>, facts: &Facts) -> bool {
+        let unknown = |kind: ConnectorKind| connector::way(kind) == Way::OneAfterTheOther;
+        let is_alike = match (self.0, kind) {
+            (_, Some(ConnectorKind::None)) => false,
+            (Some(first), Some(kind)) => first == kind,
+            (None, None) => true,
+            (Some(kind), None) | (None, Some(kind)) => unknown(kind),
+        };
+        is_alike && connector::takes(kind, facts)
+    }
+}
+
 /// What was tried so far.
 #[derive(Default)]
 struct Attempts {
@@ -198,8 +223,10 @@ struct HandOff {
     told: Option<PromptPart>,
     /// The prompt this is about, of a request with several.
     part: Option<Range<usize>>,
-    /// Runs beside a hand-off that is counted: it takes no place of its own and does not wait long.
+    /// Runs beside a hand-off that is counted: it takes no place of its own, and giving up is no refusal.
     is_beside: bool,
+    /// Who is picked after the first prefill instance must hand over as that one did: decode is chosen by then, and the way.
+    alike: Option<Alike>,
     /// The prompt's tokens, as far as they were known when somebody asked first.
     known: OnceLock<Option<Known>>,
     /// Any decode instance could go on with the answer.
@@ -256,6 +283,7 @@ impl HandOff {
             told: None,
             part: None,
             is_beside: false,
+            alike: None,
             known: OnceLock::new(),
             resumable: false,
         }
@@ -266,6 +294,8 @@ impl HandOff {
         Self {
             wire_id: self.wire_id.clone(),
             part: self.part.clone(),
+            is_beside: true,
+            alike: self.alike,
             known: self.known.clone(),
             ..Self::new(self.app.clone(), self.job.clone(), self.owner.clone())
         }
@@ -286,6 +316,10 @@ impl HandOff {
 
     async fn carry_out(&mut self) -> Served {
         let Some(limit) = self.prefill_limit() else {
+            if self.generates_alone() && self.needs_prefill() {
+                let text = "these engines cannot compute a list of chats: send them one by one";
+                return Served::local(LocalReply::error(501, text));
+            }
             return self.decode_alone().await;
         };
         let special = self.job.facts.special;
@@ -317,6 +351,7 @@ impl HandOff {
         if way != Some(Way::OneAfterTheOther) {
             self.about_all();
         }
+        self.alike = Some(Alike(kind));
         self.hold(&prefill.instance, None);
         // Decode's place is taken before prefill begins: what is being prefilled is decode's future load.
         let decode = match self.pick(Role::Decode, &[], Some(&prefill.instance)).await {
@@ -364,6 +399,13 @@ impl HandOff {
             .filter(|i| i.role().does(Role::Prefill))
             .map(|i| i.link.read().kind);
         kinds.any(|kind| connector::takes(kind, &self.job.facts))
+    }
+
+    /// Whether it makes decode compute prompts, though its path takes one leg (vLLM's list of chats).
+    fn generates_alone(&self) -> bool {
+        let path = self.job.target.split(['?', '#']).next().unwrap_or_default();
+        let path = openai::plain(path).unwrap_or_default();
+        path.trim_end_matches('/') == "/v1/chat/completions/batch"
     }
 
     /// Whether decode instances cannot compute a prompt: their connector says so.
@@ -438,14 +480,22 @@ impl HandOff {
         self.decode(leg, &body, false).await.0
     }
 
-    fn with_params(&self, edit: Edit, limit: &'static str) -> Pieces {
+    /// Puts a connector's parameters beside what the client may say of its own.
+    fn params_edit(&self, ours: Bytes) -> Edit {
+        let name = "kv_transfer_params";
+        let members = self.job.members.as_ref();
+        let client = members.and_then(|m| m.get(&self.job.body, name));
+        Edit::Set(name, connector::beside_client(client, ours))
+    }
+
+    fn with_params(&self, params: Bytes, limit: &'static str) -> Pieces {
         let mut edits = if self.owner.is_gone() {
             connector::release_edits(limit)
         } else {
             Vec::new()
         };
         edits.extend(self.untold_edits());
-        edits.push(edit);
+        edits.push(self.params_edit(params));
         self.splice(&edits)
     }
 

@@ -53,8 +53,8 @@ impl HandOff {
                     return served;
                 }
             };
-            let body = self.with_params(nixl::decode_edit(params.clone()), limit);
-            let (served, failure) = self.decode(decode, &body, true).await;
+            let body = self.with_params(params.clone(), limit);
+            let (mut served, failure) = self.decode(decode, &body, true).await;
             let Some(failure) = failure else {
                 if served.is_refusal() {
                     self.release(&from, limit, Some(&params), None);
@@ -69,8 +69,9 @@ impl HandOff {
             if !again {
                 return served;
             }
-            // Its own place must not be what it waits for.
+            // Its own places must not be what it waits for.
             self.place = None;
+            served.leave();
             prefill = match self.pick(Role::Prefill, &[], None).await {
                 Ok(Some(leg)) => leg,
                 _ => return served,
@@ -117,14 +118,17 @@ impl HandOff {
         loop {
             let instance = leg.instance.clone();
             attempts.tried.push(instance.number);
-            let kind = instance.link.read().kind;
+            let (kind, generation) = {
+                let link = instance.link.read();
+                (link.kind, link.generation)
+            };
             let mut edits = connector::prefill_edits(limit);
             self.prompt_edits(kind, &mut edits);
             // Of an instance that is not known yet the reply tells: with parameters it is nixl, without store.
             let pins = kind != Some(ConnectorKind::Store);
             if pins {
                 self.owner.pin();
-                edits.push(nixl::prefill_edit());
+                edits.push(self.params_edit(nixl::prefill_params()));
             }
             let body = self.splice(&edits);
             let uncached = leg.tokens();
@@ -142,8 +146,12 @@ impl HandOff {
                         } else {
                             ConnectorKind::Store
                         };
-                        instance.link.write().kind = Some(found);
-                        tracing::info!(instance = %instance.name, connector = found.name(), "connector found out");
+                        let mut link = instance.link.write();
+                        // It may have been restarted, or have been asked meanwhile.
+                        if link.kind.is_none() && link.generation == generation {
+                            link.kind = Some(found);
+                            tracing::info!(instance = %instance.name, connector = found.name(), "connector found out");
+                        }
                     }
                     return Ok((params, instance));
                 }
@@ -162,6 +170,9 @@ impl HandOff {
                 Ok(Some(leg)) => leg,
                 _ => return Err(last),
             };
+            if self.place.is_some() {
+                self.hold(&leg.instance, None);
+            }
         }
     }
 }

@@ -47,15 +47,17 @@ impl HandOff {
                 return last;
             }
             attempts.tried.push(failed);
+            // Its own place must not be what it waits for.
+            self.place = None;
             let tried = &attempts.tried;
-            prefill = match self.pick(Role::Prefill, tried, None).await {
-                Ok(Some(leg)) => leg,
-                _ => return last,
+            prefill = match self.pick_again(Role::Prefill, tried, None).await {
+                Some(leg) => leg,
+                None => return last,
             };
             let with = Some(prefill.instance.as_ref());
-            decode = match self.pick(Role::Decode, tried, with).await {
-                Ok(Some(leg)) => leg,
-                _ => return last,
+            decode = match self.pick_again(Role::Decode, tried, with).await {
+                Some(leg) => leg,
+                None => return last,
             };
         }
     }

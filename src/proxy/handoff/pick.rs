@@ -12,6 +12,8 @@ use super::HandOff;
 
 /// How long one of several prompts waits for a prefill instance.
 const BESIDE_PATIENCE: Duration = Duration::from_millis(500);
+/// How long another try waits for instances that are only busy.
+const AGAIN_PATIENCE: Duration = Duration::from_secs(2);
 /// Who stands first in line looks again this often: nobody tells when a breaker's pause ends.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
@@ -46,7 +48,7 @@ impl HandOff {
     ) -> Result<Option<Leg>, LocalReply> {
         let app = &self.app;
         let patience = app.config.queue_timeout;
-        let patience = if self.is_beside {
+        let patience = if self.is_beside && self.part.is_some() {
             patience.min(BESIDE_PATIENCE)
         } else {
             patience
@@ -55,7 +57,7 @@ impl HandOff {
         let line = app.line(role);
         // A newcomer does not overtake who waits; what is tried again has waited already.
         let mut waiting = (tried.is_empty() && !line.is_empty())
-            .then(|| line.join(self.job.claim, self.kin(with)));
+            .then(|| line.join(self.job.claim, self.kin(role, with)));
         if let Some(waiting) = &waiting {
             let first = waiting.turn(std::future::pending());
             if tokio::time::timeout_at(deadline, first).await.is_err() {
@@ -76,11 +78,14 @@ impl HandOff {
                 return Ok(None);
             }
             if !app.registry.serves(role) && !app.registry.expects(role) {
-                app.metrics.refused_none.add();
+                if !self.is_beside {
+                    app.metrics.refused_none.add();
+                }
                 let text = format!("no {} instance is available", role.name());
                 return Err(LocalReply::later(503, &text, 2));
             }
-            let waiting = waiting.get_or_insert_with(|| line.join(self.job.claim, self.kin(with)));
+            let waiting =
+                waiting.get_or_insert_with(|| line.join(self.job.claim, self.kin(role, with)));
             waiting.found_nothing();
             let looks = async {
                 let _ = tokio::time::timeout(LOOK_AGAIN, changed).await;
@@ -92,8 +97,39 @@ impl HandOff {
         }
     }
 
+    /// The same for another try, which stands in no line. It waits a moment for those who are only busy: that may be with what
+    /// is left of this very request, a leg that is being stopped or KV that is being let go.
+    pub(super) async fn pick_again(
+        &self,
+        role: Role,
+        tried: &[u64],
+        with: Option<&Instance>,
+    ) -> Option<Leg> {
+        let patience = AGAIN_PATIENCE.min(self.app.config.queue_timeout);
+        let deadline = tokio::time::Instant::now() + patience;
+        loop {
+            let changed = self.app.registry.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if let Some(leg) = self.take(role, tried, with) {
+                return Some(leg);
+            }
+            let all = self
+                .app
+                .registry
+                .candidates(role, 0, with.and_then(group_of));
+            let suits = |i: &Arc<Instance>| !tried.contains(&i.number) && self.is_alike(role, i);
+            if !all.iter().any(suits) {
+                return None;
+            }
+            tokio::time::timeout_at(deadline, changed).await.ok()?;
+        }
+    }
+
     fn all_busy(&self, role: Role) -> LocalReply {
-        self.app.metrics.refused_busy.add();
+        if !self.is_beside {
+            self.app.metrics.refused_busy.add();
+        }
         LocalReply::later(503, &format!("all {} instances are busy", role.name()), 1)
     }
 
@@ -104,7 +140,9 @@ impl HandOff {
         let mut free = app
             .registry
             .candidates(role, app.config.instance_max, group);
-        free.retain(|i| !tried.contains(&i.number) && self.has_room(role, i, with));
+        free.retain(|i| {
+            !tried.contains(&i.number) && self.is_alike(role, i) && self.has_room(role, i, with)
+        });
         let ask = self.ask(role);
         while !free.is_empty() {
             let chosen = app.policy(role).choose(&ask, &free).min(free.len() - 1);
@@ -128,14 +166,26 @@ impl HandOff {
         None
     }
 
+    /// Whether an instance speaks what this hand-off has begun with.
+    fn is_alike(&self, role: Role, instance: &Instance) -> bool {
+        let Some(alike) = self.alike.filter(|_| role == Role::Prefill) else {
+            return true;
+        };
+        let kind = instance.link.read().kind;
+        alike.suits(kind, &self.job.facts)
+    }
+
     /// What a place must suit, as a number.
-    fn kin(&self, with: Option<&Instance>) -> u64 {
-        let Some(with) = with else { return 0 };
+    fn kin(&self, role: Role, with: Option<&Instance>) -> u64 {
+        let alike = self.alike.filter(|_| role == Role::Prefill);
+        let alike = alike.map_or(0, |a| 1 + a.0.map_or(0, |kind| 1 + kind as u64));
+        let Some(with) = with else { return alike };
         let pair = match self.app.config.pair_handoffs_max {
             0 => 0,
             _ => with.number + 1,
         };
-        xxhash_rust::xxh3::xxh3_64_with_seed(with.group.as_bytes(), pair)
+        let seed = pair.wrapping_mul(16) + alike;
+        xxhash_rust::xxh3::xxh3_64_with_seed(with.group.as_bytes(), seed)
     }
 
     /// Whether one more hand-off may begin there.

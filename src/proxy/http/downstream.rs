@@ -5,7 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -58,7 +58,32 @@ pub(crate) struct Downstream {
     bodies: Arc<Bodies>,
 }
 
+/// Slowest pace of a body, in bytes per second, beyond what may come late. A byte now and then is no progress.
+const PACE: u64 = 1024;
+
+/// How long a body may still take.
+struct Pace {
+    begun: Instant,
+    stall: Duration,
+}
+
+impl Pace {
+    /// Bounds the next read after so many bytes.
+    fn next(&self, received: usize) -> Duration {
+        let earned = Duration::from_millis(received as u64 * 1000 / PACE);
+        let end = self.stall.saturating_add(earned);
+        self.stall.min(end.saturating_sub(self.begun.elapsed()))
+    }
+}
+
 impl Downstream {
+    fn pace(&self) -> Pace {
+        Pace {
+            begun: Instant::now(),
+            stall: self.limits.stall,
+        }
+    }
+
     pub(crate) fn new(stream: TcpStream, limits: ClientLimits, bodies: Arc<Bodies>) -> Self {
         let _ = stream.set_nodelay(true);
         Self {
@@ -151,12 +176,14 @@ impl Downstream {
     /// A long body, into memory that may have served before: what has come of it with the head is copied, the rest is not.
     async fn long(&mut self, wanted: usize) -> Result<Bytes, ReceiveError> {
         let mut body = self.bodies.take(wanted);
+        let pace = self.pace();
         let here = self.inbox.len().min(wanted);
         body.extend_from_slice(&self.inbox.split_to(here));
         while body.len() < wanted {
             let missing = wanted - body.len();
             let mut room = (&mut body).limit(missing);
-            let read = timeout(self.limits.stall, self.stream.read_buf(&mut room))
+            let within = pace.next(wanted - missing);
+            let read = timeout(within, self.stream.read_buf(&mut room))
                 .await
                 .map_err(|_| ReceiveError::Slow)?;
             if !matches!(read, Ok(n) if n > 0) {
@@ -173,11 +200,13 @@ impl Downstream {
         // that it grows with what has come, not with what was announced.
         self.inbox
             .reserve(wanted.saturating_sub(self.inbox.len()).min(LONG_BYTES_MAX));
+        let pace = self.pace();
         while self.inbox.len() < wanted {
             let missing = wanted - self.inbox.len();
             self.inbox
                 .reserve(missing.min(self.inbox.len().max(64 << 10)));
-            let read = timeout(self.limits.stall, self.stream.read_buf(&mut self.inbox))
+            let within = pace.next(self.inbox.len());
+            let read = timeout(within, self.stream.read_buf(&mut self.inbox))
                 .await
                 .map_err(|_| ReceiveError::Slow)?;
             if !matches!(read, Ok(n) if n > 0) {
@@ -191,6 +220,7 @@ impl Downstream {
         let mut payload = BytesMut::new();
         // Framing is paid for too: a body of one-byte chunks is no way around the limit.
         let mut wire = 0;
+        let pace = self.pace();
         loop {
             let progress = body
                 .advance(&self.inbox, |data| payload.extend_from_slice(data))
@@ -203,7 +233,7 @@ impl Downstream {
             if progress.done {
                 return Ok(payload.freeze());
             }
-            timeout(self.limits.stall, self.more())
+            timeout(pace.next(payload.len()), self.more())
                 .await
                 .map_err(|_| ReceiveError::Slow)??;
         }

@@ -15,8 +15,8 @@ use super::super::App;
 use super::super::config::EventsAddress;
 use super::super::health::same_model;
 use super::Feed;
-use super::blocks::{Blocks, chain};
-use super::event::{Event, Tier};
+use super::blocks::{Blocks, Subject, chain};
+use super::event::{Batch, Tier};
 use super::source::{self, Listener};
 
 /// Most publishers.
@@ -75,9 +75,10 @@ impl Listener for Publisher {
         self.is_wanted.load(Ordering::Relaxed)
     }
 
-    fn take(&self, events: &[Event]) {
+    fn take(&self, batch: &Batch) {
         let mut blocks = self.blocks.lock();
-        events.iter().for_each(|event| blocks.apply(event));
+        let all = batch.events.iter().zip(&batch.holders);
+        all.for_each(|(event, holder)| blocks.apply(event, *holder));
     }
 
     fn forget(&self) {
@@ -161,7 +162,11 @@ impl Conductor {
         let (instance, rank) = (name(request, "instance_id")?, rank(request)?);
         let publisher = Arc::new(Publisher {
             name: format!("{instance}|{}|{rank}", context.tenant),
-            blocks: Mutex::new(Blocks::new(context.block_size)),
+            blocks: Mutex::new(Blocks::new(Subject {
+                block_size: context.block_size,
+                lora: context.lora.clone(),
+                salt: context.salt.clone(),
+            })),
             instance: instance.clone(),
             rank,
             context,

@@ -43,6 +43,8 @@ pub(crate) struct Stored {
     pub(crate) block_size: u32,
     pub(crate) tier: Option<Tier>,
     pub(crate) lora: Option<Vec<u8>>,
+    /// Whether the event says anything of adapters, if only that there is none.
+    pub(crate) names_lora: bool,
     /// Per block what decides beside its tokens (images, salts), hashed; 0 = nothing.
     pub(crate) extra: Vec<u64>,
     pub(crate) group: u32,
@@ -64,6 +66,8 @@ pub(crate) enum Event {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Batch {
     pub(crate) events: Vec<Event>,
+    /// Per event who of those that publish together holds the blocks: backend and data-parallel rank, hashed; 0 = not told.
+    pub(crate) holders: Vec<u64>,
     /// Changes with every start of the publisher, where it is told.
     pub(crate) publisher: Option<Vec<u8>>,
 }
@@ -105,11 +109,45 @@ fn count(reader: &mut Reader<'_>) -> Result<usize, Malformed> {
     }
 }
 
+/// What decides about a block beside its tokens, as it is written, hashed; 0 = nothing.
+fn extra_hash(raw: &[u8]) -> u64 {
+    if raw == [0xc0] || raw == [0x90] {
+        return 0;
+    }
+    xxhash_rust::xxh3::xxh3_64(raw) | 1
+}
+
+/// The same of a list of texts.
+pub(crate) fn extra_of(keys: &[&str]) -> u64 {
+    // As every encoder of MessagePack writes it: a short list, each text with the shortest head.
+    let mut raw = vec![0x90 | keys.len().min(15) as u8];
+    for key in keys {
+        let length = key.len().min(usize::from(u16::MAX));
+        match length {
+            0..32 => raw.push(0xa0 | length as u8),
+            32..256 => raw.extend_from_slice(&[0xd9, length as u8]),
+            _ => {
+                raw.push(0xda);
+                raw.extend_from_slice(&(length as u16).to_be_bytes());
+            }
+        }
+        raw.extend_from_slice(key.as_bytes());
+    }
+    extra_hash(&raw)
+}
+
+/// One more thing that tells holders apart. Of several in any order.
+fn holder(before: u64, field: &[u8], raw: &[u8]) -> u64 {
+    let seed = xxhash_rust::xxh3::xxh3_64(field);
+    before.wrapping_add(xxhash_rust::xxh3::xxh3_64_with_seed(raw, seed) | 1)
+}
+
 #[derive(Default)]
 struct Fields {
     stored: Stored,
     name: Vec<u8>,
     has_lora_id: bool,
+    holder: u64,
 }
 
 impl Fields {
@@ -153,6 +191,7 @@ impl Fields {
             b"group_idx" => stored.group = small(reader.next()?),
             b"lora_id" => self.has_lora_id = reader.next()? != Value::Nil,
             b"lora_name" => {
+                stored.names_lora = true;
                 if let Value::Bytes(name) = reader.next()? {
                     stored.lora = Some(name.to_vec());
                 }
@@ -164,10 +203,13 @@ impl Fields {
             }
             b"extra_keys" => {
                 for _ in 0..count(reader)? {
-                    let raw = reader.skip()?;
-                    let nothing = raw == [0xc0] || raw == [0x90];
-                    let hash = || xxhash_rust::xxh3::xxh3_64(raw) | 1;
-                    stored.extra.push(if nothing { 0 } else { hash() });
+                    stored.extra.push(extra_hash(reader.skip()?));
+                }
+            }
+            b"dp_rank" | b"data_parallel_rank" | b"backend_id" => {
+                let raw = reader.skip()?;
+                if raw != [0xc0] {
+                    self.holder = holder(self.holder, field, raw);
                 }
             }
             _ => {
@@ -206,7 +248,8 @@ fn small(value: Value<'_>) -> u32 {
     }
 }
 
-fn event(reader: &mut Reader<'_>) -> Result<Option<Event>, Malformed> {
+/// An event, and who holds its blocks.
+fn event(reader: &mut Reader<'_>) -> Result<Option<(Event, u64)>, Malformed> {
     let mut fields = Fields::default();
     match reader.next()? {
         Value::Map(items) => {
@@ -229,12 +272,16 @@ fn event(reader: &mut Reader<'_>) -> Result<Option<Event>, Malformed> {
         }
         _ => return Err(Malformed),
     }
-    Ok(fields.event())
+    let holder = fields.holder;
+    Ok(fields.event().map(|event| (event, holder)))
 }
 
 fn events(reader: &mut Reader<'_>, batch: &mut Batch) -> Result<(), Malformed> {
     for _ in 0..count(reader)? {
-        batch.events.extend(event(reader)?);
+        if let Some((event, holder)) = event(reader)? {
+            batch.events.push(event);
+            batch.holders.push(holder);
+        }
     }
     Ok(())
 }
@@ -252,6 +299,12 @@ pub(crate) fn batch(payload: &[u8]) -> Result<Batch, Malformed> {
             events(&mut reader, &mut batch)?;
             for at in 2..items {
                 match reader.next()? {
+                    // vLLM's data-parallel rank, of all events.
+                    Value::Int(rank) if at == 2 => {
+                        let all = batch.holders.iter_mut();
+                        all.filter(|h| **h == 0)
+                            .for_each(|h| *h = holder(0, b"rank", &rank.to_be_bytes()));
+                    }
                     Value::Bytes(id) if at == 3 => batch.publisher = Some(id.to_vec()),
                     Value::Array(_) | Value::Map(_) => break,
                     _ => {}
@@ -366,6 +419,42 @@ mod tests {
             ..Stored::default()
         };
         assert_eq!(events, [Event::Stored(wanted)]);
+    }
+
+    #[test]
+    fn who_holds_what_is_told_apart() {
+        // A batch's rank, an event's rank and backend.
+        let cleared = |fields: &[(&str, &[u8])]| {
+            let mut map = vec![0x81 + fields.len() as u8];
+            text(&mut map, "type");
+            map.extend_from_slice(b"\xb0AllBlocksCleared");
+            for (name, value) in fields {
+                text(&mut map, name);
+                map.extend_from_slice(value);
+            }
+            map
+        };
+        let holder = |event: &[u8], rank: u8| {
+            let all = batch(&[&[0x93, 1, 0x91], event, &[rank]].concat()).unwrap();
+            assert_eq!(all.events, [Event::Cleared]);
+            all.holders[0]
+        };
+        let plain = cleared(&[]);
+        let (one, two) = (&[1u8][..], &[2u8][..]);
+        let all = [
+            holder(&plain, 0xc0),
+            holder(&plain, 0),
+            holder(&plain, 1),
+            holder(&cleared(&[("dp_rank", one)]), 0xc0),
+            holder(&cleared(&[("dp_rank", two)]), 0xc0),
+            holder(&cleared(&[("backend_id", one)]), 0xc0),
+            holder(&cleared(&[("backend_id", one), ("dp_rank", one)]), 0xc0),
+        ];
+        assert_eq!(all[0], 0);
+        for (at, one) in all.iter().enumerate() {
+            assert!(!all[at + 1..].contains(one), "{all:?}");
+        }
+        assert_eq!(holder(&cleared(&[("dp_rank", b"\xc0")]), 0xc0), 0);
     }
 
     #[test]

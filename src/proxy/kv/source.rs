@@ -14,7 +14,7 @@ use super::super::App;
 use super::super::config::EventsAddress;
 use super::super::registry::Instance;
 use super::Feed;
-use super::event::{self, Event, Tier};
+use super::event::{self, Batch, Event, Tier};
 use super::zmtp::{Kind, Message, Socket, ZmtpError};
 
 /// Between two tries to connect, growing up to the second.
@@ -36,7 +36,7 @@ pub(crate) trait Listener: Send + Sync + 'static {
     /// Whether it still wants to hear.
     fn is_wanted(&self) -> bool;
     /// Events in their order, without a gap.
-    fn take(&self, events: &[Event]);
+    fn take(&self, batch: &Batch);
     /// Everything that was told is gone, or not sure any more.
     fn forget(&self);
 }
@@ -60,9 +60,9 @@ impl Listener for Told {
         self.app.has(&self.instance)
     }
 
-    fn take(&self, events: &[Event]) {
+    fn take(&self, batch: &Batch) {
         let kv = &self.app.kv;
-        for event in events {
+        for event in &batch.events {
             if let Event::Stored(stored) = event {
                 if stored.tier == Some(Tier::Store) {
                     kv.set_pool();
@@ -256,7 +256,7 @@ impl Source {
 
     fn apply(&mut self, number: u64, payload: &[u8]) {
         let feed = self.listener.feed();
-        let Ok(batch) = event::batch(payload) else {
+        let Ok(mut batch) = event::batch(payload) else {
             // What it said is not known, so nothing is sure any more.
             feed.gaps.fetch_add(1, Ordering::Relaxed);
             self.forget();
@@ -267,12 +267,12 @@ impl Source {
             if self.publisher.is_some() {
                 self.forget();
             }
-            self.publisher = batch.publisher;
+            self.publisher = batch.publisher.take();
         }
         self.last = Some(mark(number, payload));
         let heard = batch.events.len() as u64;
         let feed = self.listener.feed();
         feed.events.fetch_add(heard, Ordering::Relaxed);
-        self.listener.take(&batch.events);
+        self.listener.take(&batch);
     }
 }

@@ -283,3 +283,25 @@ async fn another_decode_instance_goes_on() {
     );
     rig.settled().await;
 }
+
+/// Half an event has been passed on: nothing can follow it.
+#[tokio::test]
+async fn nobody_goes_on_in_the_middle_of_an_event() {
+    let rig = Rig::with(Dialect::Store, 1, 2, |c| c.resume = true).await;
+    for worker in &rig.decode {
+        worker.speaks.store(true, Ordering::SeqCst);
+        worker.drop_after.store(3, Ordering::SeqCst);
+        worker.drops_in_event.store(true, Ordering::SeqCst);
+    }
+    let text = rig
+        .complete(r#","stream":true,"max_tokens":8"#)
+        .await
+        .text();
+    assert_eq!(texts(&text), " t0 t1 t2", "{text}");
+    assert!(text.contains(r#"data: {"error":"#), "{text}");
+    assert_eq!(
+        rig.metric("mooncake_proxy_answers_continued_total").await,
+        0
+    );
+    rig.settled().await;
+}

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use serde_json::{Value, json};
 
 use super::mock::Dialect;
-use super::publisher::{Publisher, removed, stored};
+use super::publisher::{Publisher, removed, removed_by, stored, stored_by};
 use super::{Rig, request};
 
 async fn post(rig: &Rig, path: &str, body: &Value) -> (u16, Value) {
@@ -105,6 +105,47 @@ async fn routers_ask_who_has_the_beginning_of_a_prompt() {
         publishers[1].live_subscribers() == 0
     })
     .await;
+}
+
+/// Two ranks and an adapter behind one publisher: nobody's block is another's.
+#[tokio::test]
+async fn a_publisher_that_speaks_for_several() {
+    let rig = Rig::new(Dialect::Store, 1, 1).await;
+    let publisher = Publisher::start().await;
+    let (status, _) = post(&rig, "/register", &registration(&publisher, 0)).await;
+    assert_eq!(status, 200);
+    rig.until("followed", async || {
+        publisher.subscribers.load(Ordering::SeqCst) > 0
+    })
+    .await;
+    let heard = async |events: u64| {
+        rig.until("heard", async || {
+            let list = rig.get("/instances").await.json();
+            list["publishers"][0]["events"] == events
+        })
+        .await;
+    };
+    let matched = async |tokens: [u32; 4]| {
+        let ask = json!({"model": "m", "token_ids": tokens, "block_size": 4});
+        let (_, told) = post(&rig, "/query", &ask).await;
+        told["default"]["node1"]["longest_matched"]
+            .as_u64()
+            .unwrap()
+    };
+    publisher.publish(&[
+        stored_by(0, 11, &[1, 2, 3, 4], None),
+        stored_by(1, 11, &[1, 2, 3, 4], None),
+        stored_by(0, 12, &[5, 6, 7, 8], Some("sql")),
+    ]);
+    heard(3).await;
+    assert_eq!(matched([1, 2, 3, 4]).await, 4);
+    assert_eq!(matched([5, 6, 7, 8]).await, 0, "another model's");
+    publisher.publish(&[removed_by(0, 11)]);
+    heard(4).await;
+    assert_eq!(matched([1, 2, 3, 4]).await, 4, "the other rank has it");
+    publisher.publish(&[removed_by(1, 11)]);
+    heard(5).await;
+    assert_eq!(matched([1, 2, 3, 4]).await, 0);
 }
 
 #[tokio::test]

@@ -63,6 +63,49 @@ async fn p2p_names_the_pair_in_the_request_id_and_clients_do_not_see_it() {
     rig.settled().await;
 }
 
+/// However an answer is cut into pieces, the addresses in the id do not get out.
+#[tokio::test]
+async fn the_id_of_p2p_is_hidden_where_it_comes_in_pieces() {
+    let rig = Rig::new(Dialect::P2p, 1, 1).await;
+    for in_chunks in [false, true] {
+        for piece in [1, 7, 30, 64] {
+            let worker = &rig.decode[0];
+            worker.in_chunks.store(in_chunks, Ordering::SeqCst);
+            worker.piecewise.store(piece, Ordering::SeqCst);
+            let text = String::from_utf8(request("/v1/completions", r#"{"prompt":"a"}"#)).unwrap();
+            let text = text.replace("host: x", "host: x\r\nx-request-id: mine-1");
+            for version in ["HTTP/1.1", "HTTP/1.0"] {
+                let reply = rig.raw(text.replace("HTTP/1.1", version).as_bytes()).await;
+                assert_eq!(reply.status, 200);
+                let body = match reply.head.contains("chunked") {
+                    true => payload(&reply.body),
+                    false => reply.body.clone(),
+                };
+                let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+                let id = body["id"].as_str().unwrap();
+                assert!(id.starts_with("cmpl-mine-1___"), "{id}");
+                assert!(!id.contains("addr") && !id.contains("127"), "{id}");
+            }
+        }
+    }
+    rig.settled().await;
+}
+
+/// The payload of a body in chunks.
+fn payload(mut wire: &[u8]) -> Vec<u8> {
+    let mut all = Vec::new();
+    loop {
+        let end = wire.windows(2).position(|w| w == b"\r\n").unwrap();
+        let size = usize::from_str_radix(std::str::from_utf8(&wire[..end]).unwrap(), 16).unwrap();
+        if size == 0 {
+            assert_eq!(wire, b"0\r\n\r\n");
+            return all;
+        }
+        all.extend_from_slice(&wire[end + 2..end + 2 + size]);
+        wire = &wire[end + 4 + size..];
+    }
+}
+
 #[tokio::test]
 async fn p2p_begins_anew_with_another_pair() {
     let rig = Rig::new(Dialect::P2p, 2, 2).await;
@@ -105,7 +148,7 @@ async fn p2p_begins_anew_with_another_pair() {
 
 #[tokio::test]
 async fn sglang_is_found_out_and_both_legs_meet_in_a_room() {
-    let rig = Rig::new(Dialect::Sglang, 1, 1).await;
+    let rig = Rig::with(Dialect::Sglang, 1, 1, |c| c.trust_kv_params = true).await;
     assert_eq!(
         rig.get("/instances").await.json()["instances"][0]["connector"],
         "sglang"

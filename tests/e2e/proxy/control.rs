@@ -177,6 +177,89 @@ async fn added_instances_survive_a_restart() {
     );
 }
 
+fn remembered(path: &std::path::Path) -> Vec<(String, String)> {
+    let text = std::fs::read(path).unwrap();
+    let value: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let all = value["instances"].as_array().unwrap().clone();
+    let one = |i: &serde_json::Value| {
+        let text = |name: &str| i[name].as_str().unwrap().to_owned();
+        (text("instance"), text("role"))
+    };
+    let mut all: Vec<_> = all.iter().map(one).collect();
+    all.sort();
+    all
+}
+
+/// Changes at the same time: the file has all of them, whoever wrote last.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_state_file_has_everything_that_was_answered() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("state.json");
+    let rig =
+        Arc::new(Rig::with(Dialect::Store, 1, 1, |c| c.state_file = Some(path.clone())).await);
+    let mut wanted = Vec::new();
+    for round in 0..3 {
+        let mut adding = tokio::task::JoinSet::new();
+        for n in 0..12 {
+            let new = Worker::start(&rig.world, Dialect::Store).await;
+            let role = if n % 2 == 0 { "decode" } else { "prefill" };
+            wanted.push((new.address.clone(), role.to_owned()));
+            let rig = rig.clone();
+            adding.spawn(async move {
+                let reply = rig.post("/instances/add", &add(&new, role)).await;
+                assert_eq!(reply.status, 200);
+            });
+        }
+        adding.join_all().await;
+        wanted.sort();
+        assert_eq!(remembered(&path), wanted, "{round}");
+    }
+    // Removals and other roles, at once.
+    let mut changing = tokio::task::JoinSet::new();
+    let gone = wanted.split_off(18);
+    for (at, (name, role)) in wanted.iter_mut().enumerate() {
+        "both".clone_into(role);
+        let (name, taken) = (name.clone(), gone[at].0.clone());
+        let rig = rig.clone();
+        changing.spawn(async move {
+            let body = format!(r#"{{"instance":"{name}","role":"both"}}"#);
+            let taken = format!(r#"{{"instance":"{taken}"}}"#);
+            let (one, two) = tokio::join!(
+                rig.post("/instances/role", &body),
+                rig.post("/instances/remove", &taken)
+            );
+            assert_eq!((one.status, two.status), (200, 200));
+        });
+    }
+    changing.join_all().await;
+    assert_eq!(remembered(&path), wanted);
+}
+
+/// What flags say of an instance counts, whatever the file remembers of it.
+#[tokio::test]
+async fn flags_count_before_what_is_remembered() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("state.json");
+    let rig = Rig::with(Dialect::Store, 1, 1, |c| c.state_file = Some(path.clone())).await;
+    let new = Worker::start(&rig.world, Dialect::Store).await;
+    let reply = rig.post("/instances/add", &add(&new, "decode")).await;
+    assert_eq!(reply.status, 200);
+    let again = Rig::with(Dialect::Store, 1, 1, |c| {
+        c.state_file = Some(path.clone());
+        c.prefill.push(address(&new.address));
+    })
+    .await;
+    let status = again.get("/status").await.json();
+    assert_eq!(
+        (
+            status["prefill_node_count"].as_u64(),
+            status["decode_node_count"].as_u64()
+        ),
+        (Some(2), Some(1)),
+        "{status}"
+    );
+}
+
 #[tokio::test]
 async fn reload_brings_and_takes() {
     let rig = Rig::new(Dialect::Store, 1, 1).await;

@@ -47,3 +47,46 @@ async fn instances_come_and_go_with_a_file_and_a_name() {
     .await;
     assert_eq!(rig.complete("").await.status, 200);
 }
+
+/// What an administrator has changed is not undone by the next look.
+#[tokio::test]
+async fn looking_again_undoes_no_role_and_no_removal() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("instances.json");
+    let other = Rig::new(Dialect::Store, 2, 2).await;
+    let names = |workers: &[std::sync::Arc<Worker>]| {
+        let all: Vec<_> = workers.iter().map(|w| w.address.clone()).collect();
+        serde_json::json!(all)
+    };
+    let list = |decode: serde_json::Value| {
+        serde_json::json!({"prefill": names(&other.prefill), "decode": decode}).to_string()
+    };
+    std::fs::write(&path, list(names(&other.decode))).unwrap();
+    let rig = Rig::with(Dialect::Store, 0, 0, |c| {
+        c.discover = vec![Discovery::File(path.clone())];
+    })
+    .await;
+    let counts = async || {
+        let status = rig.get("/status").await.json();
+        let count = |name: &str| status[name].as_u64().unwrap();
+        (count("prefill_node_count"), count("decode_node_count"))
+    };
+    rig.until("discovered", async || counts().await == (2, 2))
+        .await;
+    let moved = format!(
+        r#"{{"instance":"{}","role":"decode"}}"#,
+        other.prefill[1].address
+    );
+    assert_eq!(rig.post("/instances/role", &moved).await.status, 200);
+    let taken = format!(r#"{{"instance":"{}"}}"#, other.decode[1].address);
+    assert_eq!(rig.post("/instances/remove", &taken).await.status, 200);
+    assert_eq!(counts().await, (1, 2));
+    tokio::time::sleep(std::time::Duration::from_secs(6)).await;
+    assert_eq!(counts().await, (1, 2));
+    // Named no longer and named again, it is there again.
+    std::fs::write(&path, list(names(&other.decode[..1]))).unwrap();
+    tokio::time::sleep(std::time::Duration::from_secs(6)).await;
+    std::fs::write(&path, list(names(&other.decode))).unwrap();
+    rig.until("named again", async || counts().await == (1, 3))
+        .await;
+}

@@ -3,17 +3,22 @@
 #![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
 
 mod answers;
+mod attacks;
+mod client_params;
 mod conductor;
 mod connectors;
 mod control;
 mod discovery;
 mod events;
 mod faults;
+mod kinds;
 mod limits;
 mod mock;
 mod passing;
+mod places;
 mod process;
 mod publisher;
+mod registered;
 mod roles;
 mod ways;
 

@@ -62,6 +62,8 @@ pub(crate) struct Worker {
     /// How many requests still fail.
     pub(crate) fail_count: AtomicUsize,
     pub(crate) drop_after: AtomicUsize,
+    /// And then in the middle of an event, whose first half is a whole chunk.
+    pub(crate) drops_in_event: AtomicBool,
     pub(crate) hang: AtomicBool,
     pub(crate) unhealthy: AtomicBool,
     pub(crate) requests: AtomicUsize,
@@ -84,6 +86,17 @@ pub(crate) struct Worker {
     /// What that answers instead of switching: status and body.
     pub(crate) switch_fault: Mutex<Option<(u64, Value)>>,
     pub(crate) switched: AtomicUsize,
+    /// What a question for that path is answered instead, if not 0.
+    pub(crate) switch_asked: AtomicU64,
+    /// It ends the connection without an answer: before it switches (1) or after (2).
+    pub(crate) switch_breaks: AtomicU64,
+    /// Questions for `/server_info` that still go without an answer.
+    pub(crate) mute: AtomicUsize,
+    /// Answers end with the connection, or come in chunks, and in pieces of so many bytes; 0: with a length.
+    pub(crate) piecewise: AtomicUsize,
+    pub(crate) in_chunks: AtomicBool,
+    /// Prompts that it refuses with 503.
+    pub(crate) refuses: Mutex<Option<String>>,
     /// Its events have choices with text, as completions have.
     pub(crate) speaks: AtomicBool,
     /// Requests whose id named no pair, which such an engine does not survive.
@@ -123,6 +136,7 @@ impl Worker {
             refuses_after: AtomicU64::new(0),
             fail_count: AtomicUsize::new(0),
             drop_after: AtomicUsize::new(0),
+            drops_in_event: AtomicBool::new(false),
             hang: AtomicBool::new(false),
             unhealthy: AtomicBool::new(false),
             requests: AtomicUsize::new(0),
@@ -139,6 +153,12 @@ impl Worker {
             switches: AtomicBool::new(false),
             switch_fault: Mutex::default(),
             switched: AtomicUsize::new(0),
+            switch_asked: AtomicU64::new(0),
+            switch_breaks: AtomicU64::new(0),
+            mute: AtomicUsize::new(0),
+            piecewise: AtomicUsize::new(0),
+            in_chunks: AtomicBool::new(false),
+            refuses: Mutex::default(),
             speaks: AtomicBool::new(false),
             astray: AtomicUsize::new(0),
             task: Mutex::default(),
@@ -202,6 +222,7 @@ impl Worker {
                 );
                 reply(stream, 200, &body, "text/plain").await
             }
+            "/server_info" if self.is_mute() => Err(std::io::ErrorKind::ConnectionReset.into()),
             "/server_info" if self.dialect == Dialect::Sglang => {
                 let mode = self.mode.lock().unwrap().clone();
                 let body = json!({
@@ -212,7 +233,15 @@ impl Worker {
                 reply(stream, 200, &body.to_string(), "application/json").await
             }
             "/pd_role_switch" if self.switches.load(Ordering::SeqCst) => {
+                let breaks = self.switch_breaks.load(Ordering::SeqCst);
+                let is_told = seen.head.starts_with("POST ");
+                if is_told && breaks == 1 {
+                    return Err(std::io::ErrorKind::ConnectionReset.into());
+                }
                 let (status, body) = self.switch(&seen);
+                if is_told && breaks == 2 {
+                    return Err(std::io::ErrorKind::ConnectionReset.into());
+                }
                 reply(stream, status, &body.to_string(), "application/json").await
             }
             "/v1/realtime" => echo(stream, &seen.head).await,
@@ -238,7 +267,18 @@ impl Worker {
         }
     }
 
+    fn is_mute(&self) -> bool {
+        let left = self
+            .mute
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+        left.is_ok()
+    }
+
     fn switch(&self, seen: &Seen) -> (u64, Value) {
+        let asked = self.switch_asked.load(Ordering::SeqCst);
+        if asked > 0 && !seen.head.starts_with("POST ") {
+            return (asked, json!({}));
+        }
         if !seen.head.starts_with("POST ") {
             return (405, json!({"detail": "Method Not Allowed"}));
         }
@@ -274,6 +314,14 @@ impl Worker {
             tokio::time::sleep(Duration::from_micros(pause)).await;
             let body = json!({"error": {"message": "injected", "code": status}}).to_string();
             return reply(stream, status, &body, "application/json").await;
+        }
+        let path = seen.path.split('?').next().unwrap_or_default();
+        if path.ends_with("/completions") && !seen.body.is_object() {
+            return reply(stream, 400, "{}", "application/json").await;
+        }
+        let refused = self.refuses.lock().unwrap().clone();
+        if refused.is_some_and(|prompt| seen.body["prompt"] == prompt) {
+            return reply(stream, 503, "{}", "application/json").await;
         }
         let result = {
             let mut probe = [0; 64];
@@ -355,6 +403,9 @@ impl Worker {
             .unwrap_or(16);
         if body["stream"] != true {
             let text = answer.to_string();
+            if self.piecewise.load(Ordering::SeqCst) > 0 {
+                return self.in_pieces(out, text.as_bytes()).await;
+            }
             let head = format!(
                 "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nx-worker: 1\r\ncontent-length: {}\r\n\r\n",
                 text.len()
@@ -370,6 +421,10 @@ impl Worker {
                 tokio::time::sleep(Duration::from_micros(itl)).await;
             }
             if drop_after > 0 && n as usize >= drop_after {
+                if self.drops_in_event.load(Ordering::SeqCst) {
+                    out.write_all(b"e\r\ndata: {\"first\"\r\n").await?;
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
                 // Cut in the middle of a chunk, as a process does that dies.
                 out.write_all(b"1f\r\ndata: {\"half").await?;
                 return Err(std::io::ErrorKind::ConnectionReset.into());
@@ -384,6 +439,35 @@ impl Worker {
             out.write_all(chunk.as_bytes()).await?;
         }
         out.write_all(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n").await
+    }
+
+    async fn in_pieces(
+        &self,
+        out: &mut tokio::net::tcp::WriteHalf<'_>,
+        text: &[u8],
+    ) -> std::io::Result<()> {
+        let chunked = self.in_chunks.load(Ordering::SeqCst);
+        let framing = if chunked {
+            "transfer-encoding: chunked"
+        } else {
+            "connection: close"
+        };
+        let head =
+            format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n{framing}\r\n\r\n");
+        out.write_all(head.as_bytes()).await?;
+        for piece in text.chunks(self.piecewise.load(Ordering::SeqCst)) {
+            let frame = match chunked {
+                true => [format!("{:x}\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat(),
+                false => piece.to_vec(),
+            };
+            out.write_all(&frame).await?;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        if chunked {
+            return out.write_all(b"0\r\n\r\n").await;
+        }
+        // It ends with the connection.
+        Err(std::io::ErrorKind::ConnectionAborted.into())
     }
 
     fn event(&self, body: &Value, n: u64, count: u64) -> String {

@@ -131,6 +131,33 @@ async fn signals_and_inspect() {
     assert!(status.unwrap().unwrap().success());
 }
 
+#[tokio::test]
+async fn places_of_kv_are_refused_unless_told_otherwise() {
+    let world = Arc::new(World::default());
+    let worker = Worker::start(&world, Dialect::Store).await;
+    for (more, status) in [(None, 400), (Some("--trust-kv-params"), 200)] {
+        let mut arguments = vec![
+            "proxy",
+            "-m",
+            MODEL,
+            "--agg",
+            "-d",
+            &worker.address,
+            "--port",
+            "0",
+        ];
+        arguments.extend(more);
+        let (child, address) = start(&arguments).await;
+        let body = r#"{"prompt":"a","kv_transfer_params":{"remote_host":"h"}}"#;
+        let mut stream = TcpStream::connect(&address).await.unwrap();
+        let request = request("/v1/completions", body);
+        stream.write_all(&request).await.unwrap();
+        assert_eq!(read_reply(&mut stream).await.status, status, "{more:?}");
+        drop(child);
+    }
+    assert_eq!(worker.count(), 1);
+}
+
 /// A pool of one master and one node, and what is run beside them.
 struct Pool {
     master: String,

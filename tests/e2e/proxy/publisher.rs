@@ -61,6 +61,29 @@ pub(crate) fn stored(hashes: &[u64], parent: Option<u64>, tokens: &[u64], medium
     ])
 }
 
+/// The first block of a prompt as one of several ranks tells of it, under an adapter or none.
+pub(crate) fn stored_by(rank: u64, hash: u64, tokens: &[u64], lora: Option<&str>) -> Vec<u8> {
+    map(&[
+        ("type", Part::Text("BlockStored")),
+        ("block_hashes", Part::Ints(&[hash])),
+        ("parent_block_hash", Part::Nil),
+        ("token_ids", Part::Ints(tokens)),
+        ("block_size", Part::Int(4)),
+        ("medium", Part::Text("GPU")),
+        ("lora_name", lora.map_or(Part::Nil, Part::Text)),
+        ("dp_rank", Part::Int(rank)),
+    ])
+}
+
+pub(crate) fn removed_by(rank: u64, hash: u64) -> Vec<u8> {
+    map(&[
+        ("type", Part::Text("BlockRemoved")),
+        ("block_hashes", Part::Ints(&[hash])),
+        ("medium", Part::Text("GPU")),
+        ("dp_rank", Part::Int(rank)),
+    ])
+}
+
 pub(crate) fn removed(hashes: &[u64], medium: &str) -> Vec<u8> {
     map(&[
         ("type", Part::Text("BlockRemoved")),

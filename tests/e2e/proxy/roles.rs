@@ -21,7 +21,7 @@ async fn role_of(rig: &Rig, worker: &Worker) -> (String, bool) {
         .iter()
         .find(|i| i["instance"] == *worker.address)
         .unwrap();
-    let is_used = found["draining"] == false && found["health"] != "wrong_model";
+    let is_used = found["draining"] == false && found["aside"].is_null();
     (found["role"].as_str().unwrap().to_owned(), is_used)
 }
 
@@ -206,4 +206,112 @@ async fn the_ranks_of_a_server_change_together() {
     assert_eq!(worker.switched.load(Ordering::SeqCst), 1);
     assert_eq!(address(&worker.address).ranks(2).len(), 2);
     assert_eq!(rig.get("/status").await.json()["decode_node_count"], 3);
+}
+
+#[tokio::test]
+async fn an_engine_that_cannot_be_asked_keeps_its_role() {
+    let rig = Rig::with(Dialect::Sglang, 3, 1, |c| {
+        c.health_interval = Duration::from_secs(30);
+    })
+    .await;
+    // It answers with a fault: that is not "not offered".
+    let moved = &rig.prefill[1];
+    moved.switches.store(true, Ordering::SeqCst);
+    for status in [500, 503] {
+        moved.switch_asked.store(status, Ordering::SeqCst);
+        let (told, body) = change(&rig, moved, "decode", 1.0).await;
+        assert_eq!(told, 502, "{body}");
+        let detail = body["detail"].as_str().unwrap();
+        assert!(detail.contains("nothing was changed") && detail.contains(&status.to_string()));
+        assert_eq!(role_of(&rig, moved).await, ("prefill".to_owned(), true));
+    }
+    assert_eq!(moved.switched.load(Ordering::SeqCst), 0);
+    // Nobody is there at all.
+    let dead = &rig.prefill[2];
+    dead.kill();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let (told, body) = change(&rig, dead, "decode", 1.0).await;
+    assert_eq!(told, 502, "{body}");
+    assert_eq!(role_of(&rig, dead).await, ("prefill".to_owned(), true));
+}
+
+#[tokio::test]
+async fn a_server_that_was_started_for_one_role_offers_no_other() {
+    let rig = Rig::new(Dialect::Sglang, 2, 1).await;
+    let fixed = &rig.prefill[1];
+    let (status, body) = change(&rig, fixed, "decode", 1.0).await;
+    assert_eq!(status, 409, "{body}");
+    assert!(
+        body["detail"]
+            .as_str()
+            .unwrap()
+            .contains("offers no change")
+    );
+    assert_eq!(role_of(&rig, fixed).await, ("prefill".to_owned(), true));
+    for _ in 0..2 {
+        assert_eq!(rig.complete("").await.status, 200);
+    }
+    rig.settled().await;
+}
+
+#[tokio::test]
+async fn an_engine_without_an_answer_is_set_aside_until_it_says_what_it_is() {
+    // It breaks off before it switches, or after.
+    for (breaks, becomes) in [(1, "prefill"), (2, "decode")] {
+        let rig = Rig::new(Dialect::Sglang, 2, 1).await;
+        let moved = &rig.prefill[1];
+        moved.switches.store(true, Ordering::SeqCst);
+        moved.switch_breaks.store(breaks, Ordering::SeqCst);
+        moved.mute.store(8, Ordering::SeqCst);
+        let (status, body) = change(&rig, moved, "decode", 5.0).await;
+        assert_eq!(status, 504, "{body}");
+        assert!(
+            body["detail"].as_str().unwrap().contains("not known"),
+            "{body}"
+        );
+        assert!(!role_of(&rig, moved).await.1);
+        let before = moved.count();
+        assert_eq!(rig.complete("").await.status, 200);
+        assert_eq!(moved.count(), before, "it gets no requests");
+        rig.until("it has said so", async || {
+            role_of(&rig, moved).await == (becomes.to_owned(), true)
+        })
+        .await;
+        rig.until("used again", async || {
+            assert_eq!(rig.complete("").await.status, 200);
+            moved.count() > before
+        })
+        .await;
+        rig.settled().await;
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_broke_is_used_again_after_a_restart() {
+    let rig = Rig::new(Dialect::Sglang, 2, 1).await;
+    let moved = &rig.prefill[1];
+    moved.switches.store(true, Ordering::SeqCst);
+    let broken = json!({"success": false, "message": "restart", "safe_to_restore": false});
+    *moved.switch_fault.lock().unwrap() = Some((400, broken));
+    assert_eq!(change(&rig, moved, "decode", 5.0).await.0, 502);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(
+        !role_of(&rig, moved).await.1,
+        "it says what it is, and is not sound"
+    );
+    // The process ends, and another comes at its place.
+    moved.kill();
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let at: std::net::SocketAddr = moved.address.parse().unwrap();
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind(at).unwrap();
+    let reborn = Worker::on(&rig.world, Dialect::Sglang, socket.listen(64).unwrap()).await;
+    rig.until("used again", async || {
+        assert_eq!(rig.complete("").await.status, 200);
+        reborn.count() > 0
+    })
+    .await;
+    assert_eq!(role_of(&rig, moved).await, ("prefill".to_owned(), true));
+    rig.settled().await;
 }
