@@ -14,7 +14,7 @@ use crate::store::master::config::MasterConfig;
 use crate::store::master::eviction::PolicyKind;
 use crate::store::master::placement::PlacementStrategy;
 use crate::store::master::{KvEventsConfig, Master, MasterServer};
-use crate::store::node::{Node, NodeConfig};
+use crate::store::node::{Commit, Node, NodeConfig};
 use crate::store::rest;
 
 const MS: Kind = Kind::Time(Duration::from_millis(1));
@@ -302,6 +302,7 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
 }
 
 async fn serve_master(r: &Resolved) -> Outcome {
+    let mut termination = serve::Termination::watch()?;
     if r.time("client-ttl", Duration::from_secs(1)) < Duration::from_secs(1) {
         let problem = "--client-ttl: nodes beat once a second, so it is at least 1s";
         return Err(super::UsageError(problem.to_owned()).into());
@@ -327,7 +328,7 @@ async fn serve_master(r: &Resolved) -> Outcome {
     let published = publish_events(r, &server).await?;
     let node = match r.size("memory") {
         ByteSize(0) => None,
-        memory => Some(embedded(r, address, memory, token, lanes_max).await?),
+        memory => Some(embedded(r, &server, address, memory, token, lanes_max).await?),
     };
     let trust = serve::trust_line(address, secured);
     print::line(&format!(
@@ -347,7 +348,7 @@ async fn serve_master(r: &Resolved) -> Outcome {
     if r.flag("enable-metric-reporting") {
         tokio::spawn(report(server.clone()));
     }
-    serve::terminated().await;
+    termination.asked().await;
     tracing::info!("master stops");
     drop(node);
     Ok(ExitStatus::Ok)
@@ -355,6 +356,7 @@ async fn serve_master(r: &Resolved) -> Outcome {
 
 async fn embedded(
     r: &Resolved,
+    server: &std::sync::Arc<MasterServer>,
     master: std::net::SocketAddr,
     memory: ByteSize,
     token: Option<crate::base::trust::Token>,
@@ -362,6 +364,7 @@ async fn embedded(
 ) -> anyhow::Result<Node> {
     let reach = serve::reach(master);
     let listen = std::net::SocketAddr::new(master.ip(), r.integer("node-port") as u16);
+    let index = server.master().clone();
     let node = Node::start(NodeConfig {
         master: reach.to_string(),
         token,
@@ -374,6 +377,9 @@ async fn embedded(
         populate: true,
         lanes_max,
         fabric: crate::engine::transport::rdma::select("auto", ""),
+        commit: Some(Commit::new(move |client, arena, entry| {
+            index.commit_written(client, arena, entry)
+        })),
     })?;
     let ready = node
         .wait_for(

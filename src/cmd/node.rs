@@ -139,6 +139,7 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
 }
 
 async fn serve_node(r: &Resolved) -> Outcome {
+    let mut termination = serve::Termination::watch()?;
     let token = serve::token(r.text("token-file"))?;
     let count = r.integer("segments");
     let each = ByteSize(r.size("memory").0 / count / 4096 * 4096);
@@ -167,6 +168,7 @@ async fn serve_node(r: &Resolved) -> Outcome {
             r.text("protocol").unwrap_or_default(),
             r.text("device-name").unwrap_or_default(),
         ),
+        commit: None,
     })?;
     let trust = serve::trust_line(listen, token.is_some());
     print::line(&format!(
@@ -184,13 +186,13 @@ async fn serve_node(r: &Resolved) -> Outcome {
         std::future::pending::<()>().await;
     };
     tokio::select! {
-        () = serve::terminated() => {}
+        () = termination.asked() => {}
         () = announced => {}
     }
     let moves = r.time("drain-timeout", Duration::from_secs(1));
     let farewell = tokio::select! {
         farewell = node.leave(moves, serve::LEAVE_PATIENCE) => farewell,
-        () = serve::terminated() => {
+        () = termination.asked() => {
             tracing::warn!("stopped at once: what lay only here is gone");
             return Ok(ExitStatus::Unreachable);
         }

@@ -190,6 +190,7 @@ async fn serve_proxy(
     config: ProxyConfig,
     threads: usize,
 ) -> Outcome {
+    let mut termination = serve::Termination::watch()?;
     let address = serve::listen(
         r.text("bind").unwrap_or("127.0.0.1"),
         r.integer("port") as u16,
@@ -215,7 +216,7 @@ async fn serve_proxy(
         async move { proxy.serve(listener).await }
     });
     tokio::select! {
-        () = serve::terminated() => {}
+        () = termination.asked() => {}
         () = reloads(matches, &proxy) => {}
     }
     tracing::info!("proxy stops");

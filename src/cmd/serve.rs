@@ -103,17 +103,28 @@ pub(crate) fn left(farewell: &Farewell) -> ExitStatus {
     ExitStatus::Ok
 }
 
-/// Waits for SIGTERM or SIGINT.
-pub(crate) async fn terminated() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut term), Ok(mut int)) = (
-        signal(SignalKind::terminate()),
-        signal(SignalKind::interrupt()),
-    ) else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
+/// SIGTERM and SIGINT, caught from `watch` on: made before a server says that it is there, so that whoever
+/// stops it as soon as it has spoken gets a clean end.
+pub(crate) struct Termination {
+    term: tokio::signal::unix::Signal,
+    int: tokio::signal::unix::Signal,
+}
+
+impl Termination {
+    /// Fails when the system has no room for a handler.
+    pub(crate) fn watch() -> std::io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for the next of them. Cancel-safe.
+    pub(crate) async fn asked(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
     }
 }

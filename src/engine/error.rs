@@ -59,6 +59,9 @@ pub enum TransferError {
     /// The target's owner did not accept what was written.
     #[error("the node did not accept the write")]
     NotifyRefused,
+    /// The target's owner has what was written from another write, and did not keep it.
+    #[error("what was written is there already")]
+    Existed,
     /// No transport of this engine reaches the peer.
     #[error("no enabled transport reaches {peer}")]
     NoPath {

@@ -64,10 +64,23 @@ pub enum Reach {
     Network,
 }
 
+/// What became of a notify.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Noted {
+    /// Taken; the word is to be published now.
+    Taken,
+    /// Taken, and whoever took it has published the word itself.
+    Published,
+    /// Not taken: what it tells of is there already, from another write.
+    Existed,
+    /// Not taken.
+    Refused,
+}
+
 /// Takes the notifies that come with writes.
 pub trait NotifySink: Send + Sync {
     /// Accepts or refuses; called after the data is in place and before its word is published. Must not block long.
-    fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> bool;
+    fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> Noted;
 
     /// A same-host writer came (`+1`) or went (`-1`): while it is there it may still write memory it has mapped.
     fn shared_writer(&self, client: Id128, change: i32);
@@ -308,15 +321,19 @@ impl SegmentHost {
         true
     }
 
-    /// Hands a notify to the owner.
+    /// Hands a notify to the owner. Whether the write's word is still to be published.
     ///
     /// # Errors
-    /// `NotifyRefused`.
-    pub fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> Result<(), TransferError> {
-        if payload.is_empty() || self.sink.notify(origin, payload) {
-            Ok(())
-        } else {
-            Err(TransferError::NotifyRefused)
+    /// `NotifyRefused`, `Existed`.
+    pub fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> Result<bool, TransferError> {
+        if payload.is_empty() {
+            return Ok(true);
+        }
+        match self.sink.notify(origin, payload) {
+            Noted::Taken => Ok(true),
+            Noted::Published => Ok(false),
+            Noted::Existed => Err(TransferError::Existed),
+            Noted::Refused => Err(TransferError::NotifyRefused),
         }
     }
 
@@ -333,8 +350,8 @@ mod tests {
 
     struct Nobody;
     impl NotifySink for Nobody {
-        fn notify(&self, _: NotifyOrigin, _: &[u8]) -> bool {
-            true
+        fn notify(&self, _: NotifyOrigin, _: &[u8]) -> Noted {
+            Noted::Taken
         }
         fn shared_writer(&self, _: Id128, _: i32) {}
     }

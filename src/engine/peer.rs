@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use super::batch::{LocalSlice, Opcode, Peer, TransferRequest};
 use super::error::TransferError;
 use super::grant::Grant;
-use super::host::{NotifyOrigin, NotifySink, Segment, SegmentHost};
+use super::host::{Noted, NotifyOrigin, NotifySink, Segment, SegmentHost};
 use super::memory::{DeviceCopies, Memory};
 use super::transport::TransportKind;
 use super::transport::describe::Inquirer;
@@ -92,16 +92,16 @@ pub enum PeerError {
 struct Inbox(Mutex<VecDeque<Notify>>);
 
 impl NotifySink for Inbox {
-    fn notify(&self, _origin: NotifyOrigin, payload: &[u8]) -> bool {
+    fn notify(&self, _origin: NotifyOrigin, payload: &[u8]) -> Noted {
         let Some(notify) = decode_notify(payload) else {
-            return false;
+            return Noted::Refused;
         };
         let mut inbox = self.0.lock();
         if inbox.len() >= INBOX_MAX {
             inbox.pop_front();
         }
         inbox.push_back(notify);
-        true
+        Noted::Taken
     }
     fn shared_writer(&self, _client: Id128, _change: i32) {}
 }

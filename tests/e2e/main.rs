@@ -14,6 +14,7 @@ mod http;
 mod inspect;
 mod monitoring;
 mod objects;
+mod one_process;
 mod pool;
 mod quotas;
 mod recovery;

@@ -14,14 +14,14 @@ use crate::put;
 
 const QUOTAS: &str = "/api/v1/tenant_quotas";
 
-fn tenant(pool: &Pool, name: &str, kinds: &[TransportKind]) -> PoolClient {
+pub(crate) fn tenant(pool: &Pool, name: &str, kinds: &[TransportKind]) -> PoolClient {
     let mut config = pool.config();
     config.tenant = name.to_owned();
     config.transports = kinds.to_vec();
     PoolClient::open(config).unwrap()
 }
 
-fn set(pool: &Pool, tenant: &str, bytes: u64) -> Value {
+pub(crate) fn set(pool: &Pool, tenant: &str, bytes: u64) -> Value {
     let body = json!({"requested_quota_bytes": bytes}).to_string();
     let path = format!("{QUOTAS}?tenant_id={tenant}");
     // Refused while nodes may still come that know of other decisions.

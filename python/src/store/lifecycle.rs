@@ -180,6 +180,7 @@ pub(super) fn start_node(
         lanes_max: 4096,
         port,
         fabric,
+        commit: None,
     })
     .map_err(refused)?;
     if runtime.block_on(node.wait_for(NodePhase::InService, IN_SERVICE)) {

@@ -468,6 +468,7 @@ fn set_up(
             populate: true,
             lanes_max: 64,
             fabric: None,
+            commit: None,
         })?;
         let ready = runtime.block_on(local.wait_for(NodePhase::InService, Duration::from_secs(20)));
         anyhow::ensure!(ready, "the local node did not register");

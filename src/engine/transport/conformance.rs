@@ -19,7 +19,7 @@ use crate::base::trust::{ClusterKeys, Token};
 use crate::engine::batch::{LocalSlice, Opcode, Peer, TransferRequest, TransferResult, Word};
 use crate::engine::error::TransferError;
 use crate::engine::grant::{Access, Grant};
-use crate::engine::host::{NotifyOrigin, NotifySink, RangeFence, SegmentHost};
+use crate::engine::host::{Noted, NotifyOrigin, NotifySink, RangeFence, SegmentHost};
 use crate::engine::memory::Memory;
 use crate::engine::transport::lane::Identity;
 use crate::engine::{EngineConfig, TransferEngine};
@@ -33,9 +33,14 @@ struct Recorder {
 }
 
 impl NotifySink for Recorder {
-    fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> bool {
+    fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> Noted {
         self.notes.lock().push((origin, payload.to_vec()));
-        payload != b"no"
+        match payload {
+            b"no" => Noted::Refused,
+            b"there" => Noted::Existed,
+            b"published" => Noted::Published,
+            _ => Noted::Taken,
+        }
     }
     fn shared_writer(&self, _client: Id128, change: i32) {
         *self.writers.lock() += change;
@@ -280,7 +285,16 @@ fn notifies(world: &World, engine: &TransferEngine) {
         one(engine, write.clone()),
         Err(TransferError::NotifyRefused)
     );
+    write.notify = b"there".to_vec();
+    assert_eq!(one(engine, write.clone()), Err(TransferError::Existed));
     assert!(!world.memory.word_is(8192, 6), "refused, so not published");
+    write.notify = b"published".to_vec();
+    one(engine, write.clone()).unwrap();
+    // Through shared memory the word goes in a message of its own.
+    assert!(
+        engine.path(&world.peer) == Some(TransportKind::Shm) || !world.memory.word_is(8192, 6),
+        "the owner has published it: nobody does so again"
+    );
     // Without data: notify and publish only.
     write.notify = b"later".to_vec();
     write.local = SmallVec::new();

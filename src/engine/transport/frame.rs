@@ -80,6 +80,7 @@ pub(crate) enum Status {
     Malformed = 6,
     /// The bytes could not be moved this way; another one may do.
     PathFailed = 7,
+    Existed = 8,
 }
 
 impl Status {
@@ -91,6 +92,7 @@ impl Status {
             TransferError::OutOfBounds => Self::OutOfBounds,
             TransferError::Changed => Self::Changed,
             TransferError::NotifyRefused => Self::NotifyRefused,
+            TransferError::Existed => Self::Existed,
             error if error.is_path_failure() => Self::PathFailed,
             _ => Self::Malformed,
         }
@@ -112,6 +114,7 @@ impl Status {
                 peer: peer.to_owned(),
                 reason: "the bytes could not be moved this way".to_owned(),
             },
+            8 => TransferError::Existed,
             _ => TransferError::Protocol {
                 peer: peer.to_owned(),
                 what: "unknown status",

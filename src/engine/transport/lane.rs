@@ -407,12 +407,12 @@ mod tests {
     use super::super::server::{DataServer, LANE_STACK};
     use super::super::tcp::connect;
     use super::*;
-    use crate::engine::host::{NotifyOrigin, NotifySink, SegmentHost};
+    use crate::engine::host::{Noted, NotifyOrigin, NotifySink, SegmentHost};
 
     struct Nobody;
     impl NotifySink for Nobody {
-        fn notify(&self, _: NotifyOrigin, _: &[u8]) -> bool {
-            true
+        fn notify(&self, _: NotifyOrigin, _: &[u8]) -> Noted {
+            Noted::Taken
         }
         fn shared_writer(&self, _: Id128, _: i32) {}
     }

@@ -114,9 +114,11 @@ fn one(host: &SegmentHost, client: Id128, r: &TransferRequest) -> TransferResult
                 term: r.grant.term,
                 reach: Reach::Process,
             };
-            host.notify(origin, &r.notify)?;
+            let publish = host.notify(origin, &r.notify)?;
             if let Some(word) = r.word {
-                segment.memory.publish(word.offset, word.value);
+                if publish {
+                    segment.memory.publish(word.offset, word.value);
+                }
                 if segment.memory.is_lost() {
                     return Err(TransferError::Stale);
                 }

@@ -20,7 +20,7 @@ use crate::base::trust::{ClusterKeys, Token};
 use crate::engine::batch::{LocalSlice, Opcode, Peer, TransferRequest, TransferResult};
 use crate::engine::error::TransferError;
 use crate::engine::grant::Grant;
-use crate::engine::host::{NotifyOrigin, NotifySink, SegmentHost};
+use crate::engine::host::{Noted, NotifyOrigin, NotifySink, SegmentHost};
 use crate::engine::memory::Memory;
 use crate::engine::peer::{Move, PeerEngine};
 use crate::engine::{EngineConfig, TransferEngine};
@@ -30,8 +30,8 @@ const SIZE: usize = 1 << 20;
 #[derive(Default)]
 struct Writers(Mutex<i32>);
 impl NotifySink for Writers {
-    fn notify(&self, _: NotifyOrigin, _: &[u8]) -> bool {
-        true
+    fn notify(&self, _: NotifyOrigin, _: &[u8]) -> Noted {
+        Noted::Taken
     }
     fn shared_writer(&self, _: Id128, change: i32) {
         *self.0.lock() += change;

@@ -886,9 +886,11 @@ impl ServedLane<'_> {
                 Reach::Network
             },
         };
-        self.served.host.notify(origin, notify)?;
+        let publish = self.served.host.notify(origin, notify)?;
         if let Some(word) = item.word {
-            segment.memory.publish(word.offset, word.value);
+            if publish {
+                segment.memory.publish(word.offset, word.value);
+            }
             if segment.memory.is_lost() {
                 return Err(TransferError::Stale);
             }

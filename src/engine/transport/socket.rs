@@ -8,7 +8,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -53,6 +53,35 @@ fn wiped_on_fork() -> rustix::io::Result<&'static AtomicUsize> {
 fn watchers_max() -> usize {
     static MOST: OnceLock<usize> = OnceLock::new();
     *MOST.get_or_init(|| std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2)))
+}
+
+/// A processor given away for longer than this has gone to somebody who computes. The scheduler lets a thread that wakes up
+/// go before such a one, but not a thread that gives way.
+const SLICE: Duration = Duration::from_micros(300);
+/// How long nobody watches after that; doubled up to the latter when it happens again soon.
+const REST: Duration = Duration::from_millis(20);
+const REST_MAX: Duration = Duration::from_secs(1);
+/// Until when nobody watches and how long the last rest was, in microseconds of this process's clock.
+static RESTING_UNTIL: AtomicU64 = AtomicU64::new(0);
+static RESTED: AtomicU64 = AtomicU64::new(0);
+
+fn process_us(now: Instant) -> u64 {
+    static BEGAN: OnceLock<Instant> = OnceLock::new();
+    let began = *BEGAN.get_or_init(|| now);
+    now.saturating_duration_since(began).as_micros() as u64
+}
+
+/// The processors are wanted by others: nobody watches for a while, longer when that was so a short time ago.
+fn rest(now: Instant) {
+    let now = process_us(now);
+    let until = RESTING_UNTIL.load(Ordering::Relaxed);
+    let last = RESTED.load(Ordering::Relaxed);
+    let again = last > 0 && now < until + 8 * last;
+    let longer = if again { last * 2 } else { 0 };
+    let (least, most) = (REST.as_micros() as u64, REST_MAX.as_micros() as u64);
+    let this = longer.clamp(least, most);
+    RESTED.store(this, Ordering::Relaxed);
+    RESTING_UNTIL.store(now + this, Ordering::Relaxed);
 }
 
 /// When an operation must have ended.
@@ -143,7 +172,7 @@ impl Socket {
 
     /// Waits for the peer's next bytes without sleeping where they are due: where the last wait was short. To be woken up
     /// takes longer than what is left to wait, and costs more. Whoever else wants this processor gets it meanwhile, and
-    /// no more than half of the processors are watched from. `since`: when the wait began. Errors are left to the call
+    /// no more than half of the processors are watched from, none while others compute on all of them. `since`: when the wait began. Errors are left to the call
     /// that reads.
     pub(crate) fn watch(&mut self, since: Instant) {
         if self.start == self.end && self.waited < DUE {
@@ -157,14 +186,28 @@ impl Socket {
     }
 
     fn look(&mut self, end: Instant) {
+        let mut now = Instant::now();
+        if process_us(now) < RESTING_UNTIL.load(Ordering::Relaxed) {
+            return;
+        }
         if watching().fetch_add(1, Ordering::AcqRel) < watchers_max() {
             (self.start, self.end) = (0, 0);
-            while self.end == 0 {
-                let flags = rustix::net::RecvFlags::DONTWAIT;
+            let flags = rustix::net::RecvFlags::DONTWAIT;
+            loop {
                 match rustix::net::recv(&self.fd, &mut self.buffer[..AHEAD_BYTES], flags) {
-                    Ok((got, _)) if got > 0 => self.end = got,
-                    Err(Errno::AGAIN) if Instant::now() < end => std::thread::yield_now(),
-                    _ => break,
+                    Ok((got, _)) => {
+                        self.end = got;
+                        break;
+                    }
+                    Err(Errno::AGAIN) if now < end => {}
+                    Err(_) => break,
+                }
+                let given_away = now;
+                std::thread::yield_now();
+                now = Instant::now();
+                if now - given_away > SLICE {
+                    rest(now);
+                    break;
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! Puts into arenas: the commit leaves for the master while the bytes go to the node, and the put returns when both are
-//! there. In memory that is mapped here the bytes are copied by this thread and the node is not asked at all.
+//! there. In memory that is mapped here the bytes are copied by this thread and the node is not asked at all. A node that
+//! shares its process with the master commits what it is sent: then there is one exchange, with it alone.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,6 +11,7 @@ use smallvec::SmallVec;
 
 use super::PoolClient;
 use super::arenas::{Arena, Place, Wanted, Wish};
+use super::control::Sent;
 use super::location_cache::ReplicaRef;
 use super::put::{Header, PutOptions, PutOutcome, Writing, directory_entry, write_request};
 use super::view::SegmentRef;
@@ -47,15 +49,20 @@ impl PoolClient {
         // Items of one arena next to each other: one commit and one data frame each.
         let arena_of = |w: &Writing<'_>| w.place.as_ref().map_or(0, |p| p.arena);
         placed.sort_by_key(|i| arena_of(&writings[*i]));
-        let mut operations = self.commits(writings, &placed, options, None);
-        let commits = operations.len();
-        // Arenas that are over are closed on the way.
-        let ended = self.arenas.take_ended();
-        operations.extend(ended.iter().map(close));
-        let sent = match self.control.send(operations, deadline) {
+        // What travels with its bytes needs no word to the master.
+        let is_carried = |i: &usize| {
+            let place = writings[*i].place.as_ref();
+            place.is_some_and(|p| self.is_carried(p))
+        };
+        let carried: Vec<bool> = placed.iter().map(is_carried).collect();
+        let apart: Vec<usize> = placed
+            .iter()
+            .zip(&carried)
+            .filter_map(|(index, carried)| (!carried).then_some(*index))
+            .collect();
+        let sent = match self.send_commits(writings, &apart, options, deadline) {
             Ok(sent) => sent,
             Err(error) => {
-                self.arenas.ended(ended);
                 for index in placed {
                     writings[index].outcome = Some(Err(error.clone()));
                     // Nobody committed it: what its table says of it must not be found by a later master.
@@ -67,26 +74,124 @@ impl PoolClient {
                 return;
             }
         };
-        let written = self.write_placed(writings, &placed, options, deadline);
-        let received = self.control.receive(sent);
-        if received.is_err() {
-            self.arenas.ended(ended);
-        }
-        let committed = received.and_then(|batch| {
-            let mut codes = Vec::with_capacity(placed.len());
-            for reply in batch.replies.into_iter().take(commits) {
-                match self.control.kind(Some(reply))? {
-                    reply::Kind::Codes(c) => codes.extend(c.codes),
-                    _ => return Err(self.control.surprise()),
-                }
-            }
-            if codes.len() == placed.len() {
-                Ok(codes)
+        let written = self.write_placed(writings, &placed, &carried, options, deadline);
+        let mut committed = self.receive_commits(sent, apart.len()).into_iter();
+        let codes = carried.iter().zip(&written).map(|(carried, data)| {
+            if *carried {
+                carried_code(data)
             } else {
-                Err(self.control.surprise())
+                committed.next()
             }
         });
-        self.settle_arena(writings, &placed, options, &written, committed, deadline);
+        let mut codes: Vec<Option<Result<i32, StoreError>>> = codes.collect();
+        self.ask_why(writings, &placed, &mut codes, &written, options, deadline);
+        let codes = codes.into_iter();
+        let codes = codes.map(|code| code.unwrap_or_else(|| Err(self.control.surprise())));
+        let codes = codes.collect();
+        self.settle_arena(writings, &placed, options, &written, codes, deadline);
+    }
+
+    /// Whether the node of a place commits what is written there.
+    fn is_carried(&self, place: &Place) -> bool {
+        place.segment.commits && place.table.is_none() && !self.is_near(&place.segment)
+    }
+
+    /// Sends the commits of `apart`, and with them the closing of arenas that are over.
+    fn send_commits(
+        &self,
+        writings: &[Writing<'_>],
+        apart: &[usize],
+        options: &PutOptions,
+        deadline: Instant,
+    ) -> Result<Option<SentCommits>, StoreError> {
+        let mut operations = self.commits(writings, apart, options, None);
+        let commits = operations.len();
+        let ended = self.arenas.take_ended();
+        operations.extend(ended.iter().map(close));
+        if operations.is_empty() {
+            return Ok(None);
+        }
+        match self.control.send(operations, deadline) {
+            Ok(sent) => Ok(Some(SentCommits {
+                sent,
+                commits,
+                ended,
+            })),
+            Err(error) => {
+                self.arenas.ended(ended);
+                Err(error)
+            }
+        }
+    }
+
+    /// A code per item.
+    fn receive_commits(
+        &self,
+        sent: Option<SentCommits>,
+        items: usize,
+    ) -> Vec<Result<i32, StoreError>> {
+        let Some(sent) = sent else {
+            return Vec::new();
+        };
+        let received = self.control.receive(sent.sent);
+        if received.is_err() {
+            self.arenas.ended(sent.ended);
+        }
+        let codes = received.and_then(|batch| self.codes_of(batch.replies, sent.commits, items));
+        match codes {
+            Ok(codes) => codes.into_iter().map(Ok).collect(),
+            Err(error) => vec![Err(error); items],
+        }
+    }
+
+    /// The codes in the first `operations` replies, which are about this many items.
+    fn codes_of(
+        &self,
+        replies: Vec<wire::Reply>,
+        operations: usize,
+        items: usize,
+    ) -> Result<Vec<i32>, StoreError> {
+        let mut codes = Vec::with_capacity(items);
+        for reply in replies.into_iter().take(operations) {
+            match self.control.kind(Some(reply))? {
+                reply::Kind::Codes(c) => codes.extend(c.codes),
+                _ => return Err(self.control.surprise()),
+            }
+        }
+        if codes.len() == items {
+            Ok(codes)
+        } else {
+            Err(self.control.surprise())
+        }
+    }
+
+    /// A node says only that a commit was refused: the master says why.
+    fn ask_why(
+        &self,
+        writings: &[Writing<'_>],
+        placed: &[usize],
+        codes: &mut [Option<Result<i32, StoreError>>],
+        written: &[TransferResult],
+        options: &PutOptions,
+        deadline: Instant,
+    ) {
+        let refused: Vec<usize> = (0..placed.len())
+            .filter(|at| codes[*at].is_none() && written[*at] == Err(TransferError::NotifyRefused))
+            .collect();
+        if refused.is_empty() {
+            return;
+        }
+        let indices: Vec<usize> = refused.iter().map(|at| placed[*at]).collect();
+        let operations = self.commits(writings, &indices, options, None);
+        let count = operations.len();
+        let called = self.control.call(operations, deadline);
+        let told = called.and_then(|replies| self.codes_of(replies, count, indices.len()));
+        for (position, at) in refused.into_iter().enumerate() {
+            codes[at] = Some(match &told {
+                Ok(codes) => Ok(codes[position]),
+                Err(error) => Err(error.clone()),
+            });
+        }
     }
 
     /// Brings the bytes of all placed items to their places: far ones are sent first and near ones copied meanwhile.
@@ -94,6 +199,7 @@ impl PoolClient {
         &self,
         writings: &[Writing<'_>],
         placed: &[usize],
+        carried: &[bool],
         options: &PutOptions,
         deadline: Instant,
     ) -> Vec<TransferResult> {
@@ -117,7 +223,10 @@ impl PoolClient {
                     grant: place.grant,
                 };
                 let (offset, version) = (place.offset, place.version);
-                Some(write_request(w, &replica, offset, version, header, options))
+                let arena = if carried[*at] { place.arena } else { 0 };
+                Some(write_request(
+                    w, &replica, offset, version, header, options, arena,
+                ))
             })
             .collect();
         let attempt = deadline.min(Instant::now() + self.config.transfer_timeout);
@@ -396,7 +505,7 @@ impl PoolClient {
         placed: &[usize],
         options: &PutOptions,
         written: &[TransferResult],
-        committed: Result<Vec<i32>, StoreError>,
+        committed: Vec<Result<i32, StoreError>>,
         deadline: Instant,
     ) {
         let mut revoke = Vec::new();
@@ -404,9 +513,9 @@ impl PoolClient {
         let mut discard = Vec::new();
         for (position, index) in placed.iter().enumerate() {
             let data = &written[position];
-            let code = committed.as_ref().map(|codes| codes[position]);
+            let code = &committed[position];
             let w = &mut writings[*index];
-            match (data, &code) {
+            match (data, code) {
                 (Ok(()), Ok(0)) => w.outcome = Some(Ok(PutOutcome::Stored { replicas: 1 })),
                 // Taken, or more than its tenant may hold: the arena is as good as before.
                 (data, Ok(c)) if *c == StoreError::Exists.code() || is_quota(*c) => {
@@ -421,8 +530,11 @@ impl PoolClient {
                             None => discard.push(*index),
                         }
                     }
-                    revoke.push(*index);
-                    unsettled.push(data.as_ref().is_err_and(TransferError::is_path_failure));
+                    // Its node had the master give the item up with the answer.
+                    if *data != Err(TransferError::Existed) {
+                        revoke.push(*index);
+                        unsettled.push(data.as_ref().is_err_and(TransferError::is_path_failure));
+                    }
                 }
                 // The master does not know the arena (it was restarted, or the segment is gone): the two-phase path
                 // begins anew. The bytes are under a version nobody committed; their node settles that.
@@ -541,6 +653,24 @@ impl PoolClient {
     }
 }
 
+/// Commits on their way to the master, and the arenas that are closed with them.
+struct SentCommits {
+    sent: Sent,
+    /// Operations that are commits.
+    commits: usize,
+    ended: Vec<(u64, bool)>,
+}
+
+/// What an answer of a node that commits says of the commit; nothing where the master has to be asked. What did not arrive
+/// counts as committed, so that it is taken back.
+fn carried_code(data: &TransferResult) -> Option<Result<i32, StoreError>> {
+    match data {
+        Err(TransferError::Existed) => Some(Ok(StoreError::Exists.code())),
+        Err(TransferError::NotifyRefused) => None,
+        _ => Some(Ok(0)),
+    }
+}
+
 /// Whether a commit was refused for its tenant's quota.
 fn is_quota(code: i32) -> bool {
     matches!(code, -1700 | -1701)
@@ -602,6 +732,7 @@ fn notice(
         notify: NodeNotify {
             kind: Some(kind),
             traceparent: trace::traceparent(),
+            commit_arena: 0,
         }
         .encode_to_vec(),
     }

@@ -293,7 +293,7 @@ impl PoolClient {
             .zip(&headers)
             .map(|((index, version, _, replica), header)| {
                 let at = replica.grant.offset;
-                write_request(&writings[*index], replica, at, *version, header, options)
+                write_request(&writings[*index], replica, at, *version, header, options, 0)
             })
             .collect();
         let results = {
@@ -412,6 +412,7 @@ pub(super) fn write_request(
     version: u64,
     header: &Header,
     options: &PutOptions,
+    commit_arena: u64,
 ) -> TransferRequest {
     // SAFETY: only read from; the headers live until the transfer has returned.
     let head = unsafe { LocalSlice::new(header.as_ptr().cast_mut(), header.len()) };
@@ -421,6 +422,7 @@ pub(super) fn write_request(
     let notify = NodeNotify {
         kind: Some(node_notify::Kind::Record(entry)),
         traceparent: trace::traceparent(),
+        commit_arena,
     };
     TransferRequest {
         opcode: Opcode::Write,

@@ -150,6 +150,7 @@ impl PoolClient {
                 let notify = NodeNotify {
                     kind: Some(node_notify::Kind::Record(entry)),
                     traceparent: crate::base::trace::traceparent(),
+                    commit_arena: 0,
                 };
                 TransferRequest {
                     notify: notify.encode_to_vec(),

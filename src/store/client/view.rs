@@ -16,6 +16,8 @@ pub(crate) struct SegmentRef {
     pub(crate) name: String,
     pub(crate) peer: Arc<Peer>,
     pub(crate) in_service: bool,
+    /// Its node commits what comes with that wish, since the master lives in its process.
+    pub(crate) commits: bool,
 }
 
 /// All segments at one epoch.
@@ -51,6 +53,7 @@ impl PoolView {
                     name: s.name.clone(),
                     peer: peer.clone(),
                     in_service: s.state == "ok",
+                    commits: s.commits,
                 };
                 (s.segment, Arc::new(segment))
             })

@@ -425,6 +425,7 @@ pub(crate) fn segment_view(
         page_kind: s.page_kind.clone(),
         build: s.node.build.get().cloned().unwrap_or_default(),
         served: s.node.served.lock().bytes.clone(),
+        commits: s.node.commits.load(Ordering::Acquire),
     }
 }
 

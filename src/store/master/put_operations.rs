@@ -2,12 +2,15 @@
 
 use std::time::{Duration, Instant};
 
+use super::Master;
 use super::arenas::Least;
 use super::history::Failure;
+use super::metrics::Rpc;
 use super::object::Attributes;
 use super::operations::{Call, bounded, code, codes};
 use super::puts::{PutOptions, Written};
 use crate::base::clock::{Millis, unix_ms};
+use crate::base::id::Id128;
 use crate::engine::grant::Access as GrantAccess;
 use crate::store::model::error::StoreError;
 use crate::store::model::header::footprint;
@@ -285,5 +288,57 @@ impl Call<'_> {
             results.push(code(result));
         }
         Ok(codes(results))
+    }
+}
+
+impl Master {
+    /// Commits an object that a client has written to a node of this process, into one of that client's arenas: what
+    /// `ArenaCommit` does for one item, without a batch. An item whose key is taken is given up at once, since nobody writes
+    /// there any more.
+    ///
+    /// # Errors
+    /// As the operation answers.
+    pub fn commit_written(
+        &self,
+        client: Id128,
+        arena: u64,
+        entry: &wire::DirectoryEntry,
+    ) -> Result<(), StoreError> {
+        let (begun, now, state) = (Instant::now(), Millis::now(), &self.state);
+        let (size, at) = (entry.size_bytes, entry.offset);
+        let attributes = Attributes {
+            hard_pin: entry.hard_pin,
+            soft_pin_ttl_ms: entry.soft_pin_ttl_ms,
+            group: entry.group.clone(),
+            data_type: u8::try_from(entry.data_type).unwrap_or(0),
+            replicas: 0,
+        };
+        let written = Written {
+            version: entry.version,
+            checksum: entry.has_checksum.then_some(entry.checksum),
+        };
+        let key = &entry.key;
+        let done = state.arena_commit(arena, client, key, at, size, &attributes, &written, now);
+        match &done {
+            Err(StoreError::Exists) => {
+                state.arena_revoke(arena, client, key, at, size, written.version, true, now)?;
+            }
+            Err(error @ StoreError::Refused { .. }) => {
+                state.counters.put_failed(error);
+                state.history.failed(Failure {
+                    hash: key::hash(key),
+                    unix_ms: unix_ms(),
+                    code: error.code(),
+                    size,
+                    replicas: 1,
+                    waited_ms: 0,
+                });
+            }
+            _ => {}
+        }
+        let reply = codes(vec![code(done.clone())]);
+        self.metrics
+            .carried_out(Rpc::ArenaCommit, begun.elapsed(), &reply);
+        done
     }
 }

@@ -180,6 +180,8 @@ pub(crate) struct NodeState {
     pub(crate) drains_kept: AtomicU64,
     /// It said that it can copy to other nodes.
     pub(crate) copier: AtomicBool,
+    /// It shares this process and commits what writers ask it to.
+    pub(crate) commits: AtomicBool,
     waker: Mutex<Option<(u64, Waker)>>,
 }
 
@@ -408,6 +410,7 @@ impl SegmentTable {
             drains_sent: AtomicU64::new(0),
             drains_kept: AtomicU64::new(0),
             copier: AtomicBool::new(false),
+            commits: AtomicBool::new(false),
             waker: Mutex::default(),
         });
         let mut slots = Vec::clone(&view);

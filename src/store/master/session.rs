@@ -84,6 +84,7 @@ pub(crate) async fn serve(
     );
     let node = registration.node.clone();
     node.copier.store(register.copies, Ordering::Release);
+    node.commits.store(register.commits, Ordering::Release);
     // What it keeps may be later than what is known here, or earlier: it is sent the whole.
     let told = register.quotas.map(|q| q.tenants).unwrap_or_default();
     if master.state.quotas.merge(told.into_iter().map(policy)) {

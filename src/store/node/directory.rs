@@ -14,7 +14,8 @@ use prost::Message;
 use super::shared_arenas::SharedArena;
 use crate::base::id::Id128;
 use crate::base::trace::{Kind, Span};
-use crate::engine::host::{NotifyOrigin, NotifySink, Reach, Segment};
+use crate::engine::host::{Noted, NotifyOrigin, NotifySink, Reach, Segment};
+use crate::store::model::error::StoreError;
 use crate::store::model::header::{ALIGNMENT, footprint, pending};
 use crate::store::model::key;
 use crate::store::wire::{self, DirectoryEntry, NodeNotify, node_notify};
@@ -70,15 +71,47 @@ pub(super) struct Contents {
     pub(super) arenas: BTreeMap<u64, SharedArena>,
 }
 
+type CommitFn = dyn Fn(Id128, u64, &DirectoryEntry) -> Result<(), StoreError> + Send + Sync;
+
+/// The way to the master of this process.
+#[derive(Clone)]
+pub struct Commit(Arc<CommitFn>);
+
+impl Commit {
+    /// `commit(client, arena, entry)` commits what a client has written here to an arena of that client's, and answers as
+    /// the master would answer the client; on `Exists` it has taken the item back already. It must not wait.
+    pub fn new(
+        commit: impl Fn(Id128, u64, &DirectoryEntry) -> Result<(), StoreError> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Arc::new(commit))
+    }
+}
+
+impl std::fmt::Debug for Commit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Commit")
+    }
+}
+
 /// See the module header.
 #[derive(Default)]
 pub struct NodeDirectory {
+    /// When its master lives in this process.
+    commit: Option<Commit>,
     pub(super) segments: RwLock<Vec<(Arc<Segment>, Mutex<Contents>)>>,
     /// Same-host lanes open, by client.
     shared_writers: Mutex<HashMap<Id128, i32>>,
 }
 
 impl NodeDirectory {
+    /// An empty one that can commit.
+    pub fn committing(commit: Option<Commit>) -> Self {
+        Self {
+            commit,
+            ..Self::default()
+        }
+    }
+
     /// Takes note of a segment; in the order of their indices.
     pub fn add(&self, segment: Arc<Segment>) {
         self.segments.write().push((segment, Mutex::default()));
@@ -99,9 +132,34 @@ impl NodeDirectory {
     }
 
     fn record(&self, origin: &NotifyOrigin, e: DirectoryEntry) -> bool {
-        let Some(bytes) = footprint(e.size_bytes) else {
-            return false;
+        self.recorded(origin, e, false).is_some()
+    }
+
+    /// Records an object, makes it readable, and only then has the master commit it: whoever hears of it finds it, and what
+    /// is removed at once is dropped after it was published.
+    fn record_and_commit(&self, origin: &NotifyOrigin, arena: u64, e: DirectoryEntry) -> Noted {
+        let Some(Commit(commit)) = self.commit.clone() else {
+            return Noted::Refused;
         };
+        let (offset, version) = (e.offset, e.version);
+        if self.recorded(origin, e.clone(), true).is_none() {
+            return Noted::Refused;
+        }
+        // No lock is held: the master takes its own.
+        match commit(origin.client, arena, &e) {
+            Ok(()) => Noted::Published,
+            Err(error) => {
+                self.drop_object(origin.segment, offset, version);
+                match error {
+                    StoreError::Exists => Noted::Existed,
+                    _ => Noted::Refused,
+                }
+            }
+        }
+    }
+
+    fn recorded(&self, origin: &NotifyOrigin, e: DirectoryEntry, publish: bool) -> Option<()> {
+        let bytes = footprint(e.size_bytes)?;
         let end = e.offset.checked_add(bytes);
         // The data covers header and payload; the footprint may reach up to one alignment further, which is granted.
         let inside = e.segment == origin.segment
@@ -109,17 +167,19 @@ impl NodeDirectory {
             && e.offset.is_multiple_of(ALIGNMENT)
             && end.is_some_and(|end| end < origin.offset + origin.length + ALIGNMENT);
         if !inside || e.size_bytes == 0 || e.version == 0 || key::split(&e.key).is_none() {
-            return false;
+            return None;
         }
         let segments = self.segments.read();
-        let Some((memory, contents)) = segments.get(e.segment as usize) else {
-            return false;
-        };
+        let (memory, contents) = segments.get(e.segment as usize)?;
         let mut contents = contents.lock();
         // In step with what an arena there says, if a master ever placed this into one.
         contents.gather_around(memory, e.offset, bytes);
+        let (offset, version) = (e.offset, e.version);
         contents.insert(e, bytes, origin.client);
-        true
+        if publish {
+            memory.memory.publish(offset, version);
+        }
+        Some(())
     }
 
     /// Forgets an object and makes it unreadable, if it is (still) this version.
@@ -279,34 +339,42 @@ fn erase(segment: &Segment, offset: u64, version: u64) {
     }
 }
 
+fn noted(taken: bool) -> Noted {
+    if taken { Noted::Taken } else { Noted::Refused }
+}
+
 impl NotifySink for NodeDirectory {
-    fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> bool {
+    fn notify(&self, origin: NotifyOrigin, payload: &[u8]) -> Noted {
         let Ok(notify) = NodeNotify::decode(payload) else {
-            return false;
+            return Noted::Refused;
         };
         let name = match &notify.kind {
+            Some(node_notify::Kind::Record(_)) if notify.commit_arena > 0 => "record and commit",
             Some(node_notify::Kind::Record(_)) => "record",
             Some(node_notify::Kind::Discard(_)) => "discard",
             Some(node_notify::Kind::ArenaBegin(_)) => "arena begin",
             Some(node_notify::Kind::ArenaEnd(_)) => "arena end",
-            None => return false,
+            None => return Noted::Refused,
         };
         let mut span = Span::of(name, Kind::Server, &notify.traceparent);
         span.note("bytes", origin.length);
         match notify.kind {
-            Some(node_notify::Kind::Record(entry)) => self.record(&origin, entry),
+            Some(node_notify::Kind::Record(entry)) if notify.commit_arena > 0 => {
+                self.record_and_commit(&origin, notify.commit_arena, entry)
+            }
+            Some(node_notify::Kind::Record(entry)) => noted(self.record(&origin, entry)),
             Some(node_notify::Kind::Discard(wire::DropItem {
                 offset, version, ..
             })) => {
                 if offset != origin.offset {
-                    return false;
+                    return Noted::Refused;
                 }
                 self.drop_object(origin.segment, offset, version);
-                true
+                Noted::Taken
             }
-            Some(node_notify::Kind::ArenaBegin(begin)) => self.begin_arena(&origin, begin),
-            Some(node_notify::Kind::ArenaEnd(_)) => self.end_arena(&origin),
-            None => false,
+            Some(node_notify::Kind::ArenaBegin(begin)) => noted(self.begin_arena(&origin, begin)),
+            Some(node_notify::Kind::ArenaEnd(_)) => noted(self.end_arena(&origin)),
+            None => Noted::Refused,
         }
     }
 
@@ -360,7 +428,7 @@ mod tests {
             term: 1,
             reach: Reach::Network,
         };
-        d.notify(origin, &notify.encode_to_vec())
+        d.notify(origin, &notify.encode_to_vec()) == Noted::Taken
     }
 
     #[test]
@@ -413,7 +481,7 @@ mod tests {
             term: 1,
             reach: Reach::Network,
         };
-        assert!(!d.notify(origin, b"\xff\xff"));
+        assert_eq!(d.notify(origin, b"\xff\xff"), Noted::Refused);
         let entry = DirectoryEntry {
             key: vec![0, b'k'].into(),
             offset: 64,
@@ -425,7 +493,7 @@ mod tests {
             kind: Some(node_notify::Kind::Record(entry)),
             ..NodeNotify::default()
         };
-        assert!(!d.notify(origin, &too_large.encode_to_vec()));
+        assert_eq!(d.notify(origin, &too_large.encode_to_vec()), Noted::Refused);
     }
 
     const ARENA: u64 = 8192;
@@ -447,7 +515,7 @@ mod tests {
             kind: Some(kind),
             ..NodeNotify::default()
         };
-        d.notify(origin, &notify.encode_to_vec())
+        d.notify(origin, &notify.encode_to_vec()) == Noted::Taken
     }
 
     fn begun() -> node_notify::Kind {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-pub use directory::NodeDirectory;
+pub use directory::{Commit, NodeDirectory};
 
 use crate::base::handshake::Service;
 use crate::base::id::{Id128, random_u64};
@@ -56,6 +56,8 @@ pub struct NodeConfig {
     pub port: Option<Arc<DataServer>>,
     /// RDMA devices; with them callers may have their bytes moved by RDMA.
     pub fabric: Option<Arc<Fabric>>,
+    /// The master, when it lives in this process: small puts then need one exchange, with this node alone.
+    pub commit: Option<Commit>,
 }
 
 /// What a node is doing.
@@ -160,6 +162,7 @@ impl Shared {
             build: env!("CARGO_PKG_VERSION").to_owned(),
             copies: true,
             quotas: self.quotas.lock().clone(),
+            commits: self.config.commit.is_some(),
             drains: self.drains.lock().clone(),
         }
     }
@@ -204,7 +207,7 @@ impl Node {
             )));
         }
         let keys = ClusterKeys::derive(config.token.as_ref());
-        let directory = Arc::new(NodeDirectory::default());
+        let directory = Arc::new(NodeDirectory::committing(config.commit.clone()));
         let id = Id128::random();
         let host = Arc::new(SegmentHost::new(id, keys, directory.clone()));
         host.set_about(&config.master);
