@@ -137,6 +137,8 @@ impl Drop for Serving {
 pub struct DataServer {
     shared: Arc<Shared>,
     first: Arc<Served>,
+    /// Random.
+    id: u64,
     /// Things served so far.
     number: AtomicU64,
     address: SocketAddr,
@@ -234,6 +236,7 @@ impl DataServer {
         Ok(Self {
             shared,
             first,
+            id: random_u64() | 1,
             number: AtomicU64::new(0),
             address,
             socket_name,
@@ -271,6 +274,11 @@ impl DataServer {
     /// Counts up from 0: to tell things on one port apart.
     pub fn next_number(&self) -> u64 {
         self.number.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Random, never 0: what is served on one port has it in common.
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     /// Where it listens.
@@ -346,7 +354,9 @@ impl Shared {
 
     /// Notes that a lane has turned to somebody's memory. `false`: it is not served any more.
     fn turned(&self, lane: u64, served: &Arc<Served>) -> bool {
-        if let Some(open) = self.lanes.lock().get_mut(&lane) {
+        if let Some(open) = self.lanes.lock().get_mut(&lane)
+            && !open.been_to.contains(&served.host.node)
+        {
             open.been_to.push(served.host.node);
         }
         // In this order: whoever withdraws it finds the lane, or the lane finds it gone.
