@@ -267,7 +267,10 @@ fn open(settings: Settings, engine: Option<&engine::Shared>) -> Result<Pool, i32
             advertise,
             Lent::Fresh(settings.segment_bytes),
             fabric.clone(),
-            engine.and_then(|e| e.port(listen)),
+            engine.and_then(|e| {
+                let asked = place::port_asked(&settings.local_hostname);
+                e.port(SocketAddr::new(listen.ip(), asked))
+            }),
         )?;
         node.name().clone_into(&mut hostname);
         client.add_local(node.host());

@@ -30,6 +30,11 @@ pub(super) fn listen(local_hostname: &str) -> Result<(SocketAddr, Option<String>
     Ok((SocketAddr::new(address.ip(), free_port(address)), advertise))
 }
 
+/// The port that a name asks for; 0 = any.
+pub(super) fn port_asked(local_hostname: &str) -> u16 {
+    split_host_port(local_hostname, 0).map_or(0, |(_, port)| port)
+}
+
 /// The port asked for, if it is free, or one of those that upstream chooses from, so that its users' rules let it through;
 /// else 0.
 fn free_port(wanted: SocketAddr) -> u16 {

@@ -66,7 +66,7 @@ fn register(state: &MasterState, id: Id128, incarnation: u64, node: &FakeNode, n
         page_kind: String::new(),
     };
     let address = format!("host:{incarnation}");
-    let mut registration = state.register(id, "n", &address, "h", "", &[offer], now);
+    let mut registration = state.register(id, "n", &address, "h", "", 0, &[offer], now);
     for (offset, (key, version, size)) in &node.entries {
         let entry = Reported {
             key: key.clone(),
@@ -592,6 +592,7 @@ fn an_arena_of_an_earlier_term_is_kept_whole_until_its_writer_has_left() {
         "other:1",
         "",
         "",
+        0,
         &[offer],
         now,
     );

@@ -146,7 +146,8 @@ impl MasterState {
         ))
     }
 
-    /// A node registers. A returning one keeps its segments; one that listens where another did replaces it.
+    /// A node registers. A returning one keeps its segments; one that listens where another did replaces it,
+    /// unless both say that they share the `port` (0: they do not).
     #[expect(
         clippy::too_many_arguments,
         reason = "the fields of a registration, once"
@@ -158,6 +159,7 @@ impl MasterState {
         address: &str,
         host_id: &str,
         shm_socket: &str,
+        port: u64,
         offers: &[Offer],
         now: Millis,
     ) -> Registration {
@@ -192,7 +194,7 @@ impl MasterState {
             };
         }
         for old in self.segments.nodes() {
-            if old.address == address {
+            if old.address == address && (port == 0 || old.port != port) {
                 tracing::info!(node = %old.name, %address, "replaced by a new node at its address");
                 self.unmount(&old, now);
             }
@@ -200,7 +202,7 @@ impl MasterState {
         self.rebuilding.fetch_add(1, Ordering::AcqRel);
         let node = self
             .segments
-            .mount(id, name, address, host_id, shm_socket, offers, now);
+            .mount(id, name, address, host_id, shm_socket, port, offers, now);
         add(&self.counters.mounts, offers.len() as u64);
         Registration {
             node,
@@ -509,5 +511,37 @@ impl MasterState {
                 self.gone(&view, &object);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::MasterConfig;
+    use super::*;
+
+    #[test]
+    fn nodes_of_one_port_stay_and_one_that_has_the_address_anew_replaces_them() {
+        let state = MasterState::new(MasterConfig::default(), Millis(0));
+        let register = |low: u64, port: u64| {
+            let offer = Offer {
+                incarnation: low,
+                name: format!("s{low}"),
+                size: 1 << 20,
+                page_kind: String::new(),
+            };
+            let id = Id128 { high: 0, low };
+            let (name, address) = (format!("n{low}"), "10.0.0.1:7000");
+            let registration =
+                state.register(id, &name, address, "", "", port, &[offer], Millis(1));
+            assert!(state.registered(registration));
+            let mut there: Vec<u64> = state.segments.nodes().iter().map(|n| n.id.low).collect();
+            there.sort_unstable();
+            there
+        };
+        assert_eq!(register(1, 77), [1]);
+        assert_eq!(register(2, 77), [1, 2], "of one process");
+        assert_eq!(register(3, 78), [3], "the process was restarted");
+        assert_eq!(register(4, 0), [4]);
+        assert_eq!(register(5, 0), [5], "as nodes have always done");
     }
 }

@@ -154,6 +154,8 @@ pub(crate) struct NodeState {
     pub(crate) address: String,
     pub(crate) host_id: String,
     pub(crate) shm_socket: String,
+    /// The listener that it shares with others of its address; 0: none.
+    pub(crate) port: u64,
     /// Its release, once it has said so.
     pub(crate) build: OnceLock<String>,
     phase: AtomicU8,
@@ -382,6 +384,7 @@ impl SegmentTable {
         address: &str,
         host_id: &str,
         shm_socket: &str,
+        port: u64,
         offers: &[Offer],
         now: Millis,
     ) -> Arc<NodeState> {
@@ -394,6 +397,7 @@ impl SegmentTable {
             address: address.to_owned(),
             host_id: host_id.to_owned(),
             shm_socket: shm_socket.to_owned(),
+            port,
             build: OnceLock::new(),
             phase: AtomicU8::new(NodePhase::Rebuilding as u8),
             last_seen: AtomicU64::new(now.0),

@@ -79,6 +79,7 @@ pub(crate) async fn serve(
         &register.address,
         &register.host_id,
         &register.shm_socket,
+        register.port,
         &offers,
         Millis::now(),
     );

@@ -164,6 +164,7 @@ impl Shared {
             quotas: self.quotas.lock().clone(),
             commits: self.config.commit.is_some(),
             drains: self.drains.lock().clone(),
+            port: self.config.port.as_ref().map_or(0, |server| server.id()),
         }
     }
 }

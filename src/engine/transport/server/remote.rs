@@ -5,14 +5,16 @@ use std::io::{self, Read};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Item, RDMA, RequestHeader, ServedLane, Status, Until, frame, malformed, time_for};
+use super::counters::RDMA;
+use super::lane::{ServedLane, malformed, time_for};
 use crate::engine::batch::Opcode;
 use crate::engine::error::TransferError;
 use crate::engine::host::{Segment, SegmentHost, WritePass};
 use crate::engine::memory::Memory;
+use crate::engine::transport::frame::{self, Item, RequestHeader, Status};
 use crate::engine::transport::rdma::wire::{NOT_SERVED, Piece, decode_pieces, encode_join};
 use crate::engine::transport::rdma::{Moved, ServedRails};
-use crate::engine::transport::socket::Timed;
+use crate::engine::transport::socket::{Timed, Until};
 
 /// How long a join waits for memory that is being registered.
 const REGISTRATION: Duration = Duration::from_millis(500);
