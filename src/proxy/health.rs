@@ -249,6 +249,7 @@ pub(crate) async fn server_info(app: &App, target: &(String, u16)) -> Option<Vec
 
 /// Whatever is known about an instance belongs to a process that has gone.
 pub(crate) fn forget(app: &App, instance: &Instance) {
+    instance.pace.forget();
     instance.pool.clear();
     let told = app.config.connector;
     let mut link = instance.link.write();

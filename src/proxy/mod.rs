@@ -25,6 +25,7 @@ mod mask;
 mod merge;
 mod metrics;
 mod openai;
+mod pace;
 pub mod policy;
 mod registrations;
 mod registry;

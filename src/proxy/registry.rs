@@ -14,6 +14,7 @@ use super::breaker::{Breaker, Pass};
 use super::config::{ConnectorKind, EventsAddress, InstanceAddress, Role};
 use super::http::upstream::ConnPool;
 use super::kv::Feed;
+use super::pace::Pace;
 use crate::base::clock::Millis;
 
 /// Most instances of a proxy.
@@ -132,6 +133,8 @@ pub(crate) struct Instance {
     pub(crate) failed: AtomicU64,
     /// Prefill tokens per second, learnt; 0 = not yet.
     pub(crate) rate: AtomicU64,
+    /// How its prefills get on.
+    pub(crate) pace: Pace,
     pub(crate) turn: AtomicU32,
     /// Longest prompt and answer it takes, in tokens; 0 = not told.
     pub(crate) model_len: AtomicU64,
@@ -215,10 +218,7 @@ impl Instance {
     }
 
     /// Learns how fast prompts are computed.
-    pub(crate) fn learn_rate(&self, tokens: u64, elapsed: std::time::Duration) {
-        if tokens < RATE_TOKENS_MIN {
-            return;
-        }
+    fn learn_rate(&self, tokens: u64, elapsed: std::time::Duration) {
         let seen = tokens as f64 / elapsed.as_secs_f64().max(1e-4);
         let old = self.rate.load(Ordering::Relaxed) as f64;
         let new = if old == 0.0 {
@@ -236,6 +236,8 @@ pub(crate) struct Leg {
     pub(crate) instance: Arc<Instance>,
     role: Role,
     tokens: u64,
+    /// Prompt tokens that were under way there before it.
+    ahead: u64,
     pass: Option<Pass>,
     freed: Arc<Notify>,
 }
@@ -257,6 +259,14 @@ impl Leg {
             && self.instance.breaker.failed(pass, Millis::now())
         {
             tracing::warn!(instance = %self.instance.name, error = %error, "breaker opened");
+        }
+    }
+
+    /// The prompt is computed; learns how fast that was.
+    pub(crate) fn computed(&self, elapsed: std::time::Duration) {
+        if self.tokens >= RATE_TOKENS_MIN {
+            self.instance.learn_rate(self.tokens, elapsed);
+            self.instance.pace.learn(self.tokens, self.ahead, elapsed);
         }
     }
 
@@ -407,6 +417,7 @@ impl Registry {
             served: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             rate: AtomicU64::new(0),
+            pace: Pace::default(),
             turn: AtomicU32::new(0),
             model_len: AtomicU64::new(0),
             others: AtomicU64::new(0),
@@ -460,11 +471,12 @@ impl Registry {
     pub(crate) fn enter(&self, instance: &Arc<Instance>, role: Role, tokens: u64) -> Option<Leg> {
         let pass = instance.breaker.pass(Millis::now())?;
         instance.inflight[slot(role)].fetch_add(1, Ordering::SeqCst);
-        instance.tokens.fetch_add(tokens, Ordering::Relaxed);
+        let ahead = instance.tokens.fetch_add(tokens, Ordering::Relaxed);
         let leg = Leg {
             instance: instance.clone(),
             role,
             tokens,
+            ahead,
             pass: Some(pass),
             freed: self.changed.clone(),
         };

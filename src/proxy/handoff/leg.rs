@@ -96,7 +96,7 @@ impl HandOff {
             Err(_) if self.owner.is_gone() => Err(Tried::Final(Served::Gone)),
             Ok((conn, reply, kept)) if reply.status < 300 => {
                 leg.succeeded();
-                leg.instance.learn_rate(leg.tokens(), started.elapsed());
+                leg.computed(started.elapsed());
                 if reply.keep_alive && !self.owner.is_gone() {
                     instance.pool.give(conn);
                 }

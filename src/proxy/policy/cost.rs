@@ -4,9 +4,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use smallvec::SmallVec;
+
 use super::super::registry::Instance;
-use super::prefix::cost;
 use super::prefix_index::PrefixIndex;
+use super::weigh::costs;
 use super::{Ask, Policy, least};
 
 /// One request in so many goes to the next in turn.
@@ -34,11 +36,13 @@ impl Policy for Cost {
             // Who was slow once would otherwise never be measured again.
             return turn / EXPLORE_EVERY % candidates.len().max(1);
         }
-        let costs = candidates.iter().zip(&matched).map(|(c, m)| {
+        let saved: SmallVec<[f64; 8]> = matched.iter().map(|m| ask.tokens_of(*m)).collect();
+        let costs = costs(ask, candidates, &saved, &self.index);
+        let each = candidates.iter().zip(costs).map(|(c, cost)| {
             let rate = c.rate.load(Ordering::Relaxed) as f64;
-            cost(ask, c, ask.tokens_of(*m)) / if rate > 0.0 { rate } else { mean }
+            cost / if rate > 0.0 { rate } else { mean }
         });
-        least(turn, costs)
+        least(turn, each)
     }
 
     fn routed(&self, ask: &Ask<'_>, instance: &Instance) {

@@ -13,8 +13,8 @@ use smallvec::SmallVec;
 
 use super::super::kv::Kv as Knowledge;
 use super::super::registry::Instance;
-use super::prefix::cost;
 use super::prefix_index::PrefixIndex;
+use super::weigh::costs;
 use super::{Ask, Policy, least};
 
 /// How long a routed prompt counts as cached without an event that says so.
@@ -79,11 +79,9 @@ impl Policy for Kv {
     fn choose(&self, ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> usize {
         let saved = self.saved(ask, candidates);
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let costs = candidates.iter().zip(&saved);
-        least(
-            turn,
-            costs.map(|(c, saved)| cost(ask, c, *saved) / c.weight),
-        )
+        let costs = costs(ask, candidates, &saved, &self.routed);
+        let each = candidates.iter().zip(costs);
+        least(turn, each.map(|(c, cost)| cost / c.weight))
     }
 
     fn routed(&self, ask: &Ask<'_>, instance: &Instance) {

@@ -15,6 +15,7 @@ mod prefix_index;
 mod random;
 mod round_robin;
 mod session;
+mod weigh;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
