@@ -14,6 +14,8 @@ use super::breaker::{Breaker, Pass};
 use super::config::{ConnectorKind, EventsAddress, InstanceAddress, Role};
 use super::http::upstream::ConnPool;
 use super::kv::Feed;
+use super::kv::worth::{Slower, Worth};
+use super::links::Links;
 use super::pace::Pace;
 use crate::base::clock::Millis;
 
@@ -124,6 +126,8 @@ pub(crate) struct Instance {
     pub(crate) pool: ConnPool,
     pub(crate) link: RwLock<Link>,
     pub(crate) models: RwLock<Vec<String>>,
+    /// Where it has our model's weights from.
+    pub(crate) root: RwLock<Option<String>>,
     pub(crate) last_error: Mutex<String>,
     /// Requests under way, as prefill and as decode.
     inflight: [AtomicUsize; 2],
@@ -135,6 +139,8 @@ pub(crate) struct Instance {
     pub(crate) rate: AtomicU64,
     /// How its prefills get on.
     pub(crate) pace: Pace,
+    /// How its KV gets to decode instances.
+    pub(crate) links: Links,
     pub(crate) turn: AtomicU32,
     /// Longest prompt and answer it takes, in tokens; 0 = not told.
     pub(crate) model_len: AtomicU64,
@@ -238,6 +244,8 @@ pub(crate) struct Leg {
     tokens: u64,
     /// Prompt tokens that were under way there before it.
     ahead: u64,
+    /// Tokens that it has to fetch from slower tiers.
+    pub(crate) slower: Slower,
     pass: Option<Pass>,
     freed: Arc<Notify>,
 }
@@ -263,10 +271,17 @@ impl Leg {
     }
 
     /// The prompt is computed; learns how fast that was.
-    pub(crate) fn computed(&self, elapsed: std::time::Duration) {
-        if self.tokens >= RATE_TOKENS_MIN {
-            self.instance.learn_rate(self.tokens, elapsed);
-            self.instance.pace.learn(self.tokens, self.ahead, elapsed);
+    pub(crate) fn computed(&self, elapsed: std::time::Duration, worth: &Worth) {
+        let (tokens, pace) = (self.tokens, &self.instance.pace);
+        let fetched: u32 = self.slower.iter().sum();
+        if u64::from(fetched) > tokens / 8 {
+            // What was fetched says nothing about computing, but that says something about fetching.
+            if let Some(fit) = pace.fit() {
+                worth.learn(self.slower, tokens, self.ahead, fit, elapsed);
+            }
+        } else if tokens >= RATE_TOKENS_MIN {
+            self.instance.learn_rate(tokens, elapsed);
+            pace.learn(tokens, self.ahead, elapsed);
         }
     }
 
@@ -411,6 +426,7 @@ impl Registry {
                 ..Link::default()
             }),
             models: RwLock::default(),
+            root: RwLock::default(),
             last_error: Mutex::default(),
             inflight: Default::default(),
             tokens: AtomicU64::new(0),
@@ -418,6 +434,7 @@ impl Registry {
             failed: AtomicU64::new(0),
             rate: AtomicU64::new(0),
             pace: Pace::default(),
+            links: Links::default(),
             turn: AtomicU32::new(0),
             model_len: AtomicU64::new(0),
             others: AtomicU64::new(0),
@@ -477,6 +494,7 @@ impl Registry {
             role,
             tokens,
             ahead,
+            slower: Slower::default(),
             pass: Some(pass),
             freed: self.changed.clone(),
         };

@@ -24,6 +24,8 @@ const COMPUTED: f64 = 4.0;
 const PUSHED_OUT: f64 = 4.0;
 /// The same where waiting costs nothing.
 const PUSHED_OUT_IDLE: f64 = 12.0;
+/// How much of that counts at the second instance. At the first nothing does, at the last all of it.
+const KEPT: f64 = 0.3;
 /// From this share on a token that waits is a token that delays.
 const WAITING: f64 = 0.4;
 
@@ -59,8 +61,11 @@ pub(super) fn costs(
             // When caches are full, what has to be computed wherever it goes pushes out what would have been asked for again,
             // and that then pushes out others: with caches a little too small everybody loses everything. So it goes where
             // the caches are worth least by now; among equals the first is given up, and the others keep what they have.
-            let given_up = weight * place as f64 / last;
-            let lost = wanted * (given_up * anywhere + PUSHED_OUT * (computed - anywhere));
+            let kept = match place {
+                0 => 0.0,
+                _ => KEPT + (1.0 - KEPT) * place as f64 / last,
+            };
+            let lost = wanted * (kept * weight * anywhere + PUSHED_OUT * (computed - anywhere));
             queued(ask, instance) + COMPUTED * computed + lost
         })
         .collect()
