@@ -385,6 +385,7 @@ fn list(app: &App) -> Value {
                 "decode_inflight": i.inflight(Role::Decode),
                 "tokens_inflight": i.tokens(),
                 "prefill_tokens_per_s": i.rate.load(Ordering::Relaxed),
+                "prefill_waiting": i.pace.fit().map(|f| f.waiting),
                 "served": i.served.load(Ordering::Relaxed),
                 "failed": i.failed.load(Ordering::Relaxed),
                 "connector": link.kind.map_or("unknown", ConnectorKind::name),
@@ -408,5 +409,9 @@ fn list(app: &App) -> Value {
             })
         })
         .collect();
-    json!({"model": app.config.model, "pool_blocks": app.kv.index.count(POOL), "kv_left_out": app.kv.index.left_out(), "waiting": app.gate.waiting(), "publishers": app.kv.conductor.list(), "instances": instances})
+    let caches = app.cache_counts().map(|(role, policy, counts)| {
+        let [query, matched, selected] = counts.all().map(|(_, count)| count);
+        json!({"role": role.name(), "policy": policy, "query_tokens": query, "matched_tokens": matched, "selected_tokens": selected})
+    });
+    json!({"model": app.config.model, "caches": caches, "pool_blocks": app.kv.index.count(POOL), "kv_left_out": app.kv.index.left_out(), "waiting": app.gate.waiting(), "publishers": app.kv.conductor.list(), "instances": instances})
 }

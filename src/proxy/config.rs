@@ -252,3 +252,9 @@ impl ProxyConfig {
         }
     }
 }
+
+/// What is behind the last `/` of a model's name or path.
+pub(crate) fn last_part(name: &str) -> &str {
+    let name = name.trim_end_matches('/');
+    name.rsplit('/').next().unwrap_or_default()
+}

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use tokio::time::timeout;
 
 use super::App;
-use super::config::{ConnectorKind, Role};
+use super::config::{ConnectorKind, Role, last_part};
 use super::connector::{mooncake, sglang};
 use super::http::upstream::{ConnPool, LegError};
 use super::load;
@@ -104,14 +104,7 @@ pub(crate) async fn ask(
 
 /// Whether two names mean the same model: equal, or equal after the last `/` as the demo proxy has it.
 pub(crate) fn same_model(wanted: &str, listed: &str) -> bool {
-    let last = |name: &str| {
-        name.trim_end_matches('/')
-            .rsplit('/')
-            .next()
-            .unwrap_or_default()
-            .to_owned()
-    };
-    wanted == listed || last(wanted) == last(listed)
+    wanted == listed || last_part(wanted) == last_part(listed)
 }
 
 /// What a server serves.
@@ -119,6 +112,8 @@ pub(crate) struct Served {
     pub(crate) models: Vec<String>,
     /// `max_model_len` of our model; 0 = not told.
     pub(crate) model_len: u64,
+    /// Where its weights come from (vLLM's `root`): what keys of the pool name it by.
+    pub(crate) root: Option<String>,
 }
 
 /// Asks an instance which models it serves.
@@ -128,6 +123,8 @@ pub(crate) async fn check_models(app: &App, instance: &Instance) -> Result<(), P
     instance
         .model_len
         .store(served.model_len, Ordering::Relaxed);
+    *instance.root.write() = served.root;
+    name_pool_model(app, instance);
     Ok(())
 }
 
@@ -157,7 +154,30 @@ pub(crate) async fn models(app: &App, target: &(String, u16)) -> Result<Served, 
     Ok(Served {
         models,
         model_len: length.unwrap_or(0),
+        root: root(ours),
     })
+}
+
+/// The path of a model's weights, as an entry of `/v1/models` tells it.
+fn root(entry: &serde_json::Value) -> Option<String> {
+    let root = entry.get("root")?.as_str()?;
+    (!root.is_empty() && root.len() <= 1024).then(|| root.to_owned())
+}
+
+/// Which model the pool's keys name: what the first of the instances says, as all that share a pool must agree.
+fn name_pool_model(app: &App, instance: &Instance) {
+    let all = app.registry.all();
+    let told = all
+        .iter()
+        .find_map(|i| Some((i.name.clone(), i.root.read().clone()?)));
+    let Some((first, root)) = told else {
+        return;
+    };
+    app.kv.set_model(last_part(&root));
+    let own = instance.root.read().clone().unwrap_or_default();
+    if !own.is_empty() && last_part(&own) != last_part(&root) {
+        tracing::warn!(%first, %root, instance = %instance.name, root_here = %own, "instances have their model from different places: of the pool's keys only the first one's count");
+    }
 }
 
 /// Reads an instance's own gauges: what it runs beyond this proxy's requests.
@@ -303,6 +323,8 @@ pub(crate) async fn server_info(
 
 /// Whatever is known about an instance belongs to a process that has gone.
 pub(crate) fn forget(app: &App, instance: &Instance) {
+    instance.pace.forget();
+    instance.links.forget();
     instance.pool.clear();
     let told = app.config.connector;
     let mut link = instance.link.write();

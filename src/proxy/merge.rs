@@ -20,6 +20,8 @@ pub(crate) struct PromptPart {
     /// `logprobs` of the prompt.
     logprobs: Option<Bytes>,
     prompt_logprobs: Option<Bytes>,
+    /// They are beside the choices, as a chat's are.
+    is_beside: bool,
 }
 
 fn value<'a>(object: &'a [u8], members: &Members, name: &str) -> Option<&'a [u8]> {
@@ -41,6 +43,7 @@ impl PromptPart {
         let first = reply.slice(choice(reply, &members)?);
         let inner = scan(&first).ok()?;
         let copy = |found: &[u8]| Bytes::copy_from_slice(found);
+        let within = value(&first, &inner, "prompt_logprobs");
         let part = Self {
             text: value(&first, &inner, "text")
                 .filter(|_| echo)
@@ -48,7 +51,8 @@ impl PromptPart {
                 .map(copy),
             logprobs: value(&first, &inner, "logprobs").filter(|_| echo).map(copy),
             // Chat's is beside the choices.
-            prompt_logprobs: value(&first, &inner, "prompt_logprobs")
+            is_beside: within.is_none(),
+            prompt_logprobs: within
                 .or_else(|| value(reply, &members, "prompt_logprobs"))
                 .filter(|_| prompt_logprobs)
                 .map(copy),
@@ -76,8 +80,13 @@ impl PromptPart {
         }
         let mut outer = Vec::new();
         if let Some(told) = &self.prompt_logprobs {
-            let beside = members.get(reply, "prompt_logprobs").is_some();
-            let edits = if beside { &mut outer } else { &mut edits };
+            // Events of a stream have no such member yet.
+            let is_there = members.get(reply, "prompt_logprobs").is_some();
+            let edits = if is_there || self.is_beside {
+                &mut outer
+            } else {
+                &mut edits
+            };
             edits.push(Edit::Set("prompt_logprobs", told.clone()));
         }
         let choice = joined(&inner.apply(&first, &edits));
@@ -181,6 +190,26 @@ mod tests {
             part.merged_with(&decode).unwrap(),
             br#"{"choices":[{"message":{"content":"y"}}],"prompt_logprobs":[null,{"7":{}}]}"#
         );
+    }
+
+    #[test]
+    fn an_event_of_a_stream_gets_them_where_a_whole_reply_has_them() {
+        for (prefill, event, wanted) in [
+            (
+                r#"{"choices":[{"text":"x","prompt_logprobs":[null]}]}"#,
+                r#"{"choices":[{"index":0,"text":" y"}]}"#,
+                r#"{"choices":[{"index":0,"text":" y","prompt_logprobs":[null]}]}"#,
+            ),
+            (
+                r#"{"choices":[{"message":{}}],"prompt_logprobs":[null]}"#,
+                r#"{"choices":[{"delta":{"role":"assistant"}}],"usage":null}"#,
+                r#"{"choices":[{"delta":{"role":"assistant"}}],"usage":null,"prompt_logprobs":[null]}"#,
+            ),
+        ] {
+            let part = PromptPart::of(&bytes(prefill), false, true).unwrap();
+            let merged = part.merged_with(&bytes(event)).unwrap();
+            assert_eq!(String::from_utf8(merged).unwrap(), wanted);
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::App;
 use super::access_log::AccessLog;
 use super::config::Role;
 use super::handoff::Cause;
+use super::kv::worth::SLOWER;
 use crate::base::clock::Millis;
 
 /// A counter.
@@ -65,6 +66,27 @@ impl Histogram {
     }
 }
 
+/// Prompt tokens of requests a policy chose for, by its own account.
+#[derive(Debug, Default)]
+pub(crate) struct CacheCounts {
+    /// All of them.
+    pub(crate) query: Counter,
+    /// Cached at the candidate that has the most.
+    pub(crate) matched: Counter,
+    /// Cached at the one that was chosen.
+    pub(crate) selected: Counter,
+}
+
+impl CacheCounts {
+    pub(crate) fn all(&self) -> [(&'static str, u64); 3] {
+        [
+            ("query", self.query.get()),
+            ("matched", self.matched.get()),
+            ("selected", self.selected.get()),
+        ]
+    }
+}
+
 /// Everything that is counted.
 #[derive(Debug, Default)]
 pub(crate) struct Metrics {
@@ -78,6 +100,10 @@ pub(crate) struct Metrics {
     /// Prompt tokens that prefill instances were sent, and those of them their policy took for cached there.
     pub(crate) tokens_routed: Counter,
     pub(crate) tokens_cached: Counter,
+    /// What prefill instances counted as cached themselves.
+    pub(crate) tokens_told: Counter,
+    /// Prefill's policy, and decode's.
+    pub(crate) caches: [CacheCounts; 2],
     pub(crate) clients_gone: Counter,
     pub(crate) clients_slow: Counter,
     pub(crate) upstream_cuts: Counter,
@@ -148,6 +174,7 @@ pub(crate) fn page(app: &App) -> String {
     for (cause, counter) in Cause::NAMES.iter().zip(&m.causes) {
         let _ = writeln!(out, "{name}{{cause=\"{cause}\"}} {}", counter.get());
     }
+    caches(app, &mut out);
     let lost = app.access_log.as_ref().map_or(0, AccessLog::lost);
     let name = "mooncake_proxy_access_log_lost_total";
     family(
@@ -167,6 +194,11 @@ pub(crate) fn page(app: &App) -> String {
             "prompt_tokens_cached",
             "Of these, what the policy took for cached where it was sent",
             &m.tokens_cached,
+        ),
+        (
+            "prompt_tokens_told_cached",
+            "Prompt tokens that prefill instances counted as cached in their replies",
+            &m.tokens_told,
         ),
         (
             "retries_refused",
@@ -283,6 +315,28 @@ pub(crate) fn page(app: &App) -> String {
     let _ = writeln!(out, "{name} {}", app.bytes_per_token.get());
     instances(app, &mut out);
     out
+}
+
+fn caches(app: &App, out: &mut String) {
+    let name = "mooncake_proxy_cache_tokens_total";
+    let help = "Prompt tokens by policy: all, cached at the best candidate, cached at the one chosen; estimated";
+    family(out, name, "counter", help);
+    for (role, policy, counts) in app.cache_counts() {
+        for (what, count) in counts.all() {
+            let role = role.name();
+            let _ = writeln!(
+                out,
+                "{name}{{role=\"{role}\",policy=\"{policy}\",tokens=\"{what}\"}} {count}"
+            );
+        }
+    }
+    let name = "mooncake_proxy_tier_weight";
+    let help = "Share of computing a token that a hit below the GPU saves, learnt";
+    family(out, name, "gauge", help);
+    for (tier, weight) in SLOWER.iter().zip(app.kv.worth.weights().all()) {
+        let tier = tier.name();
+        let _ = writeln!(out, "{name}{{tier=\"{tier}\"}} {weight:.3}");
+    }
 }
 
 fn instances(app: &App, out: &mut String) {

@@ -20,6 +20,7 @@ mod health;
 mod http;
 mod kv;
 mod line;
+mod links;
 mod list;
 mod load;
 mod mask;
@@ -27,6 +28,7 @@ mod merge;
 mod metrics;
 mod named;
 mod openai;
+mod pace;
 pub mod policy;
 mod registrations;
 mod registry;
@@ -56,7 +58,7 @@ use handoff::places::Handoffs;
 use http::bodies::Bodies;
 use kv::Kv;
 use line::Line;
-use metrics::Metrics;
+use metrics::{CacheCounts, Metrics};
 use policy::Policy;
 use registry::{AddError, Instance, NewInstance, Origin, Registry};
 pub use state_file::StateFileError;
@@ -93,6 +95,16 @@ impl App {
             Role::Decode => self.decode_policy.as_ref(),
             _ => self.prefill_policy.as_ref(),
         }
+    }
+
+    /// What the policies found cached, per role that has one.
+    pub(crate) fn cache_counts(&self) -> [(Role, &'static str, &CacheCounts); 2] {
+        let [prefill, decode] = &self.metrics.caches;
+        let names = &self.config.policy;
+        [
+            (Role::Prefill, names.prefill, prefill),
+            (Role::Decode, names.decode, decode),
+        ]
     }
 
     pub(crate) fn line(&self, role: Role) -> &Line {

@@ -14,6 +14,9 @@ use super::breaker::{Breaker, Pass};
 use super::config::{ConnectorKind, EventsAddress, InstanceAddress, Role};
 use super::http::upstream::ConnPool;
 use super::kv::Feed;
+use super::kv::worth::{Slower, Worth};
+use super::links::Links;
+use super::pace::Pace;
 use crate::base::clock::Millis;
 
 /// Most instances of a proxy.
@@ -155,6 +158,8 @@ pub(crate) struct Instance {
     pub(crate) pool: ConnPool,
     pub(crate) link: RwLock<Link>,
     pub(crate) models: RwLock<Vec<String>>,
+    /// Where it has our model's weights from.
+    pub(crate) root: RwLock<Option<String>>,
     pub(crate) last_error: Mutex<String>,
     /// Requests under way, as prefill and as decode.
     inflight: [AtomicUsize; 2],
@@ -164,6 +169,10 @@ pub(crate) struct Instance {
     pub(crate) failed: AtomicU64,
     /// Prefill tokens per second, learnt; 0 = not yet.
     pub(crate) rate: AtomicU64,
+    /// How its prefills get on.
+    pub(crate) pace: Pace,
+    /// How its KV gets to decode instances.
+    pub(crate) links: Links,
     pub(crate) turn: AtomicU32,
     /// Longest prompt and answer it takes, in tokens; 0 = not told.
     pub(crate) model_len: AtomicU64,
@@ -271,10 +280,7 @@ impl Instance {
     }
 
     /// Learns how fast prompts are computed.
-    pub(crate) fn learn_rate(&self, tokens: u64, elapsed: std::time::Duration) {
-        if tokens < RATE_TOKENS_MIN {
-            return;
-        }
+    fn learn_rate(&self, tokens: u64, elapsed: std::time::Duration) {
         let seen = tokens as f64 / elapsed.as_secs_f64().max(1e-4);
         let old = self.rate.load(Ordering::Relaxed) as f64;
         let new = if old == 0.0 {
@@ -292,6 +298,10 @@ pub(crate) struct Leg {
     pub(crate) instance: Arc<Instance>,
     role: Role,
     tokens: u64,
+    /// Prompt tokens that were under way there before it.
+    ahead: u64,
+    /// Tokens that it has to fetch from slower tiers.
+    pub(crate) slower: Slower,
     pass: Option<Pass>,
     /// It has left the counters already.
     is_out: bool,
@@ -315,6 +325,21 @@ impl Leg {
             && self.instance.breaker.failed(pass, Millis::now())
         {
             tracing::warn!(instance = %self.instance.name, error = %error, "breaker opened");
+        }
+    }
+
+    /// The prompt is computed; learns how fast that was.
+    pub(crate) fn computed(&self, elapsed: std::time::Duration, worth: &Worth) {
+        let (tokens, pace) = (self.tokens, &self.instance.pace);
+        let fetched: u32 = self.slower.iter().sum();
+        if u64::from(fetched) > tokens / 8 {
+            // What was fetched says nothing about computing, but that says something about fetching.
+            if let Some(fit) = pace.fit() {
+                worth.learn(self.slower, tokens, self.ahead, fit, elapsed);
+            }
+        } else if tokens >= RATE_TOKENS_MIN {
+            self.instance.learn_rate(tokens, elapsed);
+            pace.learn(tokens, self.ahead, elapsed);
         }
     }
 
@@ -468,12 +493,15 @@ impl Registry {
                 ..Link::default()
             }),
             models: RwLock::default(),
+            root: RwLock::default(),
             last_error: Mutex::default(),
             inflight: Default::default(),
             tokens: AtomicU64::new(0),
             served: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             rate: AtomicU64::new(0),
+            pace: Pace::default(),
+            links: Links::default(),
             turn: AtomicU32::new(0),
             model_len: AtomicU64::new(0),
             others: AtomicU64::new(0),
@@ -527,11 +555,13 @@ impl Registry {
     pub(crate) fn enter(&self, instance: &Arc<Instance>, role: Role, tokens: u64) -> Option<Leg> {
         let pass = instance.breaker.pass(Millis::now())?;
         instance.inflight[slot(role)].fetch_add(1, Ordering::SeqCst);
-        instance.tokens.fetch_add(tokens, Ordering::Relaxed);
+        let ahead = instance.tokens.fetch_add(tokens, Ordering::Relaxed);
         let leg = Leg {
             instance: instance.clone(),
             role,
             tokens,
+            ahead,
+            slower: Slower::default(),
             pass: Some(pass),
             is_out: false,
             freed: self.changed.clone(),

@@ -32,6 +32,23 @@ fn cell(value: &Value) -> String {
     print::shown(&text)
 }
 
+/// What a role's policy found cached; nothing of one that does not look.
+fn cache_line(cache: &Value) -> Option<String> {
+    let tokens = |name: &str| cache.get(name).and_then(Value::as_u64);
+    let query = tokens("query_tokens").filter(|q| *q > 0)?;
+    let matched = tokens("matched_tokens").filter(|m| *m > 0)?;
+    let share = |count: u64| 100.0 * count as f64 / query as f64;
+    let name = |name: &str| cache.get(name).map_or_else(String::new, cell);
+    let selected = tokens("selected_tokens").unwrap_or(0);
+    Some(format!(
+        "{} by {}: {query} prompt tokens, {:.1} % cached at the best instance, {:.1} % at the chosen one",
+        name("role"),
+        name("policy"),
+        share(matched),
+        share(selected)
+    ))
+}
+
 pub(super) fn run(matches: &ArgMatches) -> Outcome {
     let given = |name: &str| matches.get_one::<String>(name).map(String::as_str);
     let address = given("address").unwrap_or("127.0.0.1:8000");
@@ -109,5 +126,11 @@ pub(super) fn run(matches: &ArgMatches) -> Outcome {
         table.row(&row);
     }
     table.print()?;
+    let caches = value.get("caches").and_then(Value::as_array);
+    for cache in caches.into_iter().flatten() {
+        if let Some(line) = cache_line(cache) {
+            print::line(&line)?;
+        }
+    }
     Ok(ExitStatus::Ok)
 }

@@ -56,12 +56,7 @@ pub(crate) fn takes(kind: Option<ConnectorKind>, facts: &Facts) -> bool {
     // Prefill's own reply is needed for these, whole and of one prompt.
     let asks_of_prompt = special.echo || special.prompt_logprobs;
     let one = !special.batch && !special.choices;
-    let streams_prompt = special.prompt_logprobs && facts.stream;
-    if special.beam
-        || special.no_output
-        || special.stateful
-        || asks_of_prompt && (!one || streams_prompt)
-    {
+    if special.beam || special.no_output || special.stateful || asks_of_prompt && !one {
         return false;
     }
     match kind {
@@ -175,7 +170,7 @@ mod tests {
             ..none
         };
         takes(&[Store, Nixl, P2p, Sglang], false, logprobs);
-        takes(&[P2p, Sglang], true, logprobs);
+        takes(&[Store, Nixl, P2p, Sglang], true, logprobs);
         takes(
             &[P2p, Sglang],
             false,

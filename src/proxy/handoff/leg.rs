@@ -96,7 +96,7 @@ impl HandOff {
             Err(_) if self.owner.is_gone() => Err(Tried::Final(Served::Gone)),
             Ok((conn, reply, kept)) if reply.status < 300 => {
                 leg.succeeded();
-                leg.instance.learn_rate(leg.tokens(), started.elapsed());
+                leg.computed(started.elapsed(), &self.app.kv.worth);
                 if reply.keep_alive && !self.owner.is_gone() {
                     instance.pool.give(conn);
                 }
@@ -171,6 +171,7 @@ impl HandOff {
             let instance = leg.instance.clone();
             attempts.tried.push(instance.number);
             self.route.decode = Some(instance.clone());
+            let started = Instant::now();
             let (last, failure) = match self.decode_once(leg, body).await {
                 // A refusal has fetched nothing: it comes back as an answer, and the KV is released.
                 Tried::Answer(answer) if self.owner.is_gone() && answer.head.status < 300 => {
@@ -178,7 +179,17 @@ impl HandOff {
                     self.app.metrics.released.add();
                     return (Served::Gone, None);
                 }
-                Tried::Answer(answer) => return (Served::Answer(answer), None),
+                Tried::Answer(answer) => {
+                    if let Some(prefill) = &self.route.prefill
+                        && answer.head.status < 300
+                    {
+                        let tokens = self.tokens();
+                        prefill
+                            .links
+                            .learn(instance.number, tokens, started.elapsed());
+                    }
+                    return (Served::Answer(answer), None);
+                }
                 Tried::Final(served) => return (served, None),
                 Tried::Again(served, failure) => (served, failure),
             };

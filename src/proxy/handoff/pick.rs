@@ -18,23 +18,15 @@ const AGAIN_PATIENCE: Duration = Duration::from_secs(2);
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 impl HandOff {
-    fn ask(&self, role: Role) -> Ask<'_> {
+    fn ask<'a>(&'a self, role: Role, with: Option<&'a Instance>) -> Ask<'a> {
         Ask {
             role,
             prompt: self.prompt(),
             tokens: self.tokens(),
             session: self.job.session,
             known: self.known(),
+            from: with.filter(|_| role == Role::Decode),
         }
-    }
-
-    /// Tokens that an instance will have to compute: the load it takes on, as far as the policy knows.
-    fn uncached(&self, ask: &Ask<'_>, instance: &Arc<Instance>) -> u64 {
-        if ask.role != Role::Prefill {
-            return 0;
-        }
-        let cached = self.app.policy(ask.role).cached_tokens(ask, instance);
-        ask.tokens.saturating_sub(cached)
     }
 
     /// Takes a place at an instance, waiting in line for one that is only busy. `Ok(None)`: all were tried.
@@ -143,12 +135,22 @@ impl HandOff {
         free.retain(|i| {
             !tried.contains(&i.number) && self.is_alike(role, i) && self.has_room(role, i, with)
         });
-        let ask = self.ask(role);
+        let ask = self.ask(role, with);
         while !free.is_empty() {
-            let chosen = app.policy(role).choose(&ask, &free).min(free.len() - 1);
-            let tokens = self.uncached(&ask, &free[chosen]);
-            if let Some(leg) = app.registry.enter(&free[chosen], role, tokens) {
+            let choice = app.policy(role).choose(&ask, &free);
+            let chosen = choice.place.min(free.len() - 1);
+            let cached = choice.cached.min(ask.tokens);
+            let tokens = match role {
+                Role::Prefill => ask.tokens - cached,
+                _ => 0,
+            };
+            if let Some(mut leg) = app.registry.enter(&free[chosen], role, tokens) {
                 app.policy(role).routed(&ask, &leg.instance);
+                leg.slower = choice.slower;
+                let counts = &app.metrics.caches[usize::from(role == Role::Decode)];
+                counts.query.add_all(ask.tokens);
+                counts.matched.add_all(choice.matched.min(ask.tokens));
+                counts.selected.add_all(cached);
                 if role == Role::Prefill {
                     let metrics = &app.metrics;
                     metrics.tokens_routed.add_all(ask.tokens);

@@ -27,6 +27,10 @@ impl HandOff {
     pub(super) fn told_counts(&self, reply: &[u8]) -> Told {
         let told = usage::told(reply);
         let prompt = self.prompt();
+        self.app
+            .metrics
+            .tokens_told
+            .add_all(told.cached.unwrap_or(0));
         // A list of token ids says nothing about texts.
         if !text::is_ids(prompt) {
             self.app.bytes_per_token.learn(prompt.len(), told.prompt);

@@ -17,6 +17,16 @@ pub(crate) enum Tier {
 }
 
 impl Tier {
+    /// As metrics name it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Gpu => "gpu",
+            Self::Host => "host",
+            Self::Store => "store",
+            Self::Disk => "disk",
+        }
+    }
+
     fn of(medium: &[u8]) -> Self {
         let is = |name: &str| medium.eq_ignore_ascii_case(name.as_bytes());
         if is("cpu") || is("host") {

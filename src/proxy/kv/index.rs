@@ -11,6 +11,7 @@ use tokio::sync::Notify;
 
 use super::event::{Event, Stored, Tier};
 use super::generations::Generations;
+use super::worth::{Slower, Weights};
 
 /// Most blocks of one holder.
 const HELD_MAX: usize = 1 << 20;
@@ -24,21 +25,6 @@ const SIZES_MAX: usize = 4;
 const CHAIN_MAX: usize = 1 << 16;
 /// The shared pool as a holder: what is there, every instance can read.
 pub(crate) const POOL: u64 = u64::MAX;
-
-/// What a hit is worth: the share of computing it that is saved.
-fn weight(tiers: u8) -> f64 {
-    for (tier, weight) in [
-        (Tier::Gpu, 1.0),
-        (Tier::Host, 0.8),
-        (Tier::Store, 0.6),
-        (Tier::Disk, 0.3),
-    ] {
-        if tiers & tier as u8 != 0 {
-            return weight;
-        }
-    }
-    0.0
-}
 
 #[derive(Clone, Copy, Debug)]
 struct Held {
@@ -323,6 +309,7 @@ impl KvIndex {
         chain: &Chain,
         tokens: usize,
         numbers: &[u64],
+        weights: &Weights,
     ) -> SmallVec<[f64; 8]> {
         let mut best: SmallVec<[f64; 8]> = SmallVec::from_elem(0.0, numbers.len());
         let tables = self.tables.lock();
@@ -348,7 +335,7 @@ impl KvIndex {
                         best[at] = best[at].max(sum);
                         saved[at] = None;
                     } else {
-                        saved[at] = Some(sum + weight(tiers) * f64::from(*size));
+                        saved[at] = Some(sum + weights.of(tiers) * f64::from(*size));
                         any = true;
                     }
                 }
@@ -361,6 +348,39 @@ impl KvIndex {
             }
         }
         best
+    }
+
+    /// Tokens of that beginning that `number` has to fetch from slower tiers.
+    pub(crate) fn slower(
+        &self,
+        chain: &Chain,
+        tokens: usize,
+        number: u64,
+        weights: &Weights,
+    ) -> Slower {
+        let tables = self.tables.lock();
+        let mut most = (0, Slower::default());
+        for (size, hashes) in &chain.sizes {
+            let (mut whole, mut slower) = (0, Slower::default());
+            for own in hashes.iter().take(tokens / *size as usize) {
+                let Some(holders) = tables.holders.get(own) else {
+                    break;
+                };
+                let its = holders.iter().filter(|(h, _)| *h == number || *h == POOL);
+                let tiers = its.fold(0, |all, (_, tiers)| all | tiers);
+                if tiers == 0 {
+                    break;
+                }
+                whole += *size;
+                if let Some(at) = weights.source(tiers) {
+                    slower[at] += *size;
+                }
+            }
+            if whole > most.0 {
+                most = (whole, slower);
+            }
+        }
+        most.1
     }
 
     /// Whether the pool has the last whole block of a chain's first `tokens`.
@@ -400,7 +420,12 @@ impl KvIndex {
 
 #[cfg(test)]
 mod tests {
+    use super::super::worth::Worth;
     use super::*;
+
+    fn weights() -> Weights {
+        Worth::default().weights()
+    }
 
     fn stored(hashes: &[u64], parent: Option<u64>, tokens: &[u32], tier: Tier) -> Event {
         Event::Stored(Stored {
@@ -429,14 +454,14 @@ mod tests {
         index.apply(1, &stored(&[13], Some(12), &[5, 6], Tier::Gpu));
         index.apply(2, &stored(&[91], None, &[1, 2], Tier::Gpu));
         let chain = index.chain(&[1, 2, 3, 4, 5, 6, 7], b"");
-        let saved = |tokens| index.saved(&chain, tokens, &[1, 2, 3]).to_vec();
+        let saved = |tokens| index.saved(&chain, tokens, &[1, 2, 3], &weights()).to_vec();
         assert_eq!(saved(7), [6.0, 2.0, 0.0]);
         assert_eq!(saved(5), [4.0, 2.0, 0.0]);
         // Another beginning or another adapter is another chain.
         let other = index.chain(&[9, 2, 3, 4], b"");
-        assert_eq!(index.saved(&other, 4, &[1]).to_vec(), [0.0]);
+        assert_eq!(index.saved(&other, 4, &[1], &weights()).to_vec(), [0.0]);
         let adapter = index.chain(&[1, 2, 3, 4], b"lora");
-        assert_eq!(index.saved(&adapter, 4, &[1]).to_vec(), [0.0]);
+        assert_eq!(index.saved(&adapter, 4, &[1], &weights()).to_vec(), [0.0]);
         // A block that goes from GPU to host is named by its hash alone, and is worth less.
         index.apply(1, &stored(&[13], None, &[], Tier::Host));
         index.apply(1, &removed(&[13], Tier::Gpu));
@@ -456,13 +481,18 @@ mod tests {
         index.apply(1, &stored(&[11], None, &[], Tier::Store));
         index.apply(2, &stored(&[12], None, &[], Tier::Store));
         assert!(index.is_pooled(&chain, 4));
-        assert_eq!(index.saved(&chain, 4, &[1, 2]).to_vec(), [4.0, 2.4]);
+        assert_eq!(
+            index.saved(&chain, 4, &[1, 2], &weights()).to_vec(),
+            [4.0, 2.4]
+        );
+        let slower = |number| index.slower(&chain, 4, number, &weights());
+        assert_eq!((slower(1), slower(2)), ([0, 0, 0], [0, 4, 0]));
         // Its tokens are still known after the worker has forgotten the block.
         index.apply(1, &removed(&[11, 12], Tier::Gpu));
         index.apply(1, &removed(&[12], Tier::Store));
         assert!(!index.is_pooled(&chain, 4));
         index.apply(1, &stored(&[12], None, &[], Tier::Store));
-        assert_eq!(index.saved(&chain, 4, &[2]).to_vec(), [2.4]);
+        assert_eq!(index.saved(&chain, 4, &[2], &weights()).to_vec(), [2.4]);
         index.forget(POOL);
         assert!(!index.is_pooled(&chain, 4));
         assert_eq!((index.count(1), index.count(POOL)), (0, 0));
@@ -488,7 +518,9 @@ mod tests {
         assert!(index.are_pooled(&[13]));
         index.apply(2, &stored(&[13], None, &[9, 9], Tier::Gpu));
         assert_eq!(
-            index.saved(&index.chain(&[9, 9], b""), 2, &[7]).to_vec(),
+            index
+                .saved(&index.chain(&[9, 9], b""), 2, &[7], &weights())
+                .to_vec(),
             [1.2]
         );
         index.forget(POOL);

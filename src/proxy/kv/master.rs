@@ -11,6 +11,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use super::super::App;
+use super::super::config::last_part;
 use super::super::http::upstream::{ConnPool, LegError};
 use super::index::POOL;
 use crate::base::net::join_host_port;
@@ -33,6 +34,8 @@ enum MasterError {
     Ended,
     #[error("it has missed events")]
     Gap,
+    #[error("the model's keys are called otherwise than was thought")]
+    Model,
     #[error("a line is too long")]
     Line,
 }
@@ -63,11 +66,7 @@ struct Part {
 
 /// Reads `[PREFIX@]MODEL@tp_rank:N@…@pp_rank:N@group:N@HASH`. `None`: another model's, another cache group's, or no block.
 fn part_of(key: &str, model: &str) -> Option<Part> {
-    let model = model
-        .trim_end_matches('/')
-        .rsplit('/')
-        .next()
-        .unwrap_or_default();
+    let model = last_part(model);
     let mut segments = key.rsplit('@');
     let hash = segments.next()?;
     let tail = hash.get(hash.len().checked_sub(16)?..)?;
@@ -127,6 +126,7 @@ async fn try_follow(
     app: &App,
     target: &(String, u16),
 ) -> Result<std::convert::Infallible, MasterError> {
+    let model = model_of(app);
     let mut head = format!(
         "GET /events?snapshot=true HTTP/1.1\r\nhost: {}\r\naccept: text/event-stream\r\n",
         join_host_port(&target.0, target.1)
@@ -155,7 +155,7 @@ async fn try_follow(
         for end in memchr::memchr_iter(b'\n', &text) {
             match said(&text[start..end]) {
                 Said::Event(event) => name = event,
-                Said::Data(data) => take(app, &name, &data)?,
+                Said::Data(data) => take(app, &model, &name, &data)?,
                 Said::Nothing => {}
             }
             start = end + 1;
@@ -167,6 +167,10 @@ async fn try_follow(
         if text.len() > LINE_BYTES_MAX {
             return Err(MasterError::Line);
         }
+        // What was passed over under another name comes again with the snapshot.
+        if model_of(app) != model {
+            return Err(MasterError::Model);
+        }
         let read = timeout(QUIET_MAX, conn.read()).await;
         let read = read.map_err(|_| LegError::Timeout)?;
         if read.map_err(LegError::Lost)? == 0 {
@@ -175,7 +179,12 @@ async fn try_follow(
     }
 }
 
-fn take(app: &App, name: &str, data: &Value) -> Result<(), MasterError> {
+/// What keys call the model: as the instances say, else as this proxy was told.
+fn model_of(app: &App) -> String {
+    app.kv.model().unwrap_or_else(|| app.config.model.clone())
+}
+
+fn take(app: &App, model: &str, name: &str, data: &Value) -> Result<(), MasterError> {
     let is_there = match name {
         "stored" | "snapshot" => true,
         // Each key is told as well when a tenant is cleared.
@@ -189,7 +198,7 @@ fn take(app: &App, name: &str, data: &Value) -> Result<(), MasterError> {
         _ => return Ok(()),
     };
     let key = data.get("key").and_then(Value::as_str).unwrap_or_default();
-    if let Some(part) = part_of(key, &app.config.model) {
+    if let Some(part) = part_of(key, model) {
         app.kv.index.pool(part.engine, part.parts, is_there);
     }
     Ok(())

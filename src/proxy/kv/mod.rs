@@ -2,7 +2,7 @@
 //!
 //! Rooms: `zmtp`, `msgpack` and `event` how engines tell it; `source` following one of them; `conductor` and `blocks` publishers
 //! that others register and ask about; `master` following our master; `index` the table; `text` from
-//! a prompt's text to its tokens. Owns the sources' bounds. Refuses to choose an instance (`policy`).
+//! a prompt's text to its tokens; `worth` what a hit saves by tier. Owns the sources' bounds. Refuses to choose an instance (`policy`).
 
 mod blocks;
 pub(crate) mod conductor;
@@ -13,19 +13,21 @@ pub(crate) mod master;
 pub(crate) mod msgpack;
 pub(crate) mod source;
 pub(crate) mod text;
+pub(crate) mod worth;
 pub(crate) mod zmtp;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use smallvec::SmallVec;
 use tokio::sync::Semaphore;
 
 use conductor::Conductor;
 use index::KvIndex;
 use text::Texts;
+use worth::Worth;
 
 /// Questions for tokens under way at once.
 const QUESTIONS_MAX: usize = 4;
@@ -39,12 +41,15 @@ const TEXT_BLOCKS_MAX: usize = 2048;
 pub(crate) struct Kv {
     pub(crate) index: KvIndex,
     pub(crate) texts: Texts,
+    pub(crate) worth: Worth,
     pub(crate) questions: Semaphore,
     pub(crate) conductor: Conductor,
     /// Instances tell what comes into the pool.
     instances_tell: AtomicBool,
     /// The master does.
     master_tells: AtomicBool,
+    /// What keys of the pool call the model; `None`: no instance has told.
+    model: RwLock<Option<String>>,
 }
 
 impl Default for Kv {
@@ -52,10 +57,12 @@ impl Default for Kv {
         Self {
             index: KvIndex::default(),
             texts: Texts::default(),
+            worth: Worth::default(),
             questions: Semaphore::new(QUESTIONS_MAX),
             conductor: Conductor::default(),
             instances_tell: AtomicBool::new(false),
             master_tells: AtomicBool::new(false),
+            model: RwLock::default(),
         }
     }
 }
@@ -69,6 +76,18 @@ impl Kv {
     /// An instance has told of the pool.
     pub(crate) fn set_pool(&self) {
         self.instances_tell.store(true, Ordering::Relaxed);
+    }
+
+    /// What keys of the pool call the model.
+    pub(crate) fn model(&self) -> Option<String> {
+        self.model.read().clone()
+    }
+
+    /// Instances have told what keys call the model.
+    pub(crate) fn set_model(&self, name: &str) {
+        if self.model.read().as_deref() != Some(name) {
+            *self.model.write() = Some(name.to_owned());
+        }
     }
 
     /// Whether the master is heard now; gives what it was before.

@@ -205,7 +205,8 @@ mod tests {
         texts.learn(&index, text.as_bytes(), 7, b"", &tokens);
         let known = texts.known(&index, text.as_bytes(), 7, b"").unwrap();
         assert!(!texts.wants(text.as_bytes(), Some(&known)));
-        let saved = index.saved(&known.chain, known.tokens, &[1])[0];
+        let weights = super::super::worth::Worth::default().weights();
+        let saved = index.saved(&known.chain, known.tokens, &[1], &weights)[0];
         assert!((900.0..=1000.0).contains(&saved), "{saved}");
         let longer = text.clone() + &"other".repeat(1000);
         let known = texts.known(&index, longer.as_bytes(), 7, b"").unwrap();

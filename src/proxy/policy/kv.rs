@@ -12,16 +12,14 @@ use std::time::Duration;
 use smallvec::SmallVec;
 
 use super::super::kv::Kv as Knowledge;
+use super::super::kv::worth::Weights;
 use super::super::registry::Instance;
-use super::prefix::cost;
 use super::prefix_index::PrefixIndex;
-use super::{Ask, Policy, least};
+use super::weigh::costs;
+use super::{Ask, Choice, Policy, least};
 
 /// How long a routed prompt counts as cached without an event that says so.
 const SPECULATION: Duration = Duration::from_secs(4);
-
-/// What a hit on the slowest tier is worth.
-const WORTH_MIN: f64 = 0.3;
 
 pub(super) struct Kv {
     knowledge: Arc<Knowledge>,
@@ -41,15 +39,20 @@ impl Kv {
     }
 
     /// Tokens, as the ask counts them, that each instance need not compute.
-    fn saved(&self, ask: &Ask<'_>, instances: &[Arc<Instance>]) -> SmallVec<[f64; 8]> {
+    fn saved(
+        &self,
+        ask: &Ask<'_>,
+        instances: &[Arc<Instance>],
+        weights: &Weights,
+    ) -> SmallVec<[f64; 8]> {
         let by_event = match ask.known {
             Some(known) => {
                 let numbers: SmallVec<[u64; 8]> = instances.iter().map(|i| i.number).collect();
                 let bytes = known.bytes as f64 / known.tokens.max(1) as f64;
-                let mut saved = self
-                    .knowledge
-                    .index
-                    .saved(&known.chain, known.tokens, &numbers);
+                let mut saved =
+                    self.knowledge
+                        .index
+                        .saved(&known.chain, known.tokens, &numbers, weights);
                 saved
                     .iter_mut()
                     .for_each(|s| *s *= bytes * ask.tokens_per_byte());
@@ -66,7 +69,7 @@ impl Kv {
             .zip(bytes)
             .map(|(saved, (instance, (recent, routed)))| {
                 // Events have the last word on what they can be asked about; without its beginning the rest is worth nothing.
-                let is_lost = *saved < WORTH_MIN * ask.tokens_of(known);
+                let is_lost = *saved < weights.least() * ask.tokens_of(known);
                 let is_told = instance.feed.is_live() && (known >= *routed || is_lost);
                 let bytes = if is_told { recent } else { routed };
                 saved.max(ask.tokens_of(*bytes))
@@ -76,14 +79,20 @@ impl Kv {
 }
 
 impl Policy for Kv {
-    fn choose(&self, ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> usize {
-        let saved = self.saved(ask, candidates);
+    fn choose(&self, ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> Choice {
+        let weights = self.knowledge.worth.weights();
+        let saved = self.saved(ask, candidates, &weights);
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let costs = candidates.iter().zip(&saved);
-        least(
-            turn,
-            costs.map(|(c, saved)| cost(ask, c, *saved) / c.weight),
-        )
+        let costs = costs(ask, candidates, &saved, &self.routed);
+        let each = candidates.iter().zip(costs);
+        let place = least(turn, each.map(|(c, cost)| cost / c.weight));
+        let mut choice = Choice::of(place, &saved);
+        if let Some(known) = ask.known {
+            let index = &self.knowledge.index;
+            let number = candidates[place].number;
+            choice.slower = index.slower(&known.chain, known.tokens, number, &weights);
+        }
+        choice
     }
 
     fn routed(&self, ask: &Ask<'_>, instance: &Instance) {
@@ -91,10 +100,6 @@ impl Policy for Kv {
         if instance.feed.is_live() {
             self.recent.insert(ask, instance);
         }
-    }
-
-    fn cached_tokens(&self, ask: &Ask<'_>, instance: &Arc<Instance>) -> u64 {
-        self.saved(ask, std::slice::from_ref(instance))[0] as u64
     }
 
     fn forget(&self, number: u64) {

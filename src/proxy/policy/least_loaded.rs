@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::super::registry::Instance;
-use super::{Ask, Policy, least, load};
+use super::{Ask, Choice, Policy, least, load};
 
 #[derive(Debug, Default)]
 pub(super) struct LeastLoaded {
@@ -12,8 +12,8 @@ pub(super) struct LeastLoaded {
 }
 
 impl Policy for LeastLoaded {
-    fn choose(&self, ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> usize {
+    fn choose(&self, ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> Choice {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        least(turn, candidates.iter().map(|c| load(c, ask.role)))
+        Choice::blind(least(turn, candidates.iter().map(|c| load(c, ask.role))))
     }
 }

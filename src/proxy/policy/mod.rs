@@ -15,6 +15,7 @@ mod prefix_index;
 mod random;
 mod round_robin;
 mod session;
+mod weigh;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -23,6 +24,7 @@ use super::App;
 use super::config::Role;
 use super::kv::Kv;
 use super::kv::text::Known;
+use super::kv::worth::Slower;
 use super::registry::Instance;
 
 /// What a policy may know of a request.
@@ -37,6 +39,8 @@ pub(crate) struct Ask<'a> {
     pub(crate) session: Option<u64>,
     /// The prompt's tokens, where they are known.
     pub(crate) known: Option<&'a Known>,
+    /// For decode: where the prompt is computed.
+    pub(crate) from: Option<&'a Instance>,
 }
 
 impl Ask<'_> {
@@ -51,18 +55,46 @@ impl Ask<'_> {
     }
 }
 
+/// Who was chosen, and what of the prompt is cached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Choice {
+    /// Index into the candidates.
+    pub(crate) place: usize,
+    /// Prompt tokens that it probably need not compute.
+    pub(crate) cached: u64,
+    /// The most that any candidate need not.
+    pub(crate) matched: u64,
+    /// Tokens it has to fetch from slower tiers.
+    pub(crate) slower: Slower,
+}
+
+impl Choice {
+    /// By one that does not look at caches.
+    fn blind(place: usize) -> Self {
+        Self {
+            place,
+            ..Self::default()
+        }
+    }
+
+    /// Of candidates that save so many tokens each.
+    fn of(place: usize, saved: &[f64]) -> Self {
+        Self {
+            place,
+            cached: saved.get(place).map_or(0, |s| s.round() as u64),
+            matched: saved.iter().copied().fold(0.0, f64::max).round() as u64,
+            ..Self::default()
+        }
+    }
+}
+
 /// Chooses among candidates.
 pub(crate) trait Policy: Send + Sync {
-    /// Index into `candidates`, which holds at least one.
-    fn choose(&self, ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> usize;
+    /// One of `candidates`, which holds at least one.
+    fn choose(&self, ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> Choice;
 
     /// A request was sent to `instance`.
     fn routed(&self, _ask: &Ask<'_>, _instance: &Instance) {}
-
-    /// Prompt tokens that `instance` probably has cached.
-    fn cached_tokens(&self, _ask: &Ask<'_>, _instance: &Arc<Instance>) -> u64 {
-        0
-    }
 
     /// An instance is gone or restarted: what it had cached is lost.
     fn forget(&self, _number: u64) {}
@@ -178,6 +210,7 @@ mod tests {
             tokens: prompt.len() as u64 / 4,
             session,
             known: None,
+            from: None,
         }
     }
 
@@ -193,13 +226,13 @@ mod tests {
                 let candidates = registry.candidates(Role::Prefill, 0, None);
                 let text = format!("prompt {n}").repeat(8);
                 let ask = ask(text.as_bytes(), Some(mix(n)));
-                let chosen = policy.choose(&ask, &candidates);
+                let chosen = policy.choose(&ask, &candidates).place;
                 assert!(chosen < candidates.len(), "{name}");
                 policy.routed(&ask, &candidates[chosen]);
                 seen[chosen] += 1;
                 legs.push(registry.enter(&candidates[chosen], Role::Prefill, ask.tokens));
                 // One candidate is always chosen, and an instance that is gone is not held on to.
-                assert_eq!(policy.choose(&ask, &candidates[2..3]), 0, "{name}");
+                assert_eq!(policy.choose(&ask, &candidates[2..3]).place, 0, "{name}");
                 policy.forget(n % 5);
             }
             assert!(seen.iter().all(|n| *n > 25), "{name} is lopsided: {seen:?}");

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::super::registry::Instance;
-use super::{Ask, Policy, load};
+use super::{Ask, Choice, Policy, load};
 
 #[derive(Debug)]
 pub(super) struct PowerOfTwo;
@@ -26,7 +26,7 @@ pub(super) fn pick(ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> usize {
 }
 
 impl Policy for PowerOfTwo {
-    fn choose(&self, ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> usize {
-        pick(ask, candidates)
+    fn choose(&self, ask: &Ask<'_>, candidates: &[Arc<Instance>]) -> Choice {
+        Choice::blind(pick(ask, candidates))
     }
 }

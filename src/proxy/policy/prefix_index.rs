@@ -3,9 +3,10 @@
 //! Owns the index: a hash per block of a prompt, chained from the beginning, with the instances it was sent to and when. Blocks
 //! grow with their position, so that a long prompt costs few of them. Two bounds: two generations of blocks, of which the
 //! older one goes as a whole; and per instance the size of its cache, where it is known, as an engine forgets too: what was
-//! used least recently. An instance's time is counted in sixteenths of its cache filled anew, not in seconds.
+//! used least recently. An instance's time is counted in parts of its cache filled anew, not in seconds. Knows from that, too, how much
+//! of what is about to be forgotten is asked for again.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -23,14 +24,20 @@ use crate::base::clock::Millis;
 const GENERATION_MAX: usize = 1 << 18;
 /// Instances remembered per block.
 const HOLDERS_MAX: usize = 8;
+/// A cache this full pushes something out for what is new.
+const FULL: f64 = 0.95;
+/// Bytes that follow a prompt's last block at most.
+const REST_MAX: usize = 4096;
 /// Parts of a cache that are told apart by their age.
-const STEPS: f64 = 16.0;
+const STEPS: f64 = 256.0;
 
 #[derive(Clone, Copy, Debug)]
 struct Holder {
     number: u64,
-    /// The instance's step in which it was sent the block last.
-    step: u64,
+    /// When it was sent the block last: the instance's step, and how full that was.
+    at: f64,
+    /// Its tokens then; of a prompt's last block with those that follow it.
+    tokens: f32,
 }
 
 type Holders = SmallVec<[Holder; 2]>;
@@ -38,38 +45,109 @@ type Holders = SmallVec<[Holder; 2]>;
 /// Tokens an instance was sent, by the step in which each was sent last.
 #[derive(Debug, Default)]
 struct Ages {
-    /// Number of the oldest step that can still be in its cache.
-    first: u64,
-    /// Tokens of that step and of those after it.
-    tokens: VecDeque<f64>,
+    /// Tokens by the first of their steps; a bounded number of entries.
+    tokens: BTreeMap<u64, f64>,
+    /// Their sum.
+    held: f64,
+    /// The present step, and what was sent in it.
+    step: u64,
+    sent: f64,
+    /// Tokens that were asked for again when they had not been for half of the cache, and those that were forgotten instead;
+    /// halved with each filling of the cache.
+    again: f64,
+    forgotten: f64,
 }
 
 impl Ages {
-    /// Moves a block's tokens from the step it was sent in last to the present one; gives that.
-    fn touch(&mut self, before: Option<u64>, tokens: f64, capacity: f64) -> u64 {
-        if let Some(old) = before.and_then(|b| b.checked_sub(self.first))
-            && let Some(held) = usize::try_from(old)
-                .ok()
-                .and_then(|o| self.tokens.get_mut(o))
-        {
-            *held = (*held - tokens).max(0.0);
+    /// Moves a block's tokens from where it was sent last to the present; gives that. `whole`: everything before the block is
+    /// there too, so that it serves.
+    fn touch(&mut self, before: Option<Holder>, tokens: f64, capacity: f64, whole: bool) -> f64 {
+        let gone = self.gone(capacity);
+        if let Some(before) = before.filter(|before| before.at >= gone) {
+            let held = f64::from(before.tokens);
+            self.leave(before.at as u64, held);
+            if whole && self.step.saturating_sub(before.at as u64) as f64 >= STEPS / 2.0 {
+                self.again += held;
+            }
         }
-        let full = self.tokens.back().is_none_or(|t| *t * STEPS >= capacity);
-        if self.tokens.is_empty() || (full && capacity > 0.0) {
-            self.tokens.push_back(0.0);
+        if self.sent * STEPS >= capacity && capacity > 0.0 {
+            self.step += 1;
+            self.sent = 0.0;
+            let keep = 0.5f64.powf(1.0 / STEPS);
+            self.again *= keep;
+            self.forgotten *= keep;
+            self.compact(capacity);
         }
-        if let Some(last) = self.tokens.back_mut() {
-            *last += tokens;
-        }
+        *self.tokens.entry(self.step).or_default() += tokens;
+        self.held += tokens;
         // The oldest step is gone when the later ones fill the cache alone.
         while capacity > 0.0
             && self.tokens.len() > 1
-            && self.tokens.iter().skip(1).sum::<f64>() >= capacity
+            && let Some(oldest) = self.tokens.first_entry()
+            && self.held - oldest.get() >= capacity
         {
-            self.tokens.pop_front();
-            self.first += 1;
+            let oldest = oldest.remove();
+            self.held -= oldest;
+            self.forgotten += oldest;
         }
-        self.first + self.tokens.len() as u64 - 1
+        let at = self.step as f64 + self.sent * STEPS / capacity.max(1.0 + self.sent * STEPS);
+        self.sent += tokens;
+        at
+    }
+
+    /// Takes tokens out of a step.
+    fn leave(&mut self, step: u64, tokens: f64) {
+        if let Some((first, held)) = self.tokens.range_mut(..=step).next_back() {
+            let first = *first;
+            let left = tokens.min(*held);
+            *held -= left;
+            let is_empty = *held < 1e-6;
+            self.held -= left;
+            if is_empty {
+                self.tokens.remove(&first);
+            }
+        }
+    }
+
+    /// Joins steps of which little is left, so that there are never more than twice as many as the cache has parts.
+    fn compact(&mut self, capacity: f64) {
+        if self.tokens.len() <= 2 * STEPS as usize {
+            return;
+        }
+        let mut joined: BTreeMap<u64, f64> = BTreeMap::new();
+        for (step, tokens) in std::mem::take(&mut self.tokens) {
+            match joined.last_entry() {
+                Some(mut last) if last.get() + tokens <= capacity / STEPS => {
+                    *last.get_mut() += tokens
+                }
+                _ => {
+                    joined.insert(step, tokens);
+                }
+            }
+        }
+        self.tokens = joined;
+    }
+
+    /// What was sent before this is gone. Of the oldest step as much as the cache has no room for.
+    fn gone(&self, capacity: f64) -> f64 {
+        let Some((first, oldest)) = self.tokens.first_key_value() else {
+            return 0.0;
+        };
+        let over = if capacity > 0.0 {
+            self.held - capacity
+        } else {
+            0.0
+        };
+        *first as f64 + (over.max(0.0) / oldest.max(1e-6)).min(1.0)
+    }
+
+    /// Of what has not been asked for during half of a full cache, the part that still is. 0: the cache has room.
+    fn wanted(&self, capacity: f64) -> f64 {
+        let all = self.again + self.forgotten;
+        if capacity <= 0.0 || self.held < FULL * capacity || all <= 0.0 {
+            return 0.0;
+        }
+        self.again / all
     }
 }
 
@@ -88,16 +166,19 @@ impl Tables {
     }
 
     /// Whether an instance was sent a block, and can still have it.
-    fn has(&self, hash: u64, number: u64, first: u64) -> bool {
+    fn has(&self, hash: u64, number: u64, gone: f64) -> bool {
         let of = |g: &HashMap<u64, Holders>| {
             g.get(&hash)
-                .is_some_and(|h| h.iter().any(|h| h.number == number && h.step >= first))
+                .is_some_and(|h| h.iter().any(|h| h.number == number && h.at >= gone))
         };
         self.generations.iter().any(of)
     }
 
-    fn first(&self, number: u64) -> u64 {
-        self.ages.get(&number).map_or(0, |a| a.first)
+    /// What an instance was sent before this it cannot have any more.
+    fn gone(&self, instance: &Instance) -> f64 {
+        let capacity = instance.cache_tokens.load(Ordering::Relaxed) as f64;
+        let ages = self.ages.get(&instance.number);
+        ages.map_or(0.0, |a| a.gone(capacity))
     }
 }
 
@@ -146,15 +227,13 @@ impl PrefixIndex {
     ) -> SmallVec<[usize; 8]> {
         let mut matched: SmallVec<[usize; 8]> = SmallVec::from_elem(0, candidates.len());
         let tables = self.tables();
-        let mut alive: SmallVec<[Option<u64>; 8]> = candidates
-            .iter()
-            .map(|c| Some(tables.first(c.number)))
-            .collect();
+        let mut alive: SmallVec<[Option<f64>; 8]> =
+            candidates.iter().map(|c| Some(tables.gone(c))).collect();
         for (end, hash) in text_blocks(prompt, 0) {
             let mut any = false;
             for (index, candidate) in candidates.iter().enumerate() {
                 alive[index] =
-                    alive[index].filter(|first| tables.has(hash, candidate.number, *first));
+                    alive[index].filter(|gone| tables.has(hash, candidate.number, *gone));
                 if alive[index].is_some() {
                     matched[index] = end;
                     any = true;
@@ -173,9 +252,14 @@ impl PrefixIndex {
         let capacity = instance.cache_tokens.load(Ordering::Relaxed) as f64;
         let number = instance.number;
         let mut tables = self.tables();
-        let mut start = 0;
-        for (end, hash) in text_blocks(ask.prompt, 0) {
-            let tokens = (end - start) as f64 * per_byte;
+        let (mut start, mut whole) = (0, true);
+        let blocks = text_blocks(ask.prompt, 0);
+        // What is too short for a block takes room all the same; beyond the last one that is looked at, nothing is known.
+        let whole_end = blocks.last().map_or(0, |(end, _)| *end);
+        let rest = (ask.prompt.len() - whole_end).min(REST_MAX);
+        for (end, hash) in blocks {
+            let following = if end == whole_end { rest } else { 0 };
+            let tokens = (end + following - start) as f64 * per_byte;
             start = end;
             if tables.generations[0].len() >= GENERATION_MAX
                 && !tables.generations[0].contains_key(&hash)
@@ -191,14 +275,34 @@ impl PrefixIndex {
             let holders = young.entry(hash).or_default();
             holders.extend(older.into_iter().flatten());
             let before = holders.iter().position(|h| h.number == number);
-            let before = before.map(|at| holders.remove(at).step);
-            let step = ages
-                .entry(number)
-                .or_default()
-                .touch(before, tokens, capacity);
-            holders.insert(0, Holder { number, step });
+            let before = before.map(|at| holders.remove(at));
+            let ages = ages.entry(number).or_default();
+            whole &= before.is_some_and(|before| before.at >= ages.gone(capacity));
+            let at = ages.touch(before, tokens, capacity, whole);
+            holders.insert(
+                0,
+                Holder {
+                    number,
+                    at,
+                    tokens: tokens as f32,
+                },
+            );
             holders.truncate(HOLDERS_MAX);
         }
+    }
+
+    /// How much each candidate's cache is worth at its end: of what is about to be pushed out, the part that would be asked for
+    /// again. 0 where there is room, or the size is not known.
+    pub(super) fn wanted(&self, candidates: &[Arc<Instance>]) -> SmallVec<[f64; 8]> {
+        let tables = self.tables.lock();
+        let of = |c: &Arc<Instance>| {
+            let capacity = c.cache_tokens.load(Ordering::Relaxed) as f64;
+            tables
+                .ages
+                .get(&c.number)
+                .map_or(0.0, |a| a.wanted(capacity))
+        };
+        candidates.iter().map(of).collect()
     }
 
     pub(super) fn forget(&self, number: u64) {

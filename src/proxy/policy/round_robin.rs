@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::super::registry::Instance;
-use super::{Ask, Policy};
+use super::{Ask, Choice, Policy};
 
 #[derive(Debug, Default)]
 pub(super) struct RoundRobin {
@@ -12,7 +12,7 @@ pub(super) struct RoundRobin {
 }
 
 impl Policy for RoundRobin {
-    fn choose(&self, _: &Ask<'_>, candidates: &[Arc<Instance>]) -> usize {
-        self.turn.fetch_add(1, Ordering::Relaxed) % candidates.len().max(1)
+    fn choose(&self, _: &Ask<'_>, candidates: &[Arc<Instance>]) -> Choice {
+        Choice::blind(self.turn.fetch_add(1, Ordering::Relaxed) % candidates.len().max(1))
     }
 }

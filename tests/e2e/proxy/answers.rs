@@ -79,16 +79,20 @@ async fn echo_and_prompt_logprobs_are_prefills() {
             .collect();
         assert_eq!(texts, ["hello t0", " t1", " t2"], "{text}");
         assert!(text.ends_with("data: [DONE]\n\n\r\n0\r\n\r\n"), "{text}");
-        // Engines refuse these in a stream, so decode is asked as the client asked.
-        let before = rig.prefill[0].count();
-        rig.complete(r#","prompt_logprobs":1,"stream":true"#).await;
+        // Engines refuse these in a stream; prefill has none, so its answer goes into the first event.
+        let text = rig
+            .complete(r#","prompt_logprobs":1,"stream":true,"max_tokens":2"#)
+            .await
+            .text();
+        let told = r#""prompt_logprobs":[null,{"17":{"logprob":-0.5}}]"#;
+        let at = text.find(told).unwrap_or_else(|| panic!("{text}"));
+        assert!(text.matches(told).count() == 1 && at < text.find(" t1").unwrap());
+        let (p, d) = (rig.prefill[0].last().body, rig.decode[0].last().body);
         assert_eq!(
-            (
-                rig.prefill[0].count(),
-                rig.decode[0].last().body["prompt_logprobs"].as_u64()
-            ),
-            (before, Some(1))
+            (p["prompt_logprobs"].as_u64(), p["stream"].as_bool()),
+            (Some(1), Some(false))
         );
+        assert!(d["prompt_logprobs"].is_null() && d["stream"] == true, "{d}");
         rig.settled().await;
     }
 }

@@ -86,6 +86,19 @@ async fn a_prompt_goes_where_its_tokens_are_cached() {
     blocks(&rig, 0, 2).await;
     blocks(&rig, 1, 2).await;
     assert_eq!(routed(&rig, prompt, 6).await, [6, 0]);
+    let counts = async |what: &str| {
+        let labels = format!(r#"role="prefill",policy="kv",tokens="{what}""#);
+        rig.metric(&format!("mooncake_proxy_cache_tokens_total{{{labels}}}"))
+            .await
+    };
+    assert_eq!(
+        (
+            counts("query").await,
+            counts("matched").await,
+            counts("selected").await
+        ),
+        (54, 48, 48)
+    );
     assert_eq!(routed(&rig, other, 6).await, [0, 6]);
     // The other engine calls the same tokens otherwise; what was routed no longer counts once events speak against it.
     one.publish(&[removed(&[11, 12], "GPU")]);

@@ -54,6 +54,8 @@ pub(crate) struct Worker {
     pub(crate) bootstrap: AtomicU64,
     pub(crate) engine: Mutex<String>,
     pub(crate) model: Mutex<String>,
+    /// Where it has the model's weights from.
+    pub(crate) root: Mutex<String>,
     pub(crate) ttft: AtomicU64,
     pub(crate) itl: AtomicU64,
     pub(crate) fail_status: AtomicU64,
@@ -130,6 +132,7 @@ impl Worker {
             bootstrap: AtomicU64::new(0),
             engine: Mutex::new(format!("engine-{number}")),
             model: Mutex::new(MODEL.to_owned()),
+            root: Mutex::new(format!("/models/{MODEL}")),
             ttft: AtomicU64::new(0),
             itl: AtomicU64::new(0),
             fail_status: AtomicU64::new(500),
@@ -210,7 +213,7 @@ impl Worker {
             "/v1/models" => {
                 let id = self.model.lock().unwrap().clone();
                 let body = json!({"object": "list", "data": [
-                    {"id": id, "max_model_len": self.max_model_len.load(Ordering::SeqCst)}
+                    {"id": id, "root": *self.root.lock().unwrap(), "max_model_len": self.max_model_len.load(Ordering::SeqCst)}
                 ]})
                 .to_string();
                 reply(stream, 200, &body, "application/json").await

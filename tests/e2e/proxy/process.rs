@@ -193,7 +193,11 @@ impl Pool {
     }
 
     async fn put(&self, hash: u64, rank: u32) {
-        let key = format!("mock-model@tp_rank:{rank}@pcp0@dcp0@pp_rank:0@group:0@{hash:064x}");
+        self.put_of("mock-model", hash, rank).await;
+    }
+
+    async fn put_of(&self, model: &str, hash: u64, rank: u32) {
+        let key = format!("{model}@tp_rank:{rank}@pcp0@dcp0@pp_rank:0@group:0@{hash:064x}");
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), b"kv").unwrap();
         let path = file.path().to_str().unwrap();
@@ -255,6 +259,41 @@ async fn decode_waits_for_what_the_master_says() {
             .await
             .text()
             .contains(r#""pool_blocks":0"#)
+    })
+    .await;
+}
+
+/// vLLM's connector names keys by where the weights come from, whatever the model is served as.
+#[tokio::test]
+async fn keys_of_the_pool_are_named_by_the_models_root() {
+    let pool = Pool::start().await;
+    pool.put_of("Weights-8B", 11, 0).await;
+    let publisher = super::publisher::Publisher::start().await;
+    let (host, port) = pool.master.rsplit_once(':').unwrap();
+    let world = std::sync::Arc::default();
+    let worker = super::mock::Worker::start(&world, Dialect::Store).await;
+    "/data/Weights-8B/".clone_into(&mut worker.root.lock().unwrap());
+    let rig = super::Rig::with(Dialect::Store, 1, 1, |c| {
+        c.prefill = vec![super::address(&worker.address)];
+        c.master = Some((host.to_owned(), port.parse().unwrap()));
+        c.policy.prefill = "kv";
+        c.kv_events =
+            mooncake::proxy::config::EventsRule::parse_list(&publisher.port.to_string()).unwrap();
+    })
+    .await;
+    rig.until("followed", async || {
+        publisher.subscribers.load(Ordering::SeqCst) == 2
+    })
+    .await;
+    publisher.publish(&[super::publisher::stored(
+        &[11, 12],
+        None,
+        &[1, 2, 3, 4, 5, 6, 7, 8],
+        "GPU",
+    )]);
+    rig.until("known", async || {
+        let list = rig.get("/instances").await.text();
+        list.contains(r#""pool_blocks":1"#)
     })
     .await;
 }
