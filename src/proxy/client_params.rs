@@ -197,9 +197,11 @@ fn fields(object: &[u8], members: &Members, path: &str, depth: u32) -> Result<()
         if PARAMS.contains(&name.as_ref()) {
             params(value, &joined(path, &name), 0)?;
         } else if IDS.contains(&name.as_ref()) {
-            let id = serde_json::from_slice::<serde_json::Value>(value).unwrap_or_default();
-            let id = id.to_string();
-            if PAIR.iter().any(|p| holds(id.as_bytes(), p)) {
+            // What cannot be read here may be read elsewhere.
+            let id = serde_json::from_slice::<serde_json::Value>(value);
+            let id = id.map(|id| id.to_string());
+            let names_pair = |id: &String| PAIR.iter().any(|p| holds(id.as_bytes(), p));
+            if id.as_ref().map_or(true, names_pair) {
                 return Err(Refused::Field(joined(path, &name)));
             }
         } else if WITHIN.contains(&name.as_ref()) {
@@ -323,6 +325,7 @@ mod tests {
                 "request_id",
             ),
             (r#"{"rid":["a","___decode_addr_h:2"]}"#, "rid"),
+            (r#"{"request_id":"\ud800___decode_addr_h:2"}"#, "request_id"),
         ] {
             assert_eq!(refused(body).as_deref(), Some(name), "{body}");
         }

@@ -15,7 +15,7 @@ use super::{App, StartError, role};
 const ROLE_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Instances and their roles, as they are written.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Named(Vec<(InstanceAddress, Role)>);
 
 impl Named {
@@ -35,6 +35,13 @@ impl Named {
             }
         }
         Ok(Self(all))
+    }
+
+    /// What an instance is still, other than files say.
+    fn keep(&mut self, address: &InstanceAddress, role: Role) {
+        if let Some((_, named)) = self.0.iter_mut().find(|(a, _)| a.is_same(address)) {
+            *named = role;
+        }
     }
 
     fn role(&self, address: &InstanceAddress) -> Option<Role> {
@@ -81,7 +88,7 @@ pub(crate) fn reload(app: &Arc<App>, prefill: &[InstanceAddress], decode: &[Inst
             return;
         }
     };
-    let before = std::mem::take(&mut *app.named.lock());
+    let before = std::mem::replace(&mut *app.named.lock(), named.clone());
     for instance in app.registry.all().iter() {
         if instance.origin == Origin::Named && named.role(&instance.address).is_none() {
             tracing::info!(instance = %instance.name, "removed by reload");
@@ -103,7 +110,6 @@ pub(crate) fn reload(app: &Arc<App>, prefill: &[InstanceAddress], decode: &[Inst
             Some(_) => {}
         }
     }
-    *app.named.lock() = named;
     while let Some((first, role)) = changed.first().cloned() {
         let (server, left) = changed
             .into_iter()
@@ -119,7 +125,9 @@ pub(crate) fn reload(app: &Arc<App>, prefill: &[InstanceAddress], decode: &[Inst
                     tracing::info!(instance = %first.name, role = role.name(), "role changed by reload")
                 }
                 Err(error) => {
-                    tracing::error!(instance = %first.name, role = role.name(), %error, "reload could not change its role")
+                    tracing::error!(instance = %first.name, role = role.name(), %error, "reload could not change its role: the next one tries again");
+                    let mut named = app.named.lock();
+                    server.iter().for_each(|i| named.keep(&i.address, i.role()));
                 }
             }
         });

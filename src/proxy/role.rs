@@ -92,7 +92,13 @@ pub(crate) async fn change(
             let text = format!("it is {} and offers no change", own.name());
             return Err(RoleError::Refused(text));
         }
-        enter(app, instances, role);
+        if own == Some(role) && first.aside() != Aside::No {
+            // It says itself that it is what is wanted: whatever was broken is over.
+            begin_anew(app, instances, role);
+            app.changed();
+        } else {
+            enter(app, instances, role);
+        }
         return Ok(false);
     }
     if role == Role::Both {

@@ -57,10 +57,10 @@ fn watchers_max() -> usize {
 
 /// A processor given away for longer than this has gone to somebody who computes. The scheduler lets a thread that wakes up
 /// go before such a one, but not a thread that gives way.
-const SLICE: Duration = Duration::from_micros(300);
+const SLICE: Duration = Duration::from_millis(2);
 /// How long nobody watches after that; doubled up to the latter when it happens again soon.
-const REST: Duration = Duration::from_millis(20);
-const REST_MAX: Duration = Duration::from_secs(1);
+const REST: Duration = Duration::from_millis(10);
+const REST_MAX: Duration = Duration::from_millis(200);
 /// Until when nobody watches and how long the last rest was, in microseconds of this process's clock.
 static RESTING_UNTIL: AtomicU64 = AtomicU64::new(0);
 static RESTED: AtomicU64 = AtomicU64::new(0);

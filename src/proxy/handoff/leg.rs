@@ -180,8 +180,10 @@ impl HandOff {
                     return (Served::Gone, None);
                 }
                 Tried::Answer(answer) => {
+                    // Without a stream the first byte comes when everything has been generated: that says nothing of the link.
                     if let Some(prefill) = &self.route.prefill
                         && answer.head.status < 300
+                        && self.job.facts.stream
                     {
                         let tokens = self.tokens();
                         prefill

@@ -117,7 +117,9 @@ impl Blocks {
                 }
             }
             Event::Cleared => {
-                let gone = self.entries.keys().filter(|(of, _)| *of == holder);
+                // Who names no holder means all of them.
+                let gone = self.entries.keys();
+                let gone = gone.filter(|(of, _)| holder == 0 || *of == holder);
                 let gone: Vec<(u64, u64)> = gone.copied().collect();
                 for key in gone {
                     self.let_go(key, u8::MAX);

@@ -568,6 +568,40 @@ fn a_refused_item_of_an_open_arena_is_not_given_to_others() {
     );
 }
 
+/// A commit that travels with its bytes may come twice, and after its writer has given up.
+#[test]
+fn a_commit_that_comes_again_changes_nothing_and_one_that_comes_late_is_refused() {
+    let world = World::new(PolicyKind::Sieve);
+    let state = &world.state;
+    let node = state.segments.node(world.nodes[0].0).unwrap();
+    let (client, now) = (Id128 { high: 9, low: 9 }, Millis(1000));
+    let (arena, range, _, versions) = state
+        .arena_open(node.slots[0], 1, 4096, Least::Anything, client)
+        .unwrap();
+    let attributes = Attributes::default();
+    let commit = |key: &[u8], offset, version| {
+        let written = Written {
+            version,
+            checksum: None,
+        };
+        state.arena_commit(arena, client, key, offset, 100, &attributes, &written, now)
+    };
+    let (first, second) = (qualified(1), qualified(2));
+    commit(&first, range.offset, versions.start).unwrap();
+    assert_eq!(commit(&first, range.offset, versions.start), Ok(()));
+    let (late, version) = (range.offset + 192, versions.start + 1);
+    state
+        .arena_revoke(arena, client, &second, late, 100, version, false, now)
+        .unwrap();
+    assert!(
+        commit(&second, late, version).is_err(),
+        "taken back already"
+    );
+    let version_of = |key: &[u8]| state.peek(key::hash(key), key, |o| o.version);
+    assert_eq!(version_of(&first), Some(versions.start));
+    assert_eq!(version_of(&second), None);
+}
+
 #[test]
 fn an_arena_of_an_earlier_term_is_kept_whole_until_its_writer_has_left() {
     let mut world = World::new(PolicyKind::Sieve);

@@ -195,8 +195,11 @@ impl ServedLane<'_> {
         self.socket.write_all_from(&self.reply, &[], until)
     }
 
+    /// The status of what was not done. That something changed or is there already is no refusal of the gate's.
     pub(super) fn refused(&self, error: &TransferError) -> u8 {
-        self.served.counters.refused.fetch_add(1, Ordering::Relaxed);
+        if !matches!(error, TransferError::Changed | TransferError::Existed) {
+            self.served.counters.refused.fetch_add(1, Ordering::Relaxed);
+        }
         Status::from_error(error) as u8
     }
 
@@ -242,12 +245,7 @@ impl ServedLane<'_> {
                 }
                 Err(error) => {
                     segments.push(None);
-                    let status = if error == TransferError::Changed {
-                        Status::Changed as u8
-                    } else {
-                        self.refused(&error)
-                    };
-                    statuses.push(status);
+                    statuses.push(self.refused(&error));
                 }
             }
         }
