@@ -2,18 +2,21 @@
 //!
 //! Owns what each must answer. Refuses to know how a connection fails.
 
+use std::time::{Duration, Instant};
+
 use super::address;
 use super::http::{Unanswered, bearer, http, http_date, request};
 use super::instances;
 use super::reach::{Lane, lane, ms, with_port};
 use super::report::Finding;
-use super::stranger::stranger;
 use super::values::without_secret;
 use crate::base::handshake::LaneKind;
 use crate::base::trust::{ClusterKeys, Token};
 
 /// Larger than any packet: a request of this size needs several full ones.
 const PADDING: usize = 12_000;
+/// A connection that ended after this has been waited for, by one side or the other.
+const GIVES_UP: Duration = Duration::from_millis(500);
 
 /// What `reach` found out about the master, for the checks that build on it.
 pub(super) struct MasterSeen {
@@ -118,10 +121,14 @@ pub(super) fn master(target: &str, keys: &ClusterKeys, token: Option<&Token>) ->
 /// Small packets passed: do large ones?
 fn large_packets(target: &str) -> Finding {
     let padding = format!("X-Padding: {}\r\n", "x".repeat(PADDING));
+    let begun = Instant::now();
     // Small questions would be answered: what is there is not asked again.
-    match request(target, "GET", "/health", &padding, "") {
+    let answered = request(target, "GET", "/health", &padding, "");
+    // A server that waits for the rest of a request may give up before we do.
+    let waited = begun.elapsed() >= GIVES_UP;
+    match answered {
         Ok(answer) => Finding::ok("large packets", format!("{PADDING} bytes answered in {}", ms(answer.took))),
-        Err(Unanswered::Connected(_, _, "silent")) => Finding::fail(
+        Err(Unanswered::Connected(_, _, how)) if how == "silent" || waited => Finding::fail(
             "large packets",
             "mtu_black_hole",
             format!("{PADDING} bytes"),
@@ -130,7 +137,14 @@ fn large_packets(target: &str) -> Finding {
         .remedy("set the same MTU on all links, or let ICMP type 3 code 4 (IPv6: type 2) pass")
         .command("sysctl -w net.ipv4.tcp_mtu_probing=1"),
         Err(Unanswered::Fault(fault)) => fault.finding("large packets", target),
-        Err(Unanswered::Connected(address, saw, how)) => stranger(address, &saw, how).finding("large packets", target),
+        // It is a master, as its lanes have shown.
+        Err(Unanswered::Connected(_, _, how)) => Finding::fail(
+            "large packets",
+            "http_unanswered",
+            target,
+            format!("small requests are answered, and one of {PADDING} bytes met a connection that was {how}"),
+        )
+        .remedy("look for a proxy between here and there that takes no large requests"),
     }
 }
 
