@@ -154,6 +154,8 @@ pub(crate) struct Instance {
     /// Its role is being changed: no new requests until that is done.
     pub(crate) switching: AtomicBool,
     aside: AtomicU8,
+    /// The role that it was told to take, and when it was set aside as it did not say what came of that.
+    pub(crate) told: Mutex<Option<(Role, tokio::time::Instant)>>,
     pub(crate) breaker: Breaker,
     pub(crate) pool: ConnPool,
     pub(crate) link: RwLock<Link>,
@@ -244,6 +246,7 @@ impl Instance {
         if self.aside() == Aside::Broken {
             self.set_aside(Aside::Unsure);
         }
+        *self.told.lock() = None;
     }
 
     /// Whether it is being emptied, or kept out of use.
@@ -485,6 +488,7 @@ impl Registry {
             drained_by: Mutex::default(),
             switching: AtomicBool::new(false),
             aside: AtomicU8::new(Aside::No as u8),
+            told: Mutex::default(),
             breaker: Breaker::default(),
             pool: ConnPool::default(),
             link: RwLock::new(Link {

@@ -25,6 +25,8 @@ const PATH: &str = "/pd_role_switch";
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
 /// The switch itself: structures are taken down and built anew.
 const SWITCH_TIMEOUT: Duration = Duration::from_secs(120);
+/// Health intervals for which an engine that was told to switch must say that it has not, to be believed: it may be at it.
+const STEADY_INTERVALS: u32 = 15;
 
 /// Why a role was not changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -195,11 +197,11 @@ async fn switch(
             Err(RoleError::Refused(message))
         }
         Outcome::Broken(message) => {
-            put_aside(instances, Aside::Broken, &message);
+            put_aside(instances, Aside::Broken, None, &message);
             Err(RoleError::Broken(message))
         }
         Outcome::Unknown(message) => {
-            put_aside(instances, Aside::Unsure, &message);
+            put_aside(instances, Aside::Unsure, Some(role), &message);
             Err(RoleError::Unknown(message))
         }
     }
@@ -234,9 +236,11 @@ async fn judge(app: &App, target: &(String, u16), role: Role, status: u16, body:
     }
 }
 
-fn put_aside(instances: &[Arc<Instance>], aside: Aside, message: &str) {
+/// `told`: the role it was told to take.
+fn put_aside(instances: &[Arc<Instance>], aside: Aside, told: Option<Role>, message: &str) {
     for instance in instances {
         instance.note(&message);
+        *instance.told.lock() = told.map(|role| (role, Instant::now()));
         instance.set_aside(aside);
     }
     let state = aside.text();
@@ -249,6 +253,13 @@ async fn mode(app: &App, target: &(String, u16)) -> Option<Role> {
     sglang::role(&info)
 }
 
+/// Whether what it says it is will stay so: it is what it was told to become, or has had the time to.
+fn is_steady(app: &App, instance: &Instance, role: Role) -> bool {
+    let told = *instance.told.lock();
+    let wait = app.config.health_interval * STEADY_INTERVALS;
+    told.is_none_or(|(wanted, since)| wanted == role || since.elapsed() >= wait)
+}
+
 /// Asks an instance that is set aside what it is, and uses it as that. Called with every health check.
 pub(crate) async fn look_again(app: &App, instance: &Arc<Instance>) {
     let is_wanted =
@@ -257,7 +268,7 @@ pub(crate) async fn look_again(app: &App, instance: &Arc<Instance>) {
         return;
     }
     let mode = mode(app, &instance.target).await;
-    if let Some(role) = mode.filter(|_| is_wanted()) {
+    if let Some(role) = mode.filter(|role| is_wanted() && is_steady(app, instance, *role)) {
         begin_anew(app, std::slice::from_ref(instance), role);
         app.changed();
     }
@@ -269,6 +280,7 @@ fn begin_anew(app: &App, instances: &[Arc<Instance>], role: Role) {
         health::forget(app, instance);
         instance.set_health(Health::Unknown);
         instance.set_aside(Aside::No);
+        *instance.told.lock() = None;
         instance.set_role(role);
         tracing::info!(instance = %instance.name, role = role.name(), "its role has changed");
     }

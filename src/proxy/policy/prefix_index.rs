@@ -16,7 +16,7 @@ use parking_lot::{Mutex, MutexGuard};
 use smallvec::SmallVec;
 
 use super::super::kv::text_blocks;
-use super::super::registry::Instance;
+use super::super::registry::{INSTANCES_MAX, Instance};
 use super::Ask;
 use crate::base::clock::Millis;
 
@@ -165,6 +165,16 @@ impl Tables {
         self.generations[0] = HashMap::new();
     }
 
+    /// An instance may be sent something just as it is taken out and forgotten: the oldest goes when there are too many.
+    fn make_room_for(&mut self, number: u64) {
+        if self.ages.len() >= 2 * INSTANCES_MAX
+            && !self.ages.contains_key(&number)
+            && let Some(oldest) = self.ages.keys().min().copied()
+        {
+            self.ages.remove(&oldest);
+        }
+    }
+
     /// Whether an instance was sent a block, and can still have it.
     fn has(&self, hash: u64, number: u64, gone: f64) -> bool {
         let of = |g: &HashMap<u64, Holders>| {
@@ -252,6 +262,7 @@ impl PrefixIndex {
         let capacity = instance.cache_tokens.load(Ordering::Relaxed) as f64;
         let number = instance.number;
         let mut tables = self.tables();
+        tables.make_room_for(number);
         let (mut start, mut whole) = (0, true);
         let blocks = text_blocks(ask.prompt, 0);
         // What is too short for a block takes room all the same; beyond the last one that is looked at, nothing is known.
