@@ -24,6 +24,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 use batch::{LocalSlice, Opcode, Peer, TransferRequest, TransferResult};
 use counters::TransferCounters;
 use error::TransferError;
@@ -56,7 +58,8 @@ pub struct EngineConfig {
     pub fabric: Option<Arc<Fabric>>,
     /// Bound of one connection attempt with its handshake.
     pub connect_timeout: Duration,
-    /// Lanes a large transfer is spread over, 1..=16. More than one pays where one TCP stream cannot fill the network.
+    /// Lanes a large transfer is spread over, 1..=16, each with a thread at either end. More than one pays where one thread
+    /// that copies to or from the kernel cannot fill the network, which loopback and fast networks are.
     pub lanes_per_transfer: usize,
     /// Transfers of at least this many bytes to one peer are cut in slices for several lanes.
     pub slice_threshold: u64,
@@ -78,8 +81,9 @@ impl EngineConfig {
             ],
             fabric: None,
             connect_timeout: Duration::from_secs(1),
-            lanes_per_transfer: (cores / 4).clamp(1, 4),
-            slice_threshold: 16 << 20,
+            lanes_per_transfer: if cores == 1 { 1 } else { (cores / 4).clamp(2, 4) },
+            // About a millisecond, of which a thread that is started takes a twentieth.
+            slice_threshold: 4 << 20,
         }
     }
 }
@@ -333,8 +337,12 @@ impl TransferEngine {
         let total: u64 = requests.iter().map(|r| r.length).sum();
         let slice = total.div_ceil(lanes as u64).next_multiple_of(4096);
         let mut pieces: Vec<(usize, TransferRequest)> = Vec::new();
+        // Pieces of each request that have not been heard of.
+        let mut open = Vec::with_capacity(requests.len());
         for (index, r) in requests.iter().enumerate() {
-            pieces.extend(cut(r, slice).into_iter().map(|piece| (index, piece)));
+            let cut = cut(r, slice);
+            open.push(cut.len());
+            pieces.extend(cut.into_iter().map(|piece| (index, piece)));
         }
         let mut loads: Vec<(u64, Vec<(usize, TransferRequest)>)> = vec![(0, Vec::new()); lanes];
         for piece in pieces {
@@ -356,20 +364,39 @@ impl TransferEngine {
             };
             owners.into_iter().zip(outcomes).collect()
         };
-        std::thread::scope(|scope| {
-            let mut loads = loads.into_iter().map(|(_, load)| load);
-            let mine = loads.next().unwrap_or_default();
-            let others: Vec<_> = loads.map(|load| scope.spawn(|| run(load))).collect();
-            let mut outcomes = run(mine);
+        let loads = Mutex::new(loads);
+        let work = || {
+            let mut outcomes = Vec::new();
+            // Not in the loop's head: the lock would be held while the load is carried out.
+            loop {
+                let load = loads.lock().pop();
+                let Some((_, load)) = load else {
+                    return outcomes;
+                };
+                outcomes.extend(run(load));
+            }
+        };
+        let outcomes = std::thread::scope(|scope| {
+            // Without a thread for each, the others carry out more than one.
+            let start = |_| std::thread::Builder::new().spawn_scoped(scope, work).ok();
+            let others: Vec<_> = (1..lanes).filter_map(start).collect();
+            let mut outcomes = work();
             for other in others {
                 outcomes.extend(other.join().unwrap_or_default());
             }
-            for (index, outcome) in outcomes {
-                if results[index].is_ok() {
-                    results[index] = outcome;
-                }
-            }
+            outcomes
         });
+        for (index, outcome) in outcomes {
+            open[index] -= 1;
+            if results[index].is_ok() {
+                results[index] = outcome;
+            }
+        }
+        for (result, open) in results.iter_mut().zip(open) {
+            if open > 0 && result.is_ok() {
+                *result = Err(no_path());
+            }
+        }
         let finishing: Vec<(usize, TransferRequest)> = requests
             .iter()
             .enumerate()

@@ -28,6 +28,9 @@ const SWEEP_EVERY: Duration = Duration::from_secs(10);
 /// How long a peer that could not be reached is not tried again.
 const REST_AFTER_FAILURE: Duration = Duration::from_millis(300);
 
+/// Answers to more than this are slept for: to be woken up is little beside copying that much.
+const WATCHED_BYTES_MAX: u64 = 96 << 10;
+
 /// Who we are towards peers.
 #[derive(Clone, Debug)]
 pub(crate) struct Identity {
@@ -355,7 +358,10 @@ pub(crate) fn receive(
     };
     let socket = lane.socket()?;
     let since = Instant::now();
-    socket.watch(since);
+    let bytes: u64 = requests.iter().map(|r| r.length).sum();
+    if bytes <= WATCHED_BYTES_MAX {
+        socket.watch(since);
+    }
     socket.need(HEADER_BYTES, until).map_err(io)?;
     socket.heard(since);
     let mut head = [0; HEADER_BYTES];
