@@ -81,7 +81,11 @@ impl EngineConfig {
             ],
             fabric: None,
             connect_timeout: Duration::from_secs(1),
-            lanes_per_transfer: if cores == 1 { 1 } else { (cores / 4).clamp(2, 4) },
+            lanes_per_transfer: if cores == 1 {
+                1
+            } else {
+                (cores / 4).clamp(2, 4)
+            },
             // About a millisecond, of which a thread that is started takes a twentieth.
             slice_threshold: 4 << 20,
         }
