@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use super::frame::{self, HEADER_BYTES, Operation, Status};
-use super::socket::{Socket, Timed, Until};
+use super::socket::{self, Socket, Timed, Until};
 use crate::base::clock::time_left;
 use crate::base::handshake::{self, LaneKind, Service};
 use crate::base::id::Id128;
@@ -27,9 +27,6 @@ const LAST_IDLE_MAX: Duration = Duration::from_secs(600);
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
 /// How long a peer that could not be reached is not tried again.
 const REST_AFTER_FAILURE: Duration = Duration::from_millis(300);
-
-/// Answers to more than this are slept for: to be woken up is little beside copying that much.
-const WATCHED_BYTES_MAX: u64 = 96 << 10;
 
 /// Who we are towards peers.
 #[derive(Clone, Debug)]
@@ -359,7 +356,7 @@ pub(crate) fn receive(
     let socket = lane.socket()?;
     let since = Instant::now();
     let bytes: u64 = requests.iter().map(|r| r.length).sum();
-    if bytes <= WATCHED_BYTES_MAX {
+    if bytes <= socket::WATCHED_BYTES_MAX {
         socket.watch(since);
     }
     socket.need(HEADER_BYTES, until).map_err(io)?;

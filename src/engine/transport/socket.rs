@@ -30,6 +30,8 @@ const CALL_BYTES: usize = 1 << 20;
 const VECTOR_MAX: usize = 128;
 /// A wait that takes less than this is over before a thread that went to sleep is running again.
 const DUE: Duration = Duration::from_micros(100);
+/// What comes before or after more than this is slept for: to be woken up is little beside copying that much.
+pub(super) const WATCHED_BYTES_MAX: u64 = 96 << 10;
 /// Threads of this process that wait without sleeping. The page is empty again in a forked child, where none of the threads
 /// that were counted lives.
 fn watching() -> &'static AtomicUsize {

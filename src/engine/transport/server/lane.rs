@@ -20,7 +20,7 @@ use crate::engine::host::{NotifyOrigin, Reach, Segment, SegmentHost};
 use crate::engine::memory::DeviceCopies;
 use crate::engine::transport::frame::{self, HEADER_BYTES, Item, Operation, RequestHeader, Status};
 use crate::engine::transport::rdma::ServedRails;
-use crate::engine::transport::socket::{Socket, Until};
+use crate::engine::transport::socket::{Socket, Until, WATCHED_BYTES_MAX};
 
 /// How long a frame may take from its first byte to its last, per 64 MiB of payload.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
@@ -114,9 +114,12 @@ impl ServedLane<'_> {
     /// Serves frames until the peer closes. A malformed frame is answered and ends the lane: the stream can no longer
     /// be trusted to be in step.
     pub(super) fn serve(&mut self) -> io::Result<()> {
+        let mut is_due = true;
         loop {
             let idle = Instant::now();
-            self.socket.watch(idle);
+            if is_due {
+                self.socket.watch(idle);
+            }
             if !self.socket.need_or_end(1, Until::Idle)? {
                 return Ok(());
             }
@@ -142,8 +145,12 @@ impl ServedLane<'_> {
                 _ => Vec::new(),
             };
             self.find()?;
+            is_due = true;
             match header.operation {
                 Operation::Read => {
+                    // Whoever gets that much has something to do first.
+                    let lengths = self.items.iter().map(|i| i.length);
+                    is_due = lengths.fold(0, u64::saturating_add) <= WATCHED_BYTES_MAX;
                     self.read(&header)?;
                     let times = &self.served.counters.reads[usize::from(self.same_host)];
                     times.observe(start.elapsed().as_nanos() as u64);
