@@ -127,6 +127,21 @@ impl Wish {
     }
 }
 
+/// Any bytes for a prefill's reply: what is shown of it is whole events.
+pub(crate) fn fuzz(input: &[u8]) {
+    let wish = Wish {
+        most: 2,
+        least: 0,
+        usage: true,
+        usage_always: true,
+    };
+    if let Some(first) = First::of(input, wish) {
+        let event = first.event.strip_prefix(b"data: ").unwrap_or_default();
+        let breaks = memchr::memchr_iter(b'\n', event).count();
+        debug_assert!(scan(event).is_ok() && breaks == 2);
+    }
+}
+
 /// Prefill's token, ready to be shown.
 #[derive(Debug)]
 pub(super) struct First {
@@ -152,82 +167,136 @@ fn ids(list: &[u8]) -> Option<(&[u8], u64)> {
     Some((inner, memchr::memchr_iter(b',', inner).count() as u64 + 1))
 }
 
+/// A value as it is written; `null`, and what would break an event's line, count as nothing.
 fn text<'a>(object: &'a [u8], members: &Members, name: &str) -> Option<&'a str> {
     let value = members.get(object, name).filter(|v| *v != b"null")?;
-    std::str::from_utf8(value).ok()
+    let value = std::str::from_utf8(value).ok()?;
+    (!value.contains(['\n', '\r'])).then_some(value)
 }
 
-impl First {
-    /// Reads prefill's reply; `None` when it has no token that can be shown.
-    fn of(reply: &[u8], wish: Wish) -> Option<Self> {
+/// Prefill's reply, as far as the client may see it.
+struct Told<'a> {
+    id: &'a str,
+    created: &'a str,
+    model: &'a str,
+    text: &'a str,
+    is_last: bool,
+    stop: &'a str,
+    print: Option<&'a str>,
+    details: Option<&'a str>,
+    prompt: &'a [u8],
+    tokens: u64,
+    token: &'a [u8],
+}
+
+impl<'a> Told<'a> {
+    /// `None`: it has no token that can be shown.
+    fn of(reply: &'a [u8]) -> Option<Self> {
         let members = scan(reply).ok()?;
-        let of_reply = |name| text(reply, &members, name);
         let choices = members.get(reply, "choices")?;
         let choice = choices.get(elements(choices, 1).ok()?.first()?.clone())?;
         let inner = scan(choice).ok()?;
+        let usage = members.get(reply, "usage").unwrap_or_default();
+        let counts = scan(usage).ok();
+        let of_reply = |name| text(reply, &members, name);
         let of_choice = |name| text(choice, &inner, name);
-
         let said = of_choice("text")?;
         let plain: String = serde_json::from_str(said).ok()?;
-        let reason = of_choice("finish_reason")?;
-        let is_last = match reason {
+        let is_last = match of_choice("finish_reason")? {
             "\"length\"" => false,
             "\"stop\"" => true,
             _ => return None,
         };
-        // A part of a character, or a token that is not shown: what follows would be read otherwise as a prompt's end.
+        // A part of a character, or a token that is not shown: what follows would be read otherwise behind a prompt that
+        // ends so.
         if !is_last && (plain.is_empty() || plain.ends_with('\u{fffd}')) {
             return None;
         }
-        let (before, tokens) = ids(of_choice("prompt_token_ids")?.as_bytes())?;
+        let (prompt, tokens) = ids(of_choice("prompt_token_ids")?.as_bytes())?;
         let (token, 1) = ids(of_choice("token_ids")?.as_bytes())? else {
             return None;
         };
-        let (id, created) = (of_reply("id")?, of_reply("created")?);
-        let model = of_reply("model")?;
-        let head = format!(
+        Some(Self {
+            id: of_reply("id")?,
+            created: of_reply("created")?,
+            model: of_reply("model")?,
+            text: said,
+            is_last,
+            stop: of_choice("stop_reason").unwrap_or("null"),
+            print: of_reply("system_fingerprint"),
+            details: counts.and_then(|c| text(usage, &c, "prompt_tokens_details")),
+            prompt,
+            tokens,
+            token,
+        })
+    }
+
+    /// How every event begins.
+    fn head(&self) -> String {
+        let Self {
+            id, created, model, ..
+        } = self;
+        format!(
             "data: {{\"id\":{id},\"object\":\"text_completion\",\"created\":{created},\"model\":{model},\"choices\":["
-        );
-        let counts = format!(
-            "{{\"prompt_tokens\":{tokens},\"total_tokens\":{},\"completion_tokens\":1",
-            tokens + 1
-        );
-        // vLLM's last event has it.
-        let print = of_reply("system_fingerprint").filter(|_| is_last);
-        let print = print.map_or(String::new(), |p| format!(",\"system_fingerprint\":{p}"));
-        let shown_reason = if is_last { reason } else { "null" };
-        let stop = of_choice("stop_reason").unwrap_or("null");
-        let mut event = format!(
-            "{head}{{\"index\":0,\"text\":{said},\"logprobs\":null,\"finish_reason\":{shown_reason},\"stop_reason\":{stop},\"prompt_token_ids\":null,\"token_ids\":null}}]"
-        );
-        if wish.usage_always {
-            event += &format!(",\"usage\":{counts}}}");
-        }
+        )
+    }
+
+    /// `usage` with its details.
+    fn usage(&self, details: Option<&str>) -> String {
+        let (prompt, all) = (self.tokens, self.tokens.saturating_add(1));
+        let details = details.map_or(String::new(), |d| format!(",\"prompt_tokens_details\":{d}"));
+        format!(
+            ",\"usage\":{{\"prompt_tokens\":{prompt},\"total_tokens\":{all},\"completion_tokens\":1{details}}}"
+        )
+    }
+
+    /// vLLM's last event has it.
+    fn print(&self) -> String {
+        let print = self.print.filter(|_| self.is_last);
+        print.map_or(String::new(), |p| format!(",\"system_fingerprint\":{p}"))
+    }
+
+    fn event(&self, wish: Wish) -> String {
+        let reason = if self.is_last { "\"stop\"" } else { "null" };
+        let (head, text, stop) = (self.head(), self.text, self.stop);
+        let usage = if wish.usage_always {
+            self.usage(None)
+        } else {
+            String::new()
+        };
+        let print = if wish.usage {
+            String::new()
+        } else {
+            self.print()
+        };
+        format!(
+            "{head}{{\"index\":0,\"text\":{text},\"logprobs\":null,\"finish_reason\":{reason},\"stop_reason\":{stop},\"prompt_token_ids\":null,\"token_ids\":null}}]{usage}{print}}}\n\n"
+        )
+    }
+
+    /// What follows when nothing is left to be decoded.
+    fn ending(&self, wish: Wish) -> String {
+        let done = "data: [DONE]\n\n";
         if !wish.usage {
-            event += &print;
+            return done.to_owned();
         }
-        event += "}\n\n";
-        let ending = is_last.then(|| {
-            let usage = members.get(reply, "usage").unwrap_or_default();
-            let details = scan(usage).ok();
-            let details = details.and_then(|u| text(usage, &u, "prompt_tokens_details"));
-            let details =
-                details.map_or(String::new(), |d| format!(",\"prompt_tokens_details\":{d}"));
-            let usage = if wish.usage {
-                format!("{head}],\"usage\":{counts}{details}}}{print}}}\n\n")
-            } else {
-                String::new()
-            };
-            (usage + "data: [DONE]\n\n").into_bytes()
-        });
+        let (head, usage, print) = (self.head(), self.usage(self.details), self.print());
+        format!("{head}]{usage}{print}}}\n\n{done}")
+    }
+}
+
+impl First {
+    /// Reads prefill's reply.
+    fn of(reply: &[u8], wish: Wish) -> Option<Self> {
+        let told = Told::of(reply)?;
         Some(Self {
             wish,
-            event: event.into_bytes(),
-            ending,
-            prompt: [b"[", before, b",", token, b"]"].concat().into(),
-            tokens,
-            id: Bytes::copy_from_slice(id.as_bytes()),
-            created: Bytes::copy_from_slice(created.as_bytes()),
+            event: told.event(wish).into_bytes(),
+            ending: told.is_last.then(|| told.ending(wish).into_bytes()),
+            prompt: [b"[", told.prompt, b",", told.token, b"]"].concat().into(),
+            tokens: told.tokens,
+            id: Bytes::copy_from_slice(told.id.as_bytes()),
+            created: Bytes::copy_from_slice(told.created.as_bytes()),
         })
     }
 

@@ -3,19 +3,24 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use mooncake::proxy::config::{ConnectorKind, ProxyConfig};
+use mooncake::proxy::config::{ConnectorKind, EventsRule, ProxyConfig};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::mock::{Dialect, Worker};
+use crate::publisher::{Publisher, stored};
 use crate::speech::Manner;
 use crate::{Reply, Rig, read_reply, request};
 
 const EARLY: &str = "mooncake_proxy_early_tokens_total";
 
 async fn rig(decode: usize, change: impl FnOnce(&mut ProxyConfig)) -> Rig {
-    let rig = Rig::with(Dialect::Store, 1, decode, |config| {
+    rig_of(1, decode, change).await
+}
+
+async fn rig_of(prefill: usize, decode: usize, change: impl FnOnce(&mut ProxyConfig)) -> Rig {
+    let rig = Rig::with(Dialect::Store, prefill, decode, |config| {
         config.connector = Some(ConnectorKind::Store);
         config.early = true;
         config.debug_headers = true;
@@ -206,7 +211,65 @@ async fn the_token_does_not_wait_for_decode_and_whoever_leaves_leaves_nothing() 
         stream.write_all(&post(&body(""))).await.unwrap();
         events(&mut stream, count).await;
     }
+    // Whenever it is.
+    rig.prefill[0].ttft.store(2000, Ordering::SeqCst);
+    rig.decode[0].ttft.store(2000, Ordering::SeqCst);
+    for pause in 0..60 {
+        let mut stream = TcpStream::connect(&rig.address).await.unwrap();
+        stream.write_all(&post(&body(""))).await.unwrap();
+        tokio::time::sleep(Duration::from_micros(pause * 200)).await;
+    }
     rig.settled().await;
+}
+
+#[tokio::test]
+async fn decode_is_held_back_until_the_pool_has_the_prompt_and_the_token_is_not() {
+    let publisher = Publisher::start().await;
+    let rig = rig(1, |c| {
+        c.barrier = Duration::from_secs(5);
+        c.policy.prefill = "kv";
+        c.kv_events = EventsRule::parse_list(&publisher.port.to_string()).unwrap();
+        c.kv_events[0].instance = Some(c.prefill[0].clone());
+    })
+    .await;
+    publisher.publish(&[stored(&[11, 12], None, &[1, 2, 3, 4, 5, 6, 7, 8], "GPU")]);
+    publisher.publish(&[stored(&[11], None, &[], "EXTERNAL")]);
+    rig.until("a source", async || {
+        rig.get("/status").await.json()["store_barrier"] == "on"
+    })
+    .await;
+    let body = body(r#","prompt":[1,2,3,4,5,6,7,8],"max_tokens":4"#);
+    let mut stream = TcpStream::connect(&rig.address).await.unwrap();
+    stream.write_all(&post(&body)).await.unwrap();
+    let mut text = events(&mut stream, 1).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(rig.decode[0].count(), 0, "the last block is not there");
+    publisher.publish(&[stored(&[12], Some(11), &[], "EXTERNAL")]);
+    text += &events(&mut stream, 4).await;
+    for n in 0..4 {
+        assert!(text.contains(&format!("\" t{n}\"")), "{text}");
+    }
+    assert_eq!(rig.metric("mooncake_proxy_barrier_waits_total").await, 1);
+    let timeouts = rig.metric("mooncake_proxy_barrier_timeouts_total").await;
+    assert_eq!(timeouts, 0);
+}
+
+#[tokio::test]
+async fn the_token_is_the_second_prefill_instances_where_the_first_fails() {
+    let rig = rig_of(2, 1, |_| ()).await;
+    for worker in &rig.prefill {
+        worker.fail(503, 1);
+        let body = body(USAGE);
+        let (text, whole) = payload(&ask(&rig.address, &body).await);
+        let both = [&rig.prefill[0], &rig.prefill[1]];
+        worker.fail(503, 0);
+        let mut wanted = Vec::new();
+        for one in both {
+            wanted.push(alone(one, &body).await);
+        }
+        assert!(whole && wanted.contains(&text), "{text}");
+    }
+    assert_eq!(rig.metric(EARLY).await, 2);
 }
 
 #[tokio::test]
