@@ -2130,7 +2130,7 @@ _mooncake() {
             return 0
             ;;
         mooncake__subcmd__proxy)
-            opts="-m -p -d -h --config --print-config --output --data-parallel-size --bind --port --scheduling --prefill-scheduling --decode-scheduling --connector --kv-events --master --token-file --tokenize --store-barrier --agg --prefill-down --prefill-min-tokens --upstream-auth --admin-key-file --prefill-timeout --first-token-timeout --idle-timeout --client-timeout --queue-timeout --max-inflight --max-queue --max-per-instance --max-handoffs --max-handoffs-per-pair --discover --max-connections --max-body --retries --continue --health-interval --state-file --access-log --debug-headers --trust-kv-params --threads --drain-timeout --log-format --model --prefill --decode --help"
+            opts="-m -p -d -h --config --print-config --output --data-parallel-size --bind --port --scheduling --prefill-scheduling --decode-scheduling --connector --kv-events --master --token-file --tokenize --store-barrier --agg --prefill-down --prefill-min-tokens --upstream-auth --admin-key-file --prefill-timeout --first-token-timeout --idle-timeout --client-timeout --queue-timeout --max-inflight --max-queue --max-per-instance --max-handoffs --max-handoffs-per-pair --discover --max-connections --max-body --retries --continue --early-first-token --health-interval --state-file --access-log --debug-headers --trust-kv-params --threads --drain-timeout --log-format --model --prefill --decode --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2269,6 +2269,10 @@ _mooncake() {
                     return 0
                     ;;
                 --continue)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --early-first-token)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

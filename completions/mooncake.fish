@@ -157,6 +157,7 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-connecti
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l max-body -d 'Largest request body [default: 64MiB]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l retries -d 'Retries per leg, within the retry budget [default: 2]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l continue -d 'When a decode instance dies in a streamed completion, let another go on from what the client has [default: false]' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l early-first-token -d 'Pass prefill\'s token on before decode is asked (streamed /v1/completions through the store) [default: false]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l health-interval -d 'Between health checks [default: 2s]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l state-file -d 'File that remembers added instances across restarts' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand proxy" -l access-log -d 'File for a JSON line per request; - = standard error' -r

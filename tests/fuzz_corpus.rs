@@ -11,6 +11,8 @@ fn proxy(bytes: &[u8]) {
 fn proxy_messages_and_their_neighbours() {
     for text in [
         &br#"{"prompt":"a\"b","max_tokens":5,"stream":true,"stream_options":{"x":[1]}}"#[..],
+        br#"{"id":"c","created":1,"model":"m","choices":[{"text":"a","finish_reason":"stop","prompt_token_ids":[1,2],"token_ids":[3]}],"usage":{"prompt_tokens_details":{"cached_tokens":1}}}"#,
+        b"data: {\"id\":\"c\",\"created\":1,\"usage\":{\"prompt_tokens\":2,\"completion_tokens\":1,\"prompt_tokens_details\":{\"cached_tokens\":1}}}\n\ndata: [DONE]\n\n",
         b"5;a=b\r\nhello\r\n0\r\nx: y\r\n\r\n",
         b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n",

@@ -139,6 +139,7 @@ fn config(r: &Resolved) -> anyhow::Result<ProxyConfig> {
         kv_events: EventsRule::parse_list(r.text("kv-events").unwrap_or_default())
             .map_err(|e| UsageError(format!("--kv-events: {e}")))?,
         resume: r.flag("continue"),
+        early: r.flag("early-first-token"),
         handoffs_max: r.integer("max-handoffs") as usize,
         pair_handoffs_max: r.integer("max-handoffs-per-pair") as usize,
         discover: Discovery::parse_list(r.text("discover").unwrap_or_default())

@@ -255,6 +255,13 @@ pub(super) static SETTINGS: &[Setting] = &[
         "When a decode instance dies in a streamed completion, let another go on from what the client has",
     ),
     Setting::new(
+        "early-first-token",
+        &[],
+        Kind::Flag,
+        "false",
+        "Pass prefill's token on before decode is asked (streamed /v1/completions through the store)",
+    ),
+    Setting::new(
         "health-interval",
         &[],
         Kind::Time(SECOND),

@@ -192,6 +192,8 @@ pub struct ProxyConfig {
     pub tokenize: bool,
     /// Go on with a streamed completion elsewhere when its decode instance dies.
     pub resume: bool,
+    /// Pass prefill's token on before decode is asked, where the store hands over.
+    pub early: bool,
     /// Hand-offs under way per prefill instance; 0 = any number.
     pub handoffs_max: usize,
     /// The same per pair of a prefill and a decode instance.
@@ -243,6 +245,7 @@ impl ProxyConfig {
             kv_events: Vec::new(),
             tokenize: true,
             resume: false,
+            early: false,
             handoffs_max: 0,
             pair_handoffs_max: 0,
             master: None,

@@ -5,7 +5,8 @@ use bytes::{Bytes, BytesMut};
 
 use super::http::chunked::ChunkScanner;
 use super::http::head;
-use super::{kv, list, load, merge, openai, splice, usage};
+use super::seam::Seam;
+use super::{handoff, kv, list, load, merge, openai, splice, usage};
 
 /// Bound of a frame.
 const FRAME_BYTES_MAX: usize = 64 << 20;
@@ -24,6 +25,20 @@ pub fn body(input: &[u8]) {
     if let Some(part) = merge::PromptPart::of(&bytes, true, true) {
         let _ = part.merged_with(&bytes);
     }
+    handoff::early::fuzz(input);
+    let seam = Seam {
+        id: Bytes::from_static(b"\"x\""),
+        created: Bytes::from_static(b"1"),
+        prompt: u64::MAX,
+        before: 1,
+        cached: Some(7),
+    };
+    let mut joined = Vec::new();
+    seam.join(input, &mut joined);
+    let mut again = Vec::new();
+    let before = Seam { before: 0, ..seam };
+    before.join(&joined, &mut again);
+    debug_assert_eq!(joined, again, "what is right stays as it is");
     let mut patched = input.to_vec();
     if usage::patch(&mut patched, 7) {
         let changed = |(a, b): &(&u8, &u8)| a != b;

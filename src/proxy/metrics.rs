@@ -116,6 +116,7 @@ pub(crate) struct Metrics {
     pub(crate) tokenized: Counter,
     pub(crate) usage_merged: Counter,
     pub(crate) continued: Counter,
+    pub(crate) early: Counter,
     pub(crate) barrier_waits: Counter,
     pub(crate) barrier_timeouts: Counter,
     pub(crate) ttft: Histogram,
@@ -265,6 +266,11 @@ pub(crate) fn page(app: &App) -> String {
             "answers_continued",
             "Answers another decode instance went on with",
             &m.continued,
+        ),
+        (
+            "early_tokens",
+            "Answers that began with prefill's token",
+            &m.early,
         ),
         (
             "texts_tokenized",

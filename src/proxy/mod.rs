@@ -3,12 +3,13 @@
 //! A client sees one endpoint; prefill and decode instances come and go behind it. Rooms: [`config`] what it is told;
 //! `http` the wire; `server` a client's connection; `admin` its own answers; `registry`, `breaker`, `health` the instances;
 //! `policy` who gets a request; `client_params` what clients may say of KV; `kv` what their caches hold; `openai` and [`splice`] what is read and changed of a body; `connector` how KV is handed
-//! over; `handoff` a request's way; `relay` the answer's. Depends on `base` alone; knows no command line.
+//! over; `handoff` a request's way; `relay` the answer's, `behind` that of one which begins with prefill's token. Depends on `base` alone; knows no command line.
 
 mod access_log;
 pub mod address;
 mod admin;
 mod admission;
+mod behind;
 mod breaker;
 mod client_params;
 pub mod config;
@@ -35,6 +36,7 @@ mod registry;
 mod relay;
 mod reply;
 mod role;
+mod seam;
 mod server;
 pub mod splice;
 mod state_file;

@@ -45,7 +45,7 @@ pub(crate) struct Asked<'a> {
 
 /// How the body is framed for the client.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Framing {
+pub(super) enum Framing {
     /// As it came.
     Same,
     /// Payload in chunks of our own.
@@ -64,7 +64,7 @@ fn framing(body: &BodyScanner, http11: bool, hides: bool) -> Framing {
     }
 }
 
-fn line(head: &mut Vec<u8>, name: &[u8], value: &[u8]) {
+pub(super) fn line(head: &mut Vec<u8>, name: &[u8], value: &[u8]) {
     for part in [name, b": ", value, b"\r\n"] {
         head.extend_from_slice(part);
     }
@@ -104,19 +104,7 @@ fn head_of(
         line(&mut head, b"x-request-id", asked.request_id.as_bytes());
     }
     if asked.debug_headers {
-        for (name, instance) in [
-            ("x-mooncake-prefill", &route.prefill),
-            ("x-mooncake-decode", &route.decode),
-        ] {
-            if let Some(instance) = instance {
-                line(&mut head, name.as_bytes(), instance.name.as_bytes());
-            }
-        }
-        line(
-            &mut head,
-            b"x-mooncake-route-reason",
-            route.reason.as_bytes(),
-        );
+        debug_lines(&mut head, route);
     }
     match (framing, &reply.body) {
         (Framing::Same, BodyScanner::Length(0))
@@ -136,7 +124,20 @@ fn head_of(
     head
 }
 
-fn recode(out: &mut Vec<u8>, data: &[u8], framing: Framing) {
+/// Which way a request went.
+pub(super) fn debug_lines(head: &mut Vec<u8>, route: &Route) {
+    for (name, instance) in [
+        ("x-mooncake-prefill", &route.prefill),
+        ("x-mooncake-decode", &route.decode),
+    ] {
+        if let Some(instance) = instance {
+            line(head, name.as_bytes(), instance.name.as_bytes());
+        }
+    }
+    line(head, b"x-mooncake-route-reason", route.reason.as_bytes());
+}
+
+pub(super) fn recode(out: &mut Vec<u8>, data: &[u8], framing: Framing) {
     if data.is_empty() {
         return;
     }
@@ -151,7 +152,14 @@ fn recode(out: &mut Vec<u8>, data: &[u8], framing: Framing) {
 
 /// The event a client finds at the end of a stream that was broken off.
 fn cut_event(framing: Framing) -> Vec<u8> {
-    let object = error_object(502, "the decode instance broke off its answer");
+    error_event(
+        &error_object(502, "the decode instance broke off its answer").to_string(),
+        framing,
+    )
+}
+
+/// The same with another error.
+pub(super) fn error_event(object: &str, framing: Framing) -> Vec<u8> {
     let event = format!("\n\ndata: {object}\n\n");
     let mut out = Vec::new();
     let framing = if framing == Framing::Same {
@@ -436,7 +444,12 @@ pub(crate) async fn relay(
     }
 }
 
-fn finish(mut answer: Box<Answer>, asked: &Asked<'_>, framing: Framing, written: bool) -> Ended {
+pub(super) fn finish(
+    mut answer: Box<Answer>,
+    asked: &Asked<'_>,
+    framing: Framing,
+    written: bool,
+) -> Ended {
     if answer.head.status < 500 {
         answer.leg.succeeded();
     }

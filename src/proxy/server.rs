@@ -13,6 +13,7 @@ use super::App;
 use super::access_log::Record;
 use super::admin;
 use super::admission::{Claim, Refusal};
+use super::behind;
 use super::client_params;
 use super::config::{Role, UpstreamAuth};
 use super::handoff::{self, Job, Owner, Route, Served};
@@ -171,6 +172,11 @@ async fn answer(
                     answer.head.status,
                     relay::relay(app, client, answer, &asked, bodiless).await,
                 )
+            }
+            Served::Early(early) => {
+                let ended;
+                (ended, route) = behind::relay(app, client, early, &asked).await;
+                (200, ended)
             }
             Served::Gone => (499, Ended::ClientGone),
         },

@@ -26,15 +26,20 @@ pub(crate) enum Cached {
 }
 
 impl Cached {
+    /// The count, if it is known now.
+    pub(crate) fn known(&self) -> Option<u64> {
+        match self {
+            Self::Known(count) => Some(*count),
+            Self::Late(_) => None,
+        }
+    }
+
     /// The count; waits a moment for one that is on its way. Cancel-safe.
     pub(crate) async fn count(&mut self) -> Option<u64> {
         if let Self::Late(told) = self {
             *self = Self::Known(timeout(LATE_MAX, told).await.ok()?.ok()?);
         }
-        match self {
-            Self::Known(count) => Some(*count),
-            Self::Late(_) => None,
-        }
+        self.known()
     }
 }
 

@@ -73,7 +73,7 @@ impl HandOff {
                 return Ok((conn, reply, Vec::new()));
             }
             let mut kept = Vec::new();
-            let kept_max = if pins || self.asks_of_prompt() {
+            let kept_max = if pins || self.asks_of_prompt() || self.wish.is_some() {
                 PREFILL_REPLY_MAX
             } else {
                 USAGE_REPLY_MAX
@@ -236,7 +236,9 @@ impl HandOff {
             Ok((conn, head)) if head.status < 300 => {
                 let mut leg = leg;
                 leg.forget_tokens();
-                self.app.metrics.ttft.record(self.job.arrived.elapsed());
+                if !self.is_begun {
+                    self.app.metrics.ttft.record(self.job.arrived.elapsed());
+                }
                 Tried::Answer(Box::new(Answer {
                     conn,
                     head,

@@ -8,6 +8,7 @@ mod answers;
 mod at_once;
 mod barrier;
 mod batch;
+pub(crate) mod early;
 mod leg;
 mod one_after_the_other;
 mod paired;
@@ -41,6 +42,7 @@ use super::registry::{Instance, Leg};
 use super::reply::LocalReply;
 use super::splice::{Edit, Members, Pieces};
 use super::usage::Cached;
+use early::{Early, First, Wish};
 use leg::Failure;
 use resume::Resume;
 
@@ -132,6 +134,8 @@ pub(crate) enum Served {
     Local(LocalReply),
     /// A worker answers.
     Answer(Box<Answer>),
+    /// Prefill's token is to be passed on, and decode has yet to be asked.
+    Early(Box<Early>),
     /// The client has gone and everything is released.
     Gone,
 }
@@ -142,7 +146,7 @@ impl Served {
         match self {
             Self::Answer(answer) => answer.head.status >= 300,
             Self::Local(_) => true,
-            Self::Gone => false,
+            Self::Early(_) | Self::Gone => false,
         }
     }
 
@@ -231,6 +235,11 @@ struct HandOff {
     known: OnceLock<Option<Known>>,
     /// Any decode instance could go on with the answer.
     resumable: bool,
+    /// The client has its first token.
+    is_begun: bool,
+    /// What prefill's token must serve for, where it is to be shown; and the token.
+    wish: Option<Wish>,
+    first: Option<Box<First>>,
 }
 
 /// Carries a request out up to the first byte of its answer.
@@ -256,7 +265,9 @@ pub(crate) async fn run(app: Arc<App>, job: Arc<Job>, owner: Arc<Owner>) -> Serv
     app.metrics.queue.record(waited.elapsed());
     let mut handoff = HandOff::new(app, job, owner);
     let mut served = handoff.carry_out().await;
-    if let Served::Answer(answer) = &mut served {
+    if let Served::Early(early) = &mut served {
+        early.place = Some(place);
+    } else if let Served::Answer(answer) = &mut served {
         answer._place = Some(place);
         if handoff.resumable {
             answer.resume = Resume::of(&handoff);
@@ -286,6 +297,9 @@ impl HandOff {
             alike: None,
             known: OnceLock::new(),
             resumable: false,
+            is_begun: false,
+            wish: None,
+            first: None,
         }
     }
 

@@ -35,6 +35,10 @@ impl HandOff {
                 return Served::Gone;
             }
             let Some(params) = params else {
+                decode = match self.begin(decode, &from, started) {
+                    Ok(early) => return early,
+                    Err(leg) => leg,
+                };
                 decode = match self.still_usable(decode, &from).await {
                     Ok(leg) => leg,
                     Err(served) => return served,
@@ -124,6 +128,7 @@ impl HandOff {
             };
             let mut edits = connector::prefill_edits(limit);
             self.prompt_edits(kind, &mut edits);
+            self.token_edits(kind, &mut edits);
             // Of an instance that is not known yet the reply tells: with parameters it is nixl, without store.
             let pins = kind != Some(ConnectorKind::Store);
             if pins {
@@ -137,6 +142,7 @@ impl HandOff {
                     let reply = Bytes::from(reply);
                     let params = pins.then(|| nixl::params(&reply)).flatten();
                     self.told = self.prompt_part(&reply);
+                    self.first_token(&reply);
                     let told = self.told_counts(&reply);
                     self.cached = told.cached.map(Cached::Known);
                     self.learn_if_wrong(&instance, uncached, told);

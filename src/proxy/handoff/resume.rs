@@ -23,7 +23,7 @@ const TEXT_BYTES_MAX: usize = 1 << 20;
 /// Longest event.
 const EVENT_BYTES_MAX: usize = 64 << 10;
 /// vLLM's bound where a completion names none.
-const TOKENS_DEFAULT: u64 = 16;
+pub(super) const TOKENS_DEFAULT: u64 = 16;
 /// Fields under which the second half is what the first would have been: nothing that looks at the output's beginning.
 const FIELDS: &[&str] = &[
     "model",
@@ -107,6 +107,23 @@ impl Resume {
         let event = &mut self.event;
         let scanned = self.scanner.advance(piece, |d| event.extend_from_slice(d));
         self.over = scanned.is_err();
+        self.follow();
+    }
+
+    /// The same without framing.
+    pub(crate) fn passed_events(&mut self, events: &[u8]) {
+        if !self.over {
+            self.event.extend_from_slice(events);
+            self.follow();
+        }
+    }
+
+    /// Tokens the client has.
+    pub(crate) fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    fn follow(&mut self) {
         while let Some(end) = memchr::memmem::find(&self.event, b"\n\n") {
             let event: Vec<u8> = self.event.drain(..end + 2).collect();
             self.said(&event);
@@ -181,6 +198,7 @@ impl Resume {
         }
         let body = self.rest()?;
         let mut handoff = HandOff::new(app.clone(), self.job.clone(), Arc::default());
+        handoff.is_begun = true;
         let mut attempts = Attempts::default();
         while handoff.may_retry(&mut attempts, "decode", Cause::Lost) {
             let with = self.prefill.as_deref();

@@ -9,6 +9,7 @@ mod conductor;
 mod connectors;
 mod control;
 mod discovery;
+mod early;
 mod events;
 mod faults;
 mod kinds;
@@ -20,6 +21,7 @@ mod process;
 mod publisher;
 mod registered;
 mod roles;
+mod speech;
 mod ways;
 
 use std::sync::Arc;

@@ -11,7 +11,10 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::speech::{Manner, Speech};
+
 pub(crate) const MODEL: &str = "org/mock-model";
+const STREAM_HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Dialect {
@@ -101,6 +104,8 @@ pub(crate) struct Worker {
     pub(crate) refuses: Mutex<Option<String>>,
     /// Its events have choices with text, as completions have.
     pub(crate) speaks: AtomicBool,
+    /// Completions are vLLM's to the byte.
+    pub(crate) manner: Mutex<Option<Manner>>,
     /// Requests whose id named no pair, which such an engine does not survive.
     pub(crate) astray: AtomicUsize,
     task: Mutex<Option<tokio::task::JoinHandle<()>>>,
@@ -163,6 +168,7 @@ impl Worker {
             in_chunks: AtomicBool::new(false),
             refuses: Mutex::default(),
             speaks: AtomicBool::new(false),
+            manner: Mutex::default(),
             astray: AtomicUsize::new(0),
             task: Mutex::default(),
         });
@@ -368,6 +374,10 @@ impl Worker {
         if ttft > 0 {
             tokio::time::sleep(Duration::from_micros(ttft)).await;
         }
+        let manner = self.manner.lock().unwrap().clone();
+        if let Some(manner) = manner.filter(|_| seen.path.starts_with("/v1/completions")) {
+            return self.speak(out, &manner, seen).await;
+        }
         let tokens = body["prompt"].as_str().map_or(5, |p| p.len() / 4 + 1);
         let mut answer = json!({"id": "cmpl-1", "choices": [{"index": 0, "text": " tok"}], "usage": {"prompt_tokens": tokens}});
         told_of_prompt(body, &mut answer);
@@ -415,8 +425,7 @@ impl Worker {
             );
             return out.write_all((head + &text).as_bytes()).await;
         }
-        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n";
-        out.write_all(head.as_bytes()).await?;
+        out.write_all(STREAM_HEAD.as_bytes()).await?;
         let drop_after = self.drop_after.load(Ordering::SeqCst);
         for n in 0..count {
             let itl = self.itl.load(Ordering::SeqCst);
@@ -442,6 +451,55 @@ impl Worker {
             out.write_all(chunk.as_bytes()).await?;
         }
         out.write_all(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n").await
+    }
+
+    /// As [`Speech`] says.
+    async fn speak(
+        &self,
+        out: &mut tokio::net::tcp::WriteHalf<'_>,
+        manner: &Manner,
+        seen: &Seen,
+    ) -> std::io::Result<()> {
+        let whole = |status: &str, text: &str| {
+            let length = text.len();
+            format!(
+                "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{text}"
+            )
+        };
+        let speech = match Speech::of(manner, seen) {
+            Ok(speech) => speech,
+            Err(message) => {
+                let error = json!({"error": {"message": message, "code": 400}}).to_string();
+                return out
+                    .write_all(whole("400 Bad Request", &error).as_bytes())
+                    .await;
+            }
+        };
+        if seen.body["stream"] != true {
+            return out
+                .write_all(whole("200 OK", &speech.whole()).as_bytes())
+                .await;
+        }
+        out.write_all(STREAM_HEAD.as_bytes()).await?;
+        let drop_after = self.drop_after.load(Ordering::SeqCst);
+        for n in 0..speech.count() {
+            let itl = self.itl.load(Ordering::SeqCst);
+            if n > 0 && itl > 0 {
+                tokio::time::sleep(Duration::from_micros(itl)).await;
+            }
+            if drop_after > 0 && n as usize >= drop_after {
+                out.write_all(b"1f\r\ndata: {\"half").await?;
+                return Err(std::io::ErrorKind::ConnectionReset.into());
+            }
+            let event = speech.event(n);
+            let chunk = format!("{:x}\r\n{event}\r\n", event.len());
+            out.write_all(chunk.as_bytes()).await?;
+        }
+        for event in speech.ending() {
+            let chunk = format!("{:x}\r\n{event}\r\n", event.len());
+            out.write_all(chunk.as_bytes()).await?;
+        }
+        out.write_all(b"0\r\n\r\n").await
     }
 
     async fn in_pieces(
