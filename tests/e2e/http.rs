@@ -234,13 +234,42 @@ fn metrics_follow_what_happens() {
 }
 
 #[test]
+fn a_master_that_rebuilds_does_not_call_a_key_absent() {
+    let mut pool = Pool::start(1, "32MiB", &["--recovery-grace", "20s"]);
+    put(&pool.client(), "a", b"value").unwrap();
+    pool.nodes[0].signal("-STOP");
+    pool.restart_master();
+    let at = pool.address.as_str();
+    assert_eq!(json(at, "/health")["service_ready"], false);
+    let (status, text) = request(at, "GET", "/query_key?key=a");
+    assert!(
+        status == 503 && text.contains("UNAVAILABLE_IN_CURRENT_STATUS"),
+        "{status} {text}"
+    );
+    let several = json(at, "/batch_query_keys?keys=a");
+    assert_eq!(
+        several["data"]["a"]["error"],
+        "UNAVAILABLE_IN_CURRENT_STATUS"
+    );
+    let (_, summary) = request(at, "GET", "/metrics/summary");
+    assert!(summary.contains("service_ready=false"), "{summary}");
+    pool.nodes[0].signal("-CONT");
+    let found = || request(at, "GET", "/query_key?key=a").0 == 200;
+    eventually("the node brings it", Duration::from_secs(15), found);
+}
+
+#[test]
 fn upstreams_admin_endpoints() {
     let pool = Pool::start(1, "32MiB", &[]);
     let at = pool.address.as_str();
     put(&pool.client(), "a", b"value").unwrap();
-    let health = json(at, "/health");
-    assert_eq!(health["status"], "ok");
-    assert_eq!(health["service_ready"], true);
+    let ready = || json(at, "/health")["service_ready"] == true;
+    eventually(
+        "the grace after the start is over",
+        Duration::from_secs(5),
+        ready,
+    );
+    assert_eq!(json(at, "/health")["status"], "ok");
     let (_, summary) = request(at, "GET", "/metrics/summary");
     assert!(summary.contains("Keys: 1"), "{summary}");
     let several = json(at, "/batch_query_keys?keys=a,b");
