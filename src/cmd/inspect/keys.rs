@@ -155,7 +155,7 @@ pub(super) fn keys(matches: &ArgMatches, output: Output) -> anyhow::Result<ExitS
     Ok(ExitStatus::Ok)
 }
 
-/// Versions exceed what some JSON readers hold, and come as text or number.
+/// Versions come as text; from a master of an earlier release as a number.
 fn version(key: &Value) -> u64 {
     match key.get("version") {
         Some(Value::String(text)) => text.parse().unwrap_or(0),

@@ -27,7 +27,7 @@ fn object_json(object: &Object, now: Millis) -> Option<Value> {
     map.insert("tenant".to_owned(), tenant.into());
     set_key(&mut map, bytes);
     map.insert("size_bytes".to_owned(), object.size.into());
-    map.insert("version".to_owned(), object.version.into());
+    map.insert("version".to_owned(), object.version.to_string().into());
     map.insert("replicas".to_owned(), object.replicas.len().into());
     let lease = object.leased_until().since(now);
     map.insert("lease_left_ms".to_owned(), lease.into());

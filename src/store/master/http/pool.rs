@@ -267,7 +267,7 @@ async fn one_key(State(master): Shared, Query(params): Params) -> Response {
     map.insert("tenant".to_owned(), tenant.into());
     set_key(&mut map, &bytes);
     let rest = json!({
-        "size_bytes": d.size_bytes, "version": d.version, "checksum": d.has_checksum.then_some(d.checksum),
+        "size_bytes": d.size_bytes, "version": d.version.to_string(), "checksum": d.has_checksum.then_some(d.checksum),
         "lease_left_ms": d.lease_left_ms, "soft_pin_left_ms": d.soft_pin_left_ms, "hard_pin": d.hard_pin,
         "group": d.group, "data_type": d.data_type, "replicas": replicas,
     });
