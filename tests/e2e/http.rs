@@ -409,6 +409,13 @@ fn the_pool_as_json() {
     assert_eq!(one["hard_pin"], true);
     assert_eq!(one["replicas"].as_array().unwrap().len(), 2);
     assert_eq!(json(at, "/api/v1/key?key_hex=70696e6e6564"), one);
+    // Versions are larger than a browser's numbers: text, and everywhere the same.
+    let version = one["version"].as_str().unwrap();
+    assert!(version.parse::<u64>().unwrap() > 1 << 53, "{version}");
+    let listed = json(at, "/api/v1/keys?prefix=pinned");
+    assert_eq!(listed["keys"][0]["version"], version);
+    let told = json(at, "/api/v1/events?limit=1");
+    assert_eq!(told["events"][0]["version"], version);
     assert_eq!(request(at, "GET", "/api/v1/key?key=absent").0, 404);
     assert_eq!(request(at, "GET", "/api/v1/key").0, 400);
     let tenants = json(at, "/api/v1/tenants");
@@ -491,6 +498,16 @@ fn slow_operations_are_logged_with_their_waits() {
     assert!(fields["key"].as_str().unwrap().starts_with('k'));
     let ms = |name: &str| fields[name].as_str().unwrap().parse::<f64>().unwrap();
     assert!(ms("waited_for_space_ms") > 40.0 && ms("took_ms") >= ms("waited_for_space_ms"));
+    assert!(ms("rest_ms") < 0.5 * ms("took_ms"), "{fields}");
+    let failed = slow
+        .iter()
+        .map(|s| &s["fields"])
+        .find(|f| f["failed_items"] == 1);
+    let failed = failed.expect("the put that found no place");
+    assert_eq!(
+        (&failed["items"], &failed["error"]),
+        (&1.into(), &"NO_AVAILABLE_HANDLE".into())
+    );
 }
 
 fn rand_key() -> u64 {
