@@ -16,7 +16,7 @@ use super::{Params, Shared, invalid};
 use crate::base::clock::Millis;
 use crate::store::model::key;
 
-fn object_json(object: &Object, now: Millis) -> Option<Value> {
+fn object_json(master: &Master, object: &Object, now: Millis) -> Option<Value> {
     let (tenant, bytes) = key::split(&object.key)?;
     let mut map = Map::new();
     let tenant = if tenant.is_empty() {
@@ -31,6 +31,9 @@ fn object_json(object: &Object, now: Millis) -> Option<Value> {
     map.insert("replicas".to_owned(), object.replicas.len().into());
     let lease = object.leased_until().since(now);
     map.insert("lease_left_ms".to_owned(), lease.into());
+    let unread = now.since(master.state.last_read(object));
+    map.insert("unread_ms".to_owned(), unread.into());
+    map.insert("was_read".to_owned(), object.read.into());
     map.insert("hard_pin".to_owned(), object.hard_pin.into());
     let soft = object.soft_pin_until.since(now);
     map.insert("soft_pin_left_ms".to_owned(), soft.into());
@@ -71,7 +74,7 @@ fn sorted(
             }
             best.pop();
         }
-        best.extend(object_json(object, now).map(|v| (rank, v.to_string())));
+        best.extend(object_json(master, object, now).map(|v| (rank, v.to_string())));
         false
     });
     let best = best.into_sorted_vec();
@@ -137,7 +140,7 @@ async fn unsorted(master: Arc<Master>, filter: Filter, cursor: &str, limit: usiz
         let next = master.state.walk(cursor, limit, |object| {
             let take = wanted(&filter, object);
             if take {
-                objects.extend(object_json(object, now));
+                objects.extend(object_json(&master, object, now));
             }
             take
         });
