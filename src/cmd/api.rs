@@ -15,6 +15,9 @@ use crate::store::model::error::StoreError;
 /// Most bytes of one answer.
 const ANSWER_MAX: u64 = 64 << 20;
 
+/// Pages of 1,000 items of one listing.
+const PAGES_MAX: usize = 100;
+
 /// One master's HTTP.
 pub(super) struct Api {
     agent: ureq::Agent,
@@ -86,6 +89,28 @@ impl Api {
         }
         let reply = request.call().map_err(|e| self.unreachable(said(&e)))?;
         self.answer(reply)
+    }
+
+    /// A listing with all its pages together under `field`. `next_cursor` is null unless that is not all.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub(super) fn all(&self, listing: &str, field: &str) -> Result<Value, StoreError> {
+        let mut whole = self.get(&format!("{listing}?limit=1000"))?;
+        for _ in 1..PAGES_MAX {
+            let next = text(&whole, "next_cursor").to_owned();
+            if next.is_empty() {
+                break;
+            }
+            let mut more = self.get(&format!("{listing}?limit=1000&cursor={next}"))?;
+            whole["next_cursor"] = more["next_cursor"].take();
+            if let (Some(all), Value::Array(more)) =
+                (whole[field].as_array_mut(), more[field].take())
+            {
+                all.extend(more);
+            }
+        }
+        Ok(whole)
     }
 
     /// `POST /api/v1/PATH`.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use mooncake::engine::transport::TransportKind;
 use mooncake::store::client::{ClientConfig, PoolClient, PutOptions};
 
 use crate::pool::{Pool, eventually};
@@ -435,6 +436,45 @@ fn the_pool_as_json() {
     assert_eq!(shown.len(), 3);
     assert_eq!(shown[2]["key"], "pinned");
     assert_eq!(events["next_seq"], 252);
+    for n in 0..7 {
+        crate::quotas::tenant(&pool, &format!("t{n}"), &[TransportKind::Tcp])
+            .put_bytes(b"k", b"v", &PutOptions::default())
+            .unwrap();
+    }
+    let counted = || {
+        json(at, "/api/v1/tenants")["tenants"]
+            .as_array()
+            .map(Vec::len)
+            == Some(8)
+    };
+    eventually("all are counted", Duration::from_secs(10), counted);
+    for (listing, name, count) in [
+        ("tenants", "tenant", 8),
+        ("nodes", "node", 2),
+        ("segments", "name", 2),
+    ] {
+        let (mut seen, mut cursor) = (Vec::new(), String::new());
+        loop {
+            let page = json(at, &format!("/api/v1/{listing}?limit=3{cursor}"));
+            let items = page[listing].as_array().unwrap();
+            assert!(items.len() <= 3, "{listing}");
+            seen.extend(items.iter().map(|i| i[name].as_str().unwrap().to_owned()));
+            let Some(next) = page["next_cursor"].as_str() else {
+                break;
+            };
+            cursor = format!("&cursor={next}");
+        }
+        let all: BTreeSet<&String> = seen.iter().collect();
+        assert_eq!(
+            (all.len(), seen.len()),
+            (count, count),
+            "{listing}: {seen:?}"
+        );
+        assert_eq!(
+            request(at, "GET", &format!("/api/v1/{listing}?cursor=x")).0,
+            400
+        );
+    }
 }
 
 #[test]

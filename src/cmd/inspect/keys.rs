@@ -353,7 +353,7 @@ fn show_history(history: &History) -> std::io::Result<()> {
 }
 
 pub(super) fn tenants(matches: &ArgMatches, output: Output) -> anyhow::Result<()> {
-    let answer = Api::new(matches)?.get("tenants?limit=1000")?;
+    let answer = Api::new(matches)?.all("tenants", "tenants")?;
     if output == Output::Json {
         print::json(&answer)?;
         return Ok(());

@@ -5,6 +5,7 @@ mod census;
 mod drain;
 mod history;
 mod keys;
+mod page;
 mod pool;
 mod quotas;
 
