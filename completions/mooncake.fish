@@ -304,13 +304,13 @@ complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_se
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -l count -d 'End after so many times' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from segments" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l prefix -d 'Only keys that begin so' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l sort -d 'size: largest first; heat: read last first (by lease); age: written first first (by version)' -r -f -a "none\t''
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l sort -d 'size: largest first; heat: read last first, what nobody has read at the end; age: written first first (by version)' -r -f -a "none\t''
 key\t''
 size\t''
 heat\t''
 age\t''"
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l limit -d 'Keys of one page' -r
-complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l cursor -d 'Go on where the last page ended (not with heat and age, which show one page)' -r
+complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l cursor -d 'Go on where the last page ended (not with heat and age, which have one page)' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l master -d 'Master [default: from mooncake.json or MOONCAKE_MASTER, else 127.0.0.1:50051]' -r
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l config -d 'mooncake.json [default: MOONCAKE_CONFIG_PATH, else ./mooncake.json if it is there]' -r -F
 complete -c mooncake -n "__fish_mooncake_using_subcommand inspect; and __fish_seen_subcommand_from keys" -l token-file -d 'File with the cluster token (or MOONCAKE_TOKEN)' -r

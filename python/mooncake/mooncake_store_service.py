@@ -40,6 +40,8 @@ from mooncake.mooncake_config import MooncakeConfig, _parse_bool, _parse_segment
 
 KEY_NOT_FOUND = -704
 OBJECT_HAS_LEASE = -706
+INVALID_KEY = -400
+INVALID_PARAMS = -600
 # aiohttp's default pattern leaves out keys with braces.
 KEY = "{key:[^/]+}"
 # Keys of a page.
@@ -201,7 +203,8 @@ class MooncakeStoreService:
     async def _store_value(self, key, value):
         code = await self._data("put", key, value)
         if code != 0:
-            raise _Refused(500, "PUT operation failed", ret=code)
+            status = 400 if code in (INVALID_KEY, INVALID_PARAMS) else 500
+            raise _Refused(status, "PUT operation failed", ret=code)
         return _success()
 
     @_answers
@@ -308,6 +311,8 @@ class MooncakeStoreService:
     async def handle_remove(self, request):
         force = request.query.get("force", "").lower() in ("1", "true", "yes")
         code = await self._data("remove", request.match_info["key"], force)
+        if code == KEY_NOT_FOUND:
+            raise _Refused(404, "Key not found", ret=code)
         if code == OBJECT_HAS_LEASE:
             raise _Refused(409, "the object is leased by a reader: try later, or with ?force=true", ret=code)
         if code != 0:

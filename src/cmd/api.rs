@@ -15,6 +15,9 @@ use crate::store::model::error::StoreError;
 /// Most bytes of one answer.
 const ANSWER_MAX: u64 = 64 << 20;
 
+/// Pages of 1,000 items of one listing.
+const PAGES_MAX: usize = 100;
+
 /// One master's HTTP.
 pub(super) struct Api {
     agent: ureq::Agent,
@@ -84,8 +87,30 @@ impl Api {
         if let Some(token) = &self.token {
             request = request.header("authorization", token.bearer());
         }
-        let reply = request.call().map_err(|e| self.unreachable(e))?;
+        let reply = request.call().map_err(|e| self.unreachable(said(&e)))?;
         self.answer(reply)
+    }
+
+    /// A listing with all its pages together under `field`. `next_cursor` is null unless that is not all.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub(super) fn all(&self, listing: &str, field: &str) -> Result<Value, StoreError> {
+        let mut whole = self.get(&format!("{listing}?limit=1000"))?;
+        for _ in 1..PAGES_MAX {
+            let next = text(&whole, "next_cursor").to_owned();
+            if next.is_empty() {
+                break;
+            }
+            let mut more = self.get(&format!("{listing}?limit=1000&cursor={next}"))?;
+            whole["next_cursor"] = more["next_cursor"].take();
+            if let (Some(all), Value::Array(more)) =
+                (whole[field].as_array_mut(), more[field].take())
+            {
+                all.extend(more);
+            }
+        }
+        Ok(whole)
     }
 
     /// `POST /api/v1/PATH`.
@@ -105,7 +130,7 @@ impl Api {
         let request = request.header("content-type", "application/json");
         let reply = request
             .send(body.to_string())
-            .map_err(|e| self.unreachable(e))?;
+            .map_err(|e| self.unreachable(said(&e)))?;
         self.answer(reply)
     }
 
@@ -120,7 +145,7 @@ impl Api {
             .with_config()
             .limit(ANSWER_MAX)
             .read_to_string()
-            .map_err(|e| self.unreachable(e))?;
+            .map_err(|e| self.unreachable(said(&e)))?;
         let value: Option<Value> = serde_json::from_str(&text).ok();
         match (status, value) {
             (200, Some(Value::Object(fields))) if !fields.is_empty() => Ok(Value::Object(fields)),
@@ -136,10 +161,27 @@ impl Api {
             }
             (status, value) => {
                 let said = value.as_ref().and_then(|v| v.get("error_message"));
-                let said = said.and_then(Value::as_str).unwrap_or("no reason given");
+                // What guards the port answers in plain text.
+                let plain = text.lines().next().filter(|l| !l.is_empty());
+                let said = said.and_then(Value::as_str).or(plain);
+                let said = said.unwrap_or("no reason given");
                 Err(self.unreachable(format!("HTTP {status}: {said}")))
             }
         }
+    }
+}
+
+/// What kept a request from being answered, in words that say what to look at.
+fn said(error: &ureq::Error) -> String {
+    match error {
+        ureq::Error::Timeout(ureq::Timeout::Connect) => "it takes no connection in time".to_owned(),
+        ureq::Error::Timeout(_) => "it does not answer in time".to_owned(),
+        ureq::Error::HostNotFound => "no such name".to_owned(),
+        ureq::Error::Protocol(_) => {
+            "what it answers is no HTTP: another program listens there".to_owned()
+        }
+        ureq::Error::Io(error) => error.to_string(),
+        other => other.to_string(),
     }
 }
 

@@ -120,7 +120,7 @@ fn begin(api: &Api, matches: &ArgMatches) -> anyhow::Result<String> {
         all.map_or_else(Vec::new, |all| all.cloned().collect())
     };
     // A node's name stands for its segments.
-    let known = api.get("segments")?;
+    let known = api.all("segments", "segments")?;
     let mut segments = Vec::new();
     for name in names("segments") {
         let of = |s: &&Value| text(s, "name") == name || text(s, "node") == name;

@@ -89,9 +89,12 @@ impl IntoResponse for Problem {
                     StoreError::NotFound | StoreError::SegmentNotFound => StatusCode::NOT_FOUND,
                     StoreError::Exists => StatusCode::PRECONDITION_FAILED,
                     StoreError::Leased => StatusCode::CONFLICT,
-                    StoreError::NoSpace { .. } | StoreError::NoNode => {
-                        StatusCode::INSUFFICIENT_STORAGE
-                    }
+                    // Also a tenant's quota that is used up.
+                    StoreError::NoSpace { .. }
+                    | StoreError::NoNode
+                    | StoreError::Refused { code: -1700, .. } => StatusCode::INSUFFICIENT_STORAGE,
+                    // A tenant that has no quota, where each needs one.
+                    StoreError::Refused { code: -1701, .. } => StatusCode::FORBIDDEN,
                     StoreError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
                     StoreError::InvalidKey { .. } | StoreError::InvalidParams { .. } => {
                         StatusCode::BAD_REQUEST

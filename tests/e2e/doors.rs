@@ -249,3 +249,111 @@ fn logs_are_json_when_told_so_and_as_much_as_asked_for() {
     let lines = logged("error", "text");
     assert!(lines.is_empty(), "{lines:?}");
 }
+
+/// Until the other side closes; `None`: not within `limit`.
+fn closed_after(stream: &mut std::net::TcpStream, limit: Duration) -> Option<Duration> {
+    use std::io::Read;
+    let begun = std::time::Instant::now();
+    stream.set_read_timeout(Some(limit)).unwrap();
+    let mut bytes = [0; 4096];
+    loop {
+        match stream.read(&mut bytes) {
+            Ok(0) => return Some(begun.elapsed()),
+            Ok(_) if begun.elapsed() < limit => {}
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => {
+                return Some(begun.elapsed());
+            }
+            _ => return None,
+        }
+    }
+}
+
+#[test]
+fn nobody_keeps_the_master_waiting() {
+    use std::io::Write;
+    let pool = Pool::start(1, "16MiB", &[]);
+    let limit = Duration::from_secs(45);
+    let quota = "PUT /api/v1/tenant_quotas?tenant_id=a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{";
+    let cases: &[(&str, &[u8])] = &[
+        ("nothing", b""),
+        ("half of what a lane says", b"MKL"),
+        ("half of what HTTP/2 says", b"PRI * HT"),
+        ("half a request line", b"GET /hea"),
+        (
+            "half a head",
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-",
+        ),
+        (
+            "no second request",
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        ),
+        ("half a body", quota.as_bytes()),
+    ];
+    let mut events = std::net::TcpStream::connect(&pool.address).unwrap();
+    events
+        .write_all(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        .unwrap();
+    let open: Vec<_> = cases
+        .iter()
+        .map(|(name, bytes)| {
+            let mut stream = std::net::TcpStream::connect(&pool.address).unwrap();
+            stream.write_all(bytes).unwrap();
+            (
+                *name,
+                std::thread::spawn(move || closed_after(&mut stream, limit)),
+            )
+        })
+        .collect();
+    for (name, waited) in open {
+        assert!(
+            waited.join().unwrap().is_some(),
+            "{name}: still open after {limit:?}"
+        );
+    }
+    // A stream of events outlives all those deadlines.
+    assert_eq!(closed_after(&mut events, Duration::from_secs(2)), None);
+    put(&pool.client(), "k", b"v").unwrap();
+    let mut seen = String::new();
+    let end = std::time::Instant::now() + Duration::from_secs(5);
+    while !seen.contains("event: stored") {
+        use std::io::Read;
+        assert!(std::time::Instant::now() < end, "{seen}");
+        let mut bytes = [0; 4096];
+        let n = events.read(&mut bytes).unwrap();
+        seen.push_str(&String::from_utf8_lossy(&bytes[..n]));
+    }
+}
+
+#[test]
+fn a_flood_of_connections_leaves_room_for_the_pool() {
+    use std::io::{Read, Write};
+    let pool = Pool::start(1, "16MiB", &[]);
+    let client = pool.client();
+    put(&client, "k", b"v").unwrap();
+    let idle = || {
+        let mut stream = std::net::TcpStream::connect(&pool.address).unwrap();
+        stream
+            .write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            .unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(5)))
+            .unwrap();
+        let mut head = [0; 12];
+        stream.read_exact(&mut head).map(|()| (head, stream))
+    };
+    let mut open = Vec::new();
+    let refused = loop {
+        let (head, stream) = idle().unwrap();
+        if &head == b"HTTP/1.1 503" {
+            break open.len();
+        }
+        open.push(stream);
+        assert!(open.len() < 1100, "no bound");
+    };
+    assert!(refused >= 1000, "{refused}");
+    assert_eq!(client.get(b"k").unwrap(), b"v");
+    assert_eq!(pool.client().get(b"k").unwrap(), b"v", "a new client");
+    drop(open);
+    let free = || idle().is_ok_and(|(head, _)| &head == b"HTTP/1.1 200");
+    crate::pool::eventually("room again", Duration::from_secs(5), free);
+}

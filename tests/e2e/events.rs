@@ -210,6 +210,7 @@ fn server_sent_events() {
     let event: serde_json::Value = serde_json::from_str(data).unwrap();
     assert_eq!(event["event"], "removed");
     assert_eq!(event["reason"], "removed");
+    assert!(event["version"].is_string(), "{event}");
     assert_eq!(event["key"], "k0");
     assert_eq!(event["tenant"], "default");
     // Where a browser left off.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use mooncake::engine::transport::TransportKind;
 use mooncake::store::client::{ClientConfig, PoolClient, PutOptions};
 
 use crate::pool::{Pool, eventually};
@@ -234,13 +235,42 @@ fn metrics_follow_what_happens() {
 }
 
 #[test]
+fn a_master_that_rebuilds_does_not_call_a_key_absent() {
+    let mut pool = Pool::start(1, "32MiB", &["--recovery-grace", "20s"]);
+    put(&pool.client(), "a", b"value").unwrap();
+    pool.nodes[0].signal("-STOP");
+    pool.restart_master();
+    let at = pool.address.as_str();
+    assert_eq!(json(at, "/health")["service_ready"], false);
+    let (status, text) = request(at, "GET", "/query_key?key=a");
+    assert!(
+        status == 503 && text.contains("UNAVAILABLE_IN_CURRENT_STATUS"),
+        "{status} {text}"
+    );
+    let several = json(at, "/batch_query_keys?keys=a");
+    assert_eq!(
+        several["data"]["a"]["error"],
+        "UNAVAILABLE_IN_CURRENT_STATUS"
+    );
+    let (_, summary) = request(at, "GET", "/metrics/summary");
+    assert!(summary.contains("service_ready=false"), "{summary}");
+    pool.nodes[0].signal("-CONT");
+    let found = || request(at, "GET", "/query_key?key=a").0 == 200;
+    eventually("the node brings it", Duration::from_secs(15), found);
+}
+
+#[test]
 fn upstreams_admin_endpoints() {
     let pool = Pool::start(1, "32MiB", &[]);
     let at = pool.address.as_str();
     put(&pool.client(), "a", b"value").unwrap();
-    let health = json(at, "/health");
-    assert_eq!(health["status"], "ok");
-    assert_eq!(health["service_ready"], true);
+    let ready = || json(at, "/health")["service_ready"] == true;
+    eventually(
+        "the grace after the start is over",
+        Duration::from_secs(5),
+        ready,
+    );
+    assert_eq!(json(at, "/health")["status"], "ok");
     let (_, summary) = request(at, "GET", "/metrics/summary");
     assert!(summary.contains("Keys: 1"), "{summary}");
     let several = json(at, "/batch_query_keys?keys=a,b");
@@ -380,6 +410,13 @@ fn the_pool_as_json() {
     assert_eq!(one["hard_pin"], true);
     assert_eq!(one["replicas"].as_array().unwrap().len(), 2);
     assert_eq!(json(at, "/api/v1/key?key_hex=70696e6e6564"), one);
+    // Versions are larger than a browser's numbers: text, and everywhere the same.
+    let version = one["version"].as_str().unwrap();
+    assert!(version.parse::<u64>().unwrap() > 1 << 53, "{version}");
+    let listed = json(at, "/api/v1/keys?prefix=pinned");
+    assert_eq!(listed["keys"][0]["version"], version);
+    let told = json(at, "/api/v1/events?limit=1");
+    assert_eq!(told["events"][0]["version"], version);
     assert_eq!(request(at, "GET", "/api/v1/key?key=absent").0, 404);
     assert_eq!(request(at, "GET", "/api/v1/key").0, 400);
     let tenants = json(at, "/api/v1/tenants");
@@ -399,6 +436,45 @@ fn the_pool_as_json() {
     assert_eq!(shown.len(), 3);
     assert_eq!(shown[2]["key"], "pinned");
     assert_eq!(events["next_seq"], 252);
+    for n in 0..7 {
+        crate::quotas::tenant(&pool, &format!("t{n}"), &[TransportKind::Tcp])
+            .put_bytes(b"k", b"v", &PutOptions::default())
+            .unwrap();
+    }
+    let counted = || {
+        json(at, "/api/v1/tenants")["tenants"]
+            .as_array()
+            .map(Vec::len)
+            == Some(8)
+    };
+    eventually("all are counted", Duration::from_secs(10), counted);
+    for (listing, name, count) in [
+        ("tenants", "tenant", 8),
+        ("nodes", "node", 2),
+        ("segments", "name", 2),
+    ] {
+        let (mut seen, mut cursor) = (Vec::new(), String::new());
+        loop {
+            let page = json(at, &format!("/api/v1/{listing}?limit=3{cursor}"));
+            let items = page[listing].as_array().unwrap();
+            assert!(items.len() <= 3, "{listing}");
+            seen.extend(items.iter().map(|i| i[name].as_str().unwrap().to_owned()));
+            let Some(next) = page["next_cursor"].as_str() else {
+                break;
+            };
+            cursor = format!("&cursor={next}");
+        }
+        let all: BTreeSet<&String> = seen.iter().collect();
+        assert_eq!(
+            (all.len(), seen.len()),
+            (count, count),
+            "{listing}: {seen:?}"
+        );
+        assert_eq!(
+            request(at, "GET", &format!("/api/v1/{listing}?cursor=x")).0,
+            400
+        );
+    }
 }
 
 #[test]
@@ -462,6 +538,16 @@ fn slow_operations_are_logged_with_their_waits() {
     assert!(fields["key"].as_str().unwrap().starts_with('k'));
     let ms = |name: &str| fields[name].as_str().unwrap().parse::<f64>().unwrap();
     assert!(ms("waited_for_space_ms") > 40.0 && ms("took_ms") >= ms("waited_for_space_ms"));
+    assert!(ms("rest_ms") < 0.5 * ms("took_ms"), "{fields}");
+    let failed = slow
+        .iter()
+        .map(|s| &s["fields"])
+        .find(|f| f["failed_items"] == 1);
+    let failed = failed.expect("the put that found no place");
+    assert_eq!(
+        (&failed["items"], &failed["error"]),
+        (&1.into(), &"NO_AVAILABLE_HANDLE".into())
+    );
 }
 
 fn rand_key() -> u64 {

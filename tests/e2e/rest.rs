@@ -99,6 +99,12 @@ fn objects_over_http() {
     );
     let keys = request(at, "GET", "/api/v1/keys?tenant=acme").1;
     assert!(keys.contains("a/b c"), "{keys}");
+    // Its quota is used up.
+    crate::quotas::set(&pool, "small", 100_000);
+    let full = send(at, "PUT", &format!("{path}?tenant=small"), "", &bytes);
+    let said = String::from_utf8_lossy(&full.body.0);
+    assert_eq!(full.status, 507, "{said}");
+    assert!(said.contains("TENANT_QUOTA_EXCEEDED"), "{said}");
     // Gone.
     assert_eq!(
         send(at, "DELETE", path, "", b"").status,

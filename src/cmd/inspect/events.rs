@@ -9,7 +9,7 @@ use super::clock;
 use crate::base::units::ByteSize;
 use crate::cmd::api::{Api, number};
 use crate::cmd::print::{self, Output};
-use crate::cmd::{ExitStatus, connect};
+use crate::cmd::{ExitStatus, UsageError, connect};
 use crate::store::client::stream;
 use crate::store::model::error::StoreError;
 use crate::store::wire::{self, object_event::Kind, object_event::Reason};
@@ -57,15 +57,22 @@ fn word(event: &wire::ObjectEvent) -> (&'static str, &'static str) {
     (kind, reason)
 }
 
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
 fn show(event: &wire::ObjectEvent, output: Output) -> std::io::Result<()> {
     let (kind, reason) = word(event);
     let key = String::from_utf8_lossy(&event.key);
     if output == Output::Json {
-        let line = json!({
+        let mut line = json!({
             "seq": event.seq, "event": kind, "reason": (!reason.is_empty()).then_some(reason), "tenant": event.tenant,
             "key": key, "size_bytes": event.size_bytes, "version": event.version.to_string(),
             "replicas": event.replicas, "unix_ms": event.unix_ms,
         });
+        if std::str::from_utf8(&event.key).is_err() {
+            line["key_hex"] = hex(&event.key).into();
+        }
         return print::line(&line.to_string());
     }
     print::line(&format!(
@@ -86,7 +93,15 @@ struct Position {
 fn begin(matches: &ArgMatches, from: u64) -> anyhow::Result<Position> {
     let overview = Api::new(matches)?.get("overview")?;
     let events = overview.get("events").cloned().unwrap_or_default();
+    if events.get("enabled") == Some(&serde_json::Value::Bool(false)) {
+        let problem = "this master records no events: start it with --kv-events";
+        return Err(UsageError(problem.to_owned()).into());
+    }
     let (next, epoch) = (number(&events, "next_seq"), number(&events, "epoch"));
+    if from > next {
+        let problem = format!("--from {from}: the next event will be {next}");
+        return Err(UsageError(problem).into());
+    }
     Ok(Position {
         next: if from == 0 { next } else { from },
         epoch,

@@ -11,7 +11,7 @@ use super::clock;
 use crate::base::units::ByteSize;
 use crate::cmd::api::{Api, escaped, list, number, text};
 use crate::cmd::print::{self, Columns, Output};
-use crate::cmd::{ExitStatus, connect, stat};
+use crate::cmd::{ExitStatus, UsageError, connect, stat};
 use crate::store::client::PoolClient;
 use crate::store::model::error::StoreError;
 
@@ -32,7 +32,10 @@ pub(super) fn command(name: &'static str) -> Command {
                 .value_name("BY")
                 .value_parser(["none", "key", "size", "heat", "age"])
                 .default_value("none")
-                .help("size: largest first; heat: read last first (by lease); age: written first first (by version)"),
+                .help(
+                    "size: largest first; heat: read last first, what nobody has read at the end; age: written first \
+                     first (by version)",
+                ),
         )
         .arg(
             Arg::new("limit")
@@ -46,7 +49,7 @@ pub(super) fn command(name: &'static str) -> Command {
             Arg::new("cursor")
                 .long("cursor")
                 .value_name("TEXT")
-                .help("Go on where the last page ended (not with heat and age, which show one page)"),
+                .help("Go on where the last page ended (not with heat and age, which have one page)"),
         )
 }
 
@@ -106,11 +109,15 @@ pub(super) fn keys(matches: &ArgMatches, output: Output) -> anyhow::Result<ExitS
         query.push_str(&format!("&tenant={}", escaped(&config.tenant)));
     }
     let rank: Option<fn(&Value) -> u64> = match sort {
-        "heat" => Some(|k| number(k, "lease_left_ms")),
+        "heat" => Some(heat),
         // Versions grow: the oldest is the smallest.
         "age" => Some(|k| u64::MAX - version(k)),
         _ => None,
     };
+    if rank.is_some() && given("cursor").is_some() {
+        let problem = format!("--cursor: --sort {sort} has one page only; a larger one: --limit");
+        return Err(UsageError(problem).into());
+    }
     let (keys, next, complete) = if let Some(rank) = rank {
         let (keys, complete) = ranked(&api, &query, limit, Instant::now() + config.timeout, rank)?;
         (keys, None, complete)
@@ -125,7 +132,15 @@ pub(super) fn keys(matches: &ArgMatches, output: Output) -> anyhow::Result<ExitS
         print::json(&json!({"keys": keys, "next_cursor": next, "complete": complete}))?;
         return Ok(ExitStatus::Ok);
     }
-    let mut table = Columns::new(&["KEY", "TENANT", ">SIZE", ">REPLICAS", ">LEASE", "PIN"]);
+    let mut table = Columns::new(&[
+        "KEY",
+        "?TENANT",
+        ">SIZE",
+        "?>READ",
+        "?>LEASE",
+        "?PIN",
+        "?>REPLICAS",
+    ]);
     for k in &keys {
         let pin = if k.get("hard_pin") == Some(&Value::Bool(true)) {
             "hard"
@@ -138,9 +153,10 @@ pub(super) fn keys(matches: &ArgMatches, output: Output) -> anyhow::Result<ExitS
             print::shown(text(k, "key")),
             print::shown(text(k, "tenant")),
             ByteSize(number(k, "size_bytes")).to_string(),
-            number(k, "replicas").to_string(),
+            last_read(k),
             lease(number(k, "lease_left_ms")),
             pin.to_owned(),
+            number(k, "replicas").to_string(),
         ]);
     }
     table.print()?;
@@ -155,12 +171,36 @@ pub(super) fn keys(matches: &ArgMatches, output: Output) -> anyhow::Result<ExitS
     Ok(ExitStatus::Ok)
 }
 
-/// Versions exceed what some JSON readers hold, and come as text or number.
+/// Versions come as text; from a master of an earlier release as a number.
 fn version(key: &Value) -> u64 {
     match key.get("version") {
         Some(Value::String(text)) => text.parse().unwrap_or(0),
         Some(other) => other.as_u64().unwrap_or(0),
         None => 0,
+    }
+}
+
+fn was_read(key: &Value) -> Option<bool> {
+    key.get("was_read")?.as_bool()
+}
+
+/// Read last first; then what nobody has read, stored last first.
+fn heat(key: &Value) -> u64 {
+    const READ: u64 = 1 << 63;
+    let recent = (READ - 1).saturating_sub(number(key, "unread_ms"));
+    match was_read(key) {
+        Some(true) => READ + recent,
+        Some(false) => recent,
+        // A master of an earlier release tells the lease only.
+        None => number(key, "lease_left_ms"),
+    }
+}
+
+fn last_read(key: &Value) -> String {
+    match was_read(key) {
+        Some(true) => format!("{:.1} s ago", number(key, "unread_ms") as f64 / 1000.0),
+        Some(false) => "never".to_owned(),
+        None => String::new(),
     }
 }
 
@@ -189,8 +229,10 @@ pub(super) fn key(matches: &ArgMatches, output: Output) -> anyhow::Result<ExitSt
             |d| stat::document(name, d),
         );
         if let Some(map) = document.as_object_mut() {
-            let known = history.as_ref().map_or(Value::Null, |h| json!(h));
+            let known = history.as_ref().map_or(Value::Null, |h| json!(h.events));
             map.insert("history".to_owned(), known);
+            let recorded = history.as_ref().ok().map(|h| h.recorded);
+            map.insert("events_recorded".to_owned(), json!(recorded));
         }
         print::json(&document)?;
     } else {
@@ -199,7 +241,7 @@ pub(super) fn key(matches: &ArgMatches, output: Output) -> anyhow::Result<ExitSt
             Err(_) => print::line(&format!("key       {} is not there", print::shown(name)))?,
         }
         match &history {
-            Ok(events) => show_history(events)?,
+            Ok(history) => show_history(history)?,
             Err(error) => {
                 print::error_line(&format!("its history could not be asked for: {error:#}"))
             }
@@ -212,15 +254,23 @@ pub(super) fn key(matches: &ArgMatches, output: Output) -> anyhow::Result<ExitSt
     })
 }
 
-fn history(api: &Api, tenant: &str, name: &str) -> Result<Vec<Value>, StoreError> {
+/// What happened to a key.
+struct History {
+    events: Vec<Value>,
+    /// Whether this master records events at all.
+    recorded: bool,
+}
+
+fn history(api: &Api, tenant: &str, name: &str) -> Result<History, StoreError> {
     let tenant = if tenant.is_empty() { "default" } else { tenant };
     let (tenant, prefix) = (escaped(tenant), escaped(name));
-    let mut kept = Vec::new();
+    let (mut kept, mut recorded) = (Vec::new(), true);
     // The ring holds 65,536 unless told otherwise: a few pages at most, each of what matches.
     let mut from = 1;
     for _ in 0..200 {
         let path = format!("events?from={from}&limit=1000&tenant={tenant}&prefix={prefix}");
         let page = api.get(&path)?;
+        recorded = page.get("enabled") != Some(&Value::Bool(false));
         let of_this = |e: &&Value| text(e, "key") == name || text(e, "event") == "cleared";
         kept.extend(list(&page, "events").iter().filter(of_this).cloned());
         let next = number(&page, "next_seq");
@@ -247,7 +297,8 @@ fn history(api: &Api, tenant: &str, name: &str) -> Result<Vec<Value>, StoreError
         kept.sort_by_key(|e| number(e, "unix_ms"));
     }
     let from = kept.len().saturating_sub(HISTORY);
-    Ok(kept.split_off(from))
+    let events = kept.split_off(from);
+    Ok(History { events, recorded })
 }
 
 /// Why something happened, in words.
@@ -277,12 +328,19 @@ fn why(event: &Value) -> String {
     text(event, "reason").replace('_', " ")
 }
 
-fn show_history(events: &[Value]) -> std::io::Result<()> {
-    if events.is_empty() {
+fn show_history(history: &History) -> std::io::Result<()> {
+    if !history.recorded {
+        print::line(
+            "history   this master records no events (--kv-events=false): only evictions and failed puts are known",
+        )?;
+    } else if history.events.is_empty() {
         return print::line("history   the master remembers nothing of it");
     }
+    if history.events.is_empty() {
+        return Ok(());
+    }
     let mut table = Columns::new(&["WHEN", "WHAT", "WHY", ">SIZE", "VERSION"]);
-    for e in events {
+    for e in &history.events {
         table.row(&[
             clock(number(e, "unix_ms")),
             text(e, "event").to_owned(),
@@ -295,30 +353,30 @@ fn show_history(events: &[Value]) -> std::io::Result<()> {
 }
 
 pub(super) fn tenants(matches: &ArgMatches, output: Output) -> anyhow::Result<()> {
-    let answer = Api::new(matches)?.get("tenants?limit=1000")?;
+    let answer = Api::new(matches)?.all("tenants", "tenants")?;
     if output == Output::Json {
         print::json(&answer)?;
         return Ok(());
     }
     let mut table = Columns::new(&[
         "TENANT",
-        ">OBJECTS",
         ">SIZE",
-        ">WITH REPLICAS",
-        ">HITS",
-        ">MISSES",
-        ">HIT RATE",
+        "?>HIT RATE",
+        "?>OBJECTS",
+        "?>WITH REPLICAS",
+        "?>HITS",
+        "?>MISSES",
     ]);
     for t in list(&answer, "tenants") {
         let rate = t.get("hit_rate").and_then(Value::as_f64);
         table.row(&[
             print::shown(text(t, "tenant")),
-            number(t, "objects").to_string(),
             ByteSize(number(t, "bytes")).to_string(),
+            rate.map_or_else(String::new, |r| format!("{:.1} %", r * 100.0)),
+            number(t, "objects").to_string(),
             ByteSize(number(t, "replica_bytes")).to_string(),
             number(t, "hits").to_string(),
             number(t, "misses").to_string(),
-            rate.map_or_else(String::new, |r| format!("{:.1} %", r * 100.0)),
         ]);
     }
     table.print()?;
@@ -331,7 +389,7 @@ pub(super) fn hot(matches: &ArgMatches, output: Output) -> anyhow::Result<()> {
         print::json(&answer)?;
         return Ok(());
     }
-    let mut table = Columns::new(&["FIRST KEY", "TENANT", ">REQUESTS", ">KEYS FOUND"]);
+    let mut table = Columns::new(&["FIRST KEY", "?TENANT", ">REQUESTS", "?>KEYS FOUND"]);
     for p in list(&answer, "prefixes") {
         table.row(&[
             print::shown(text(p, "key")),

@@ -10,6 +10,7 @@
 
 mod arenas;
 pub mod config;
+mod connections;
 mod copies;
 mod dashboard;
 mod drain;

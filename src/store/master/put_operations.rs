@@ -80,6 +80,8 @@ impl Call<'_> {
     ) -> Result<wire::PutSlot, StoreError> {
         let state = &self.master.state;
         let begun = Instant::now();
+        // Since when there is no place, and whether space would help: else a node has yet to come.
+        let mut lacking: Option<(Instant, bool)> = None;
         loop {
             let seen = *state.progress.count.lock();
             let now = Millis::now();
@@ -93,6 +95,9 @@ impl Call<'_> {
                 self.client,
                 now,
             );
+            if let Some((since, for_space)) = lacking {
+                self.waits.add(for_space, since);
+            }
             match allocated {
                 Ok((version, replicas)) => {
                     // The view may have grown since the batch began.
@@ -118,12 +123,13 @@ impl Call<'_> {
                     | StoreError::Rebuilding
                     | StoreError::SegmentNotFound),
                 ) if Instant::now() < self.deadline => {
-                    if matches!(error, StoreError::NoSpace { .. }) {
+                    let for_space = matches!(error, StoreError::NoSpace { .. });
+                    lacking = Some((Instant::now(), for_space));
+                    if for_space {
                         state.make_room(size, now);
                     }
                     // Leases lapse without anybody telling: look again soon even if nothing was freed.
                     let soon = Instant::now() + Duration::from_millis(10);
-                    let waiting = Instant::now();
                     let mut count = state.progress.count.lock();
                     if *count == seen {
                         state
@@ -131,7 +137,6 @@ impl Call<'_> {
                             .changed
                             .wait_until(&mut count, soon.min(self.deadline));
                     }
-                    self.waits.space += waiting.elapsed();
                 }
                 Err(error) => {
                     if error != StoreError::Exists {

@@ -1,4 +1,4 @@
-//! The master's port: looks at a connection's first bytes and gives it to control lanes, or to gRPC and HTTP.
+//! The master's port: gives a connection to control lanes, or to gRPC and HTTP behind the token.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -14,21 +14,15 @@ use axum::http::{HeaderValue, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Router};
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use hyper_util::server::conn::auto;
-use hyper_util::service::TowerToHyperService;
 use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 
+use super::connections::{self, Connections, Place, Protocol};
 use super::lanes::ControlLanes;
 use super::service::PoolService;
 use super::{Master, http, sweeper};
-use crate::base::handshake::MAGIC;
 use crate::base::id::Id128;
 use crate::store::wire::{BATCH_BYTES_MAX, pool_server::PoolServer};
-
-/// How long a connection may stay silent before its first byte.
-const FIRST_BYTE: Duration = Duration::from_secs(10);
 
 /// Who sent a request.
 #[derive(Clone, Copy)]
@@ -39,6 +33,7 @@ pub struct MasterServer {
     master: Arc<Master>,
     router: Router,
     lanes: Arc<ControlLanes>,
+    connections: Connections,
     /// For control lanes of this host, until it is served.
     local: Mutex<Option<unix::net::UnixListener>>,
 }
@@ -71,6 +66,7 @@ impl MasterServer {
             .into_axum_router()
             .reset_fallback();
         let router = http::router(master.clone())
+            .layer(axum::middleware::from_fn(connections::timely_body))
             .merge(grpc)
             .merge(beside)
             .layer(axum::middleware::from_fn_with_state(
@@ -91,6 +87,7 @@ impl MasterServer {
             master,
             router,
             lanes,
+            connections: Connections::default(),
             local: Mutex::new(local),
         }))
     }
@@ -126,8 +123,12 @@ impl MasterServer {
         loop {
             match listener.accept().await {
                 Ok((stream, peer)) => {
+                    let Some(place) = self.connections.stranger() else {
+                        tracing::debug!(%peer, "too many connections that say nothing");
+                        continue;
+                    };
                     let server = self.clone();
-                    tokio::spawn(async move { server.connection(stream, peer).await });
+                    tokio::spawn(async move { server.connection(stream, peer, place).await });
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a connection was not accepted");
@@ -137,28 +138,19 @@ impl MasterServer {
         }
     }
 
-    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr) {
-        let is_lane = tokio::time::timeout(FIRST_BYTE, announces_lane(&stream)).await;
-        match is_lane {
-            Ok(Ok(true)) => {
-                if let Ok(stream) = stream.into_std() {
-                    self.lanes.serve(stream);
-                }
+    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, place: Place) {
+        let Ok(protocol) = connections::protocol(&stream).await else {
+            return;
+        };
+        drop(place);
+        if protocol == Protocol::Lane {
+            if let Ok(stream) = stream.into_std() {
+                self.lanes.serve(stream);
             }
-            Ok(Ok(false)) => {
-                let _ = stream.set_nodelay(true);
-                let router = self.router.clone().layer(Extension(Peer(peer)));
-                let service = TowerToHyperService::new(router);
-                let builder = auto::Builder::new(TokioExecutor::new());
-                let served = builder
-                    .serve_connection(TokioIo::new(stream), service)
-                    .await;
-                if let Err(error) = served {
-                    tracing::debug!(%error, "a connection ended");
-                }
-            }
-            _ => {}
+            return;
         }
+        let router = self.router.clone().layer(Extension(Peer(peer)));
+        self.connections.serve(stream, protocol, router).await;
     }
 }
 
@@ -170,22 +162,6 @@ fn local_listener() -> io::Result<(unix::net::UnixListener, String)> {
     let listener = unix::net::UnixListener::bind_addr(&address)?;
     listener.set_nonblocking(true)?;
     Ok((listener, name))
-}
-
-/// Whether the first bytes are those of a lane. Consumes nothing.
-async fn announces_lane(stream: &TcpStream) -> io::Result<bool> {
-    let mut first = [0; MAGIC.len()];
-    loop {
-        let n = stream.peek(&mut first).await?;
-        if n == 0 || first[..n] != MAGIC[..n] {
-            return Ok(false);
-        }
-        if n == MAGIC.len() {
-            return Ok(true);
-        }
-        // A few bytes only so far: peek returns at once as long as they lie there.
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
 }
 
 /// What says nothing of the pool: whether it lives, and the page that asks for the token.

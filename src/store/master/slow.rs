@@ -8,8 +8,9 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::Master;
-use super::metrics::Rpc;
-use crate::store::wire::{self, operation, reply};
+use super::metrics::{self, Rpc};
+use crate::store::model::error::code_name;
+use crate::store::wire::{self, operation};
 
 /// Lines within one [`WINDOW`].
 const LINES_MAX: u32 = 20;
@@ -20,10 +21,21 @@ const KEY_SHOWN: usize = 200;
 /// What an operation has waited for.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Waits {
-    /// For eviction to free space.
+    /// For space, from the first time there was none: evicting, sleeping, trying again.
     pub(super) space: Duration,
-    /// For nodes to acknowledge.
+    /// For nodes to acknowledge, or to come.
     pub(super) nodes: Duration,
+}
+
+impl Waits {
+    pub(super) fn add(&mut self, for_space: bool, since: Instant) {
+        let waited = if for_space {
+            &mut self.space
+        } else {
+            &mut self.nodes
+        };
+        *waited += since.elapsed();
+    }
 }
 
 /// How much has been logged lately.
@@ -77,6 +89,7 @@ impl Watch {
         let Some(left_out) = master.slow_lines.allows(Instant::now()) else {
             return;
         };
+        let outcome = metrics::outcome(reply);
         let ms = |d: Duration| format!("{:.1}", d.as_secs_f64() * 1e3);
         let key: String = String::from_utf8_lossy(&key)
             .chars()
@@ -89,8 +102,10 @@ impl Watch {
             took_ms = ms(took),
             waited_for_space_ms = ms(waits.space),
             waited_for_nodes_ms = ms(waits.nodes),
-            index_ms = ms(took.saturating_sub(waits.space + waits.nodes)),
-            refused = matches!(reply.kind, Some(reply::Kind::Refused(_))),
+            rest_ms = ms(took.saturating_sub(waits.space + waits.nodes)),
+            items = outcome.items,
+            failed_items = outcome.failed,
+            error = if outcome.failed > 0 { code_name(outcome.code) } else { "" },
             left_out,
             "slow operation"
         );

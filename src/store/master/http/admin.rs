@@ -60,6 +60,15 @@ async fn kv_events_status(State(master): Shared) -> Response {
     )
 }
 
+/// What a key is that the index does not have: absent, or not known yet while nodes may still report it.
+fn absence(master: &Master, now: Millis) -> StoreError {
+    if master.state.recovering(now) {
+        StoreError::Rebuilding
+    } else {
+        StoreError::NotFound
+    }
+}
+
 /// The replicas of an object that can be read, as upstream describes buffers.
 fn buffers(view: &SegmentsView, object: &Object) -> Vec<Value> {
     let one = |r: &Replica| {
@@ -73,11 +82,11 @@ fn buffers(view: &SegmentsView, object: &Object) -> Vec<Value> {
 }
 
 async fn query_key(State(master): Shared, Query(params): Params) -> Response {
-    let missing = || failure(StatusCode::NOT_FOUND, StoreError::NotFound.code());
+    let missing = |error: &StoreError| failure(super::status(error.code()), error.code());
     let mut qualified = Vec::new();
     let wanted = params.get("key").map_or("", String::as_str);
     if key::qualify("", wanted.as_bytes(), &mut qualified).is_err() {
-        return missing();
+        return missing(&StoreError::NotFound);
     }
     let view = master.state.segments.view();
     let access = Access {
@@ -90,7 +99,7 @@ async fn query_key(State(master): Shared, Query(params): Params) -> Response {
         .locate(&view, hash, &qualified, &access, |o| buffers(&view, o));
     match found {
         Some(data) => answer(StatusCode::OK, &json!({"success": true, "data": data})),
-        None => missing(),
+        None => missing(&absence(&master, access.now)),
     }
 }
 
@@ -108,6 +117,7 @@ async fn batch_query_keys(State(master): Shared, Query(params): Params) -> Respo
         );
     }
     let view = master.state.segments.view();
+    let now = Millis::now();
     let mut data = Map::new();
     let mut qualified = Vec::new();
     for name in keys {
@@ -119,7 +129,7 @@ async fn batch_query_keys(State(master): Shared, Query(params): Params) -> Respo
             });
         let value = match found {
             Some(values) => json!({"ok": true, "values": values}),
-            None => json!({"ok": false, "error": code_name(StoreError::NotFound.code())}),
+            None => json!({"ok": false, "error": code_name(absence(&master, now).code())}),
         };
         data.insert(name.to_owned(), value);
     }

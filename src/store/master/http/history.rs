@@ -26,7 +26,7 @@ fn eviction(e: &Eviction) -> Value {
         Cause::Quota => "quota",
     };
     json!({
-        "unix_ms": e.unix_ms, "version": e.version, "size_bytes": e.size, "cause": cause,
+        "unix_ms": e.unix_ms, "version": e.version.to_string(), "size_bytes": e.size, "cause": cause,
         "unread_ms": e.unread_ms, "was_read": e.was_read, "soft_pinned": e.soft_pinned,
     })
 }

@@ -11,12 +11,13 @@ use serde_json::{Map, Value, json};
 use super::super::Master;
 use super::super::events::Filter;
 use super::super::object::Object;
-use super::pool::{filter, hex, limit, ok, set_key, unhex};
+use super::page::{hex, limit, unhex};
+use super::pool::{filter, ok, set_key};
 use super::{Params, Shared, invalid};
 use crate::base::clock::Millis;
 use crate::store::model::key;
 
-fn object_json(object: &Object, now: Millis) -> Option<Value> {
+fn object_json(master: &Master, object: &Object, now: Millis) -> Option<Value> {
     let (tenant, bytes) = key::split(&object.key)?;
     let mut map = Map::new();
     let tenant = if tenant.is_empty() {
@@ -27,10 +28,13 @@ fn object_json(object: &Object, now: Millis) -> Option<Value> {
     map.insert("tenant".to_owned(), tenant.into());
     set_key(&mut map, bytes);
     map.insert("size_bytes".to_owned(), object.size.into());
-    map.insert("version".to_owned(), object.version.into());
+    map.insert("version".to_owned(), object.version.to_string().into());
     map.insert("replicas".to_owned(), object.replicas.len().into());
     let lease = object.leased_until().since(now);
     map.insert("lease_left_ms".to_owned(), lease.into());
+    let unread = now.since(master.state.last_read(object));
+    map.insert("unread_ms".to_owned(), unread.into());
+    map.insert("was_read".to_owned(), object.read.into());
     map.insert("hard_pin".to_owned(), object.hard_pin.into());
     let soft = object.soft_pin_until.since(now);
     map.insert("soft_pin_left_ms".to_owned(), soft.into());
@@ -71,7 +75,7 @@ fn sorted(
             }
             best.pop();
         }
-        best.extend(object_json(object, now).map(|v| (rank, v.to_string())));
+        best.extend(object_json(master, object, now).map(|v| (rank, v.to_string())));
         false
     });
     let best = best.into_sorted_vec();
@@ -137,7 +141,7 @@ async fn unsorted(master: Arc<Master>, filter: Filter, cursor: &str, limit: usiz
         let next = master.state.walk(cursor, limit, |object| {
             let take = wanted(&filter, object);
             if take {
-                objects.extend(object_json(object, now));
+                objects.extend(object_json(&master, object, now));
             }
             take
         });

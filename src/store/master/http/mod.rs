@@ -5,6 +5,7 @@ mod census;
 mod drain;
 mod history;
 mod keys;
+mod page;
 mod pool;
 mod quotas;
 
@@ -20,6 +21,7 @@ use serde_json::{Value, json};
 
 use super::metrics::exposition;
 use super::{Master, dashboard, names, operations, stream};
+use crate::base::clock::Millis;
 use crate::base::units::ByteSize;
 use crate::store::model::error::{StoreError, code_name};
 use crate::store::wire::{OperationBatch, operation, reply};
@@ -120,11 +122,13 @@ async fn execute(master: &Arc<Master>, operation: operation::Kind) -> Option<rep
     done.ok()?.replies.pop()?.kind
 }
 
-async fn health() -> Response {
+/// Alive in any case; ready once it can tell what is not there.
+async fn health(State(master): Shared) -> Response {
+    let ready = !master.state.recovering(Millis::now());
     answer(
         StatusCode::OK,
         &json!({
-            "status": "ok", "role": "leader", "ha_state": "serving", "service_ready": true,
+            "status": "ok", "role": "leader", "ha_state": "serving", "service_ready": ready,
             "leader_address": null, "view_version": null,
         }),
     )
@@ -138,8 +142,9 @@ async fn metrics(State(master): Shared) -> Response {
 async fn summary(State(master): Shared) -> Response {
     let o = master.overview_values();
     plain(format!(
-        "role=leader, state=serving, service_ready=true, master={{Mem Storage: {} / {} | Keys: {} | Clients: {} | \
+        "role=leader, state=serving, service_ready={}, master={{Mem Storage: {} / {} | Keys: {} | Clients: {} | \
          Hits: {} / {} | Evicted: {} keys, {}}}\n",
+        !o.rebuilding,
         ByteSize(o.used_bytes),
         ByteSize(o.capacity_bytes),
         o.objects,

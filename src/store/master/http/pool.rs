@@ -15,6 +15,7 @@ use super::super::events::Filter;
 use super::super::{Master, operations, stream};
 use super::census::{self, census};
 use super::keys::keys;
+use super::page::{hex, limit, number, page, unhex};
 use super::{Params, Shared, answer, failure, invalid};
 use crate::base::clock::Millis;
 use crate::store::alloc::offset::map_of;
@@ -22,8 +23,6 @@ use crate::store::model::error::StoreError;
 use crate::store::model::key;
 use crate::store::wire;
 
-/// Items of one page.
-const PAGE_MAX: usize = 1000;
 /// Cells of one occupancy map.
 const CELLS_MAX: usize = 4096;
 
@@ -46,27 +45,6 @@ pub(super) fn ok(value: &Value) -> Response {
     answer(StatusCode::OK, value)
 }
 
-/// A number among the parameters; `Err` is the answer to one that is none.
-fn number(
-    params: &HashMap<String, String>,
-    name: &str,
-    default: u64,
-) -> Result<u64, Box<Response>> {
-    match params.get(name) {
-        None => Ok(default),
-        Some(text) => text
-            .parse()
-            .map_err(|_| Box::new(invalid(&format!("{name}: `{text}` is not a number")))),
-    }
-}
-
-pub(super) fn limit(params: &HashMap<String, String>) -> Result<usize, Box<Response>> {
-    let wanted = number(params, "limit", 100)?;
-    Ok(usize::try_from(wanted)
-        .unwrap_or(PAGE_MAX)
-        .clamp(1, PAGE_MAX))
-}
-
 pub(super) fn filter(params: &HashMap<String, String>) -> Filter {
     Filter {
         tenant: params.get("tenant").cloned(),
@@ -82,21 +60,6 @@ pub(super) fn set_key(map: &mut Map<String, Value>, bytes: &[u8]) {
     if std::str::from_utf8(bytes).is_err() {
         map.insert("key_hex".to_owned(), hex(bytes).into());
     }
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-pub(super) fn unhex(text: &str) -> Option<Vec<u8>> {
-    let digits = text.as_bytes();
-    if !digits.len().is_multiple_of(2) || !text.is_ascii() {
-        return None;
-    }
-    digits
-        .chunks(2)
-        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
-        .collect()
 }
 
 /// The key that `key` or `key_hex` names.
@@ -158,11 +121,17 @@ async fn overview(State(master): Shared) -> Response {
     }))
 }
 
-async fn nodes(State(master): Shared) -> Response {
+async fn nodes(State(master): Shared, Query(params): Params) -> Response {
     let now = Millis::now();
     let view = master.state.segments.view();
-    let mut nodes = master.state.segments.nodes();
-    nodes.sort_by(|a, b| a.name.cmp(&b.name));
+    let nodes = master.state.segments.nodes();
+    let paged = page(&params, nodes, |n| {
+        format!("{}\0{}", n.name, n.id).into_bytes()
+    });
+    let (nodes, next_cursor) = match paged {
+        Ok(paged) => paged,
+        Err(problem) => return *problem,
+    };
     let show = |node: Arc<super::super::segments::NodeState>| {
         let own = || {
             node.slots
@@ -181,12 +150,18 @@ async fn nodes(State(master): Shared) -> Response {
         })
     };
     let nodes: Vec<Value> = nodes.into_iter().map(show).collect();
-    ok(&json!({"nodes": nodes}))
+    ok(&json!({"nodes": nodes, "next_cursor": next_cursor}))
 }
 
-async fn segments(State(master): Shared) -> Response {
+async fn segments(State(master): Shared, Query(params): Params) -> Response {
     let now = Millis::now();
     let view = master.state.segments.view();
+    let all: Vec<_> = view.iter().flatten().collect();
+    // Slots are never reused.
+    let (segments, next_cursor) = match page(&params, all, |s| s.slot.to_be_bytes().to_vec()) {
+        Ok(paged) => paged,
+        Err(problem) => return *problem,
+    };
     let show = |s: &Arc<super::super::segments::SegmentState>| {
         let v = operations::segment_view(s, now);
         let free = v.size_bytes.saturating_sub(v.used_bytes);
@@ -199,8 +174,9 @@ async fn segments(State(master): Shared) -> Response {
             "fragmentation": if free == 0 { json!(0.0) } else { json!(1.0 - v.largest_free_bytes as f64 / free as f64) },
         })
     };
-    let segments: Vec<Value> = view.iter().flatten().map(show).collect();
-    ok(&json!({"view_epoch": master.state.segments.epoch(), "segments": segments}))
+    let segments: Vec<Value> = segments.into_iter().map(show).collect();
+    let epoch = master.state.segments.epoch();
+    ok(&json!({"view_epoch": epoch, "segments": segments, "next_cursor": next_cursor}))
 }
 
 /// How full each of `cells` equal parts of a segment is, 0 to 1.
@@ -267,7 +243,7 @@ async fn one_key(State(master): Shared, Query(params): Params) -> Response {
     map.insert("tenant".to_owned(), tenant.into());
     set_key(&mut map, &bytes);
     let rest = json!({
-        "size_bytes": d.size_bytes, "version": d.version, "checksum": d.has_checksum.then_some(d.checksum),
+        "size_bytes": d.size_bytes, "version": d.version.to_string(), "checksum": d.has_checksum.then_some(d.checksum),
         "lease_left_ms": d.lease_left_ms, "soft_pin_left_ms": d.soft_pin_left_ms, "hard_pin": d.hard_pin,
         "group": d.group, "data_type": d.data_type, "replicas": replicas,
     });
@@ -277,12 +253,16 @@ async fn one_key(State(master): Shared, Query(params): Params) -> Response {
     ok(&Value::Object(map))
 }
 
-async fn tenants(State(master): Shared) -> Response {
+async fn tenants(State(master): Shared, Query(params): Params) -> Response {
     let (holds, age) = census::tenants(&master).await;
     let asked: HashMap<String, _> = master.metrics.tenants.all().into_iter().collect();
     let mut names: Vec<&String> = holds.keys().chain(asked.keys()).collect();
     names.sort_unstable();
     names.dedup();
+    let (names, next_cursor) = match page(&params, names, |n| n.as_bytes().to_vec()) {
+        Ok(paged) => paged,
+        Err(problem) => return *problem,
+    };
     let show = |name: &&String| {
         let h = holds.get(*name).copied().unwrap_or_default();
         let count = |of: fn(&super::super::metrics::Asked) -> &AtomicU64| {
@@ -298,7 +278,8 @@ async fn tenants(State(master): Shared) -> Response {
         })
     };
     let tenants: Vec<Value> = names.iter().map(show).collect();
-    ok(&json!({"age_ms": age.as_millis() as u64, "tenants": tenants}))
+    let age_ms = age.as_millis() as u64;
+    ok(&json!({"age_ms": age_ms, "tenants": tenants, "next_cursor": next_cursor}))
 }
 
 async fn hot(State(master): Shared, Query(params): Params) -> Response {

@@ -21,7 +21,7 @@ use super::quotas::Snapshot;
 use super::state::PUT_FAILURES;
 use crate::base::histogram::{Counted, Histogram, NANOSECONDS};
 use crate::store::wire;
-pub(crate) use rpc::Rpc;
+pub(crate) use rpc::{Rpc, outcome};
 pub(crate) use tenants::Asked;
 
 /// What is counted where operations are carried out.

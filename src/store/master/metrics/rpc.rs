@@ -111,7 +111,7 @@ impl RpcStats {
 
     pub(super) fn count(&self, took: Duration, reply: &wire::Reply) {
         self.nanoseconds.observe(took.as_nanos() as u64);
-        let (items, failed) = outcome(reply);
+        let Outcome { items, failed, .. } = outcome(reply);
         let add = |counter: &AtomicU64, n: usize| {
             if n > 0 {
                 counter.fetch_add(n as u64, Ordering::Relaxed);
@@ -131,25 +131,35 @@ impl RpcStats {
     }
 }
 
-/// How many items a reply is about, and how many of them failed.
-fn outcome(reply: &wire::Reply) -> (usize, usize) {
+/// What a reply says of the items of its operation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    pub(crate) items: usize,
+    pub(crate) failed: usize,
+    /// Code of the first that failed; 0 = none.
+    pub(crate) code: i32,
+}
+
+pub(crate) fn outcome(reply: &wire::Reply) -> Outcome {
     use reply::Kind as Re;
-    let failed = |codes: &mut dyn Iterator<Item = i32>| codes.filter(|c| *c != 0).count();
+    let of = |codes: &mut dyn Iterator<Item = i32>| {
+        codes.fold(Outcome::default(), |o, code| Outcome {
+            items: o.items + 1,
+            failed: o.failed + usize::from(code != 0),
+            code: if o.code == 0 { code } else { o.code },
+        })
+    };
+    let one = |code: i32| of(&mut std::iter::once(code));
     match &reply.kind {
-        Some(Re::Exist(r)) => (r.results.len(), 0),
-        Some(Re::Locate(r)) => {
-            let codes = &mut r.locations.iter().map(|l| l.code);
-            (r.locations.len(), failed(codes))
-        }
-        Some(Re::PutStart(r)) => {
-            let codes = &mut r.slots.iter().map(|s| s.code);
-            (r.slots.len(), failed(codes))
-        }
-        Some(Re::Codes(r)) => (r.codes.len(), failed(&mut r.codes.iter().copied())),
-        Some(Re::ArenaOpened(r)) => (1, usize::from(r.code != 0)),
-        Some(Re::Removed(r)) => (1, usize::from(r.code != 0)),
-        None | Some(Re::Refused(_)) => (1, 1),
-        Some(_) => (1, 0),
+        Some(Re::Exist(r)) => of(&mut r.results.iter().map(|_| 0)),
+        Some(Re::Locate(r)) => of(&mut r.locations.iter().map(|l| l.code)),
+        Some(Re::PutStart(r)) => of(&mut r.slots.iter().map(|s| s.code)),
+        Some(Re::Codes(r)) => of(&mut r.codes.iter().copied()),
+        Some(Re::ArenaOpened(r)) => one(r.code),
+        Some(Re::Removed(r)) => one(r.code),
+        Some(Re::Refused(r)) => one(r.code),
+        None => one(-1),
+        Some(_) => one(0),
     }
 }
 

@@ -1,6 +1,6 @@
 //! An event as JSON.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::super::events::{Change, Event};
 
@@ -14,7 +14,7 @@ pub(super) fn name(change: Change) -> &'static str {
 }
 
 /// `{seq, event, reason?, tenant, key, key_hex?, group?, size_bytes, version, replicas, unix_ms}`; `key_hex` only when
-/// the key is no text.
+/// the key is no text. The version is text, since it exceeds what JSON readers hold as a number.
 pub(crate) fn event(event: &Event) -> Value {
     let mut map = Map::new();
     let mut set = |name: &str, value: Value| {
@@ -33,7 +33,7 @@ pub(crate) fn event(event: &Event) -> Value {
             set("key_hex", hex.into());
         }
         set("size_bytes", event.size.into());
-        set("version", json!(event.version));
+        set("version", event.version.to_string().into());
         set("replicas", event.replicas.into());
     }
     if !event.group.is_empty() {
