@@ -187,7 +187,7 @@ mod tests {
 
     #[test]
     fn the_first_bytes_tell() {
-        assert_eq!(protocol_of(MAGIC), Some(Protocol::Lane));
+        assert_eq!(protocol_of(&MAGIC), Some(Protocol::Lane));
         assert_eq!(protocol_of(PREFACE), Some(Protocol::Http2));
         for undecided in [&MAGIC[..3], &PREFACE[..1], &PREFACE[..20]] {
             assert_eq!(protocol_of(undecided), None);
